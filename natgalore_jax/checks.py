@@ -1,0 +1,46 @@
+"""Arguments are refused where they are given, in words that say what is allowed."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+
+
+def check_int(name: str, value: Any, *, minimum: int) -> int:
+    """`value`, if it is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"`{name}` must be an int known when the transformation is built, got {value!r}."
+        )
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    return value
+
+
+def check_number(
+    name: str, value: Any, *, above: float, below: float = math.inf, inclusive: bool = False
+) -> Any:
+    """`value`, if it is a number in (above, below), or [above, below) if `inclusive`.
+
+    A traced value passes: `optax.inject_hyperparams` may be the one who gives it.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.") from None
+    if not ((above <= number if inclusive else above < number) and number < below):
+        bounds = f"{'at least' if inclusive else 'above'} {above}"
+        bounds += f" and below {below}" if below < math.inf else " and finite"
+        raise ValueError(f"`{name}` must be {bounds}, got {value}.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
+    """`value`, if it is one of `choices`."""
+    if value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+    return value

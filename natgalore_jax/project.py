@@ -1,0 +1,217 @@
+"""project(), project_back() and chain(): how a subspace is spelled. The work is in `engine.py`."""
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from .basis import METHODS
+from .checks import check_choice, check_int, check_number
+from .engine import Engine, SubspaceState
+from .select import select
+from .spec import LeafSpec
+from .transport import TRANSPORTS
+
+
+class Projection(optax.GradientTransformationExtraArgs):
+    """What :func:`project` returns: an Optax transformation that :func:`chain` can complete."""
+
+    around: Any  # inner -> the same projection around it; None once it has an inner
+
+
+def project(
+    rank: int = 128,
+    inner: optax.GradientTransformation | None = None,
+    *,
+    refresh_every: int = 200,
+    scale: float = 1.0,
+    basis: str = "power",
+    transport: str = "rotate",
+    stagger: bool = True,
+    seed: int = 0,
+) -> Projection:
+    """Runs `inner` in a low-rank subspace of each weight's gradient: the engine of the library.
+
+    A weight seen as an m x n matrix, m its short side, has the orthonormal basis P (m x r). `inner`
+    gets the core R = PᵀG (r x n) in the weight's place, so all it remembers is r x n too, and its
+    answer U comes back as scale · P U. Leaves that are not projected (`describe` tells which, and
+    why) reach the same `inner` as they are: one count, one learning rate, one global norm.
+    `inner` may decay weights in the decoupled way of `optax.adamw`; the whole weight decays.
+
+    Without `inner` the projected gradient P Pᵀ G comes back in full size. That is what a stage of
+    `optax.chain` can do, since every later stage there is given full-size params; a warning says
+    that it saves no memory and that :func:`chain` does.
+
+    Args:
+      rank: r, columns of P; a leaf whose short side is shorter gets that side. State per weight is
+        r·m for P and r·n for each moment. 128 to 512 are GaLore's choices for Llama 60m to 1b.
+      inner: an Optax transformation; :func:`chain` fills it in.
+      refresh_every: T, steps between new bases of a matrix. 200 is GaLore's.
+      scale: α, what P U is multiplied by. GaLore's 0.25 at its learning rate 1e-2 does to these
+        leaves what 1.0 does at 2.5e-3.
+      basis: `"power"` (block power iteration, warm from the old basis: no SVD in the program) or
+        `"svd"` (exact, slow on GPUs and slower on TPUs).
+      transport: what inner's state becomes when P turns. `"rotate"` carries it to the new
+        coordinates, `"keep"` leaves it as GaLore and the paper's code do.
+      stagger: refresh matrices in at most 20 groups spread over T, so that no step pays for all.
+        False refreshes all at once.
+      seed: of the bases before the first refresh.
+
+    Returns:
+      A transformation with state :class:`SubspaceState`. A matrix (or other leaf) whose gradient is
+      not finite gets a zero update and leaves no trace but a count in `skipped`. A finite gradient
+      above 1e19 still overflows the squares of an inner Adam, as it does without us.
+
+    Raises:
+      TypeError, ValueError: if an argument is out of range, or, at init, if `transport` is
+        "rotate" and no role is known for something `inner` remembers (see `register_state`).
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
+      >>> tx = natgalore.project(rank=8, inner=optax.trace(0.9))
+      >>> state = tx.init({"kernel": jnp.zeros((16, 64))})
+      >>> state.inner_state.trace["kernel"].value.shape
+      (8, 64)
+
+    Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2.
+    """
+    check_int("rank", rank, minimum=1)
+    check_int("refresh_every", refresh_every, minimum=1)
+    check_number("scale", scale, above=0.0)
+    check_choice("basis", basis, METHODS)
+    check_choice("transport", transport, TRANSPORTS)
+    check_choice("stagger", stagger, (True, False))
+    check_int("seed", seed, minimum=0)
+    if inner is not None and not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    engine = Engine(
+        optax.identity() if inner is None else inner,
+        refresh_every=refresh_every,
+        scale=scale,
+        method=METHODS[basis],
+        transport=TRANSPORTS[transport],
+        stagger=stagger,
+        seed=seed,
+    )
+
+    def init(params: PyTree) -> SubspaceState:
+        specs, reasons = select(params, rank)
+        chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
+        if reasons and not chosen:
+            _warn_unprojected(reasons)
+        if chosen and inner is None:
+            _warn_full_size(params, chosen)
+        return engine.init(params, specs)
+
+    projection = Projection(init, engine.update)
+    projection.around = None
+    if inner is None:
+        projection.around = functools.partial(
+            project,
+            rank,
+            refresh_every=refresh_every,
+            scale=scale,
+            basis=basis,
+            transport=transport,
+            stagger=stagger,
+            seed=seed,
+        )
+    return projection
+
+
+def project_back() -> optax.GradientTransformationExtraArgs:
+    """Closes what `project` opened in a :func:`chain`: stages after it see whole weights again.
+
+    Returns:
+      A marker that :func:`chain` reads; anywhere else its `init` raises a ValueError.
+    """
+    return _PROJECT_BACK
+
+
+def _no_subspace(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "`project_back()` closes a subspace that `natgalore.project` opened before it in the same "
+        "`natgalore.chain`; in `optax.chain`, or alone, there is none to close."
+    )
+
+
+_PROJECT_BACK = optax.GradientTransformationExtraArgs(_no_subspace, _no_subspace)
+
+
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain`, except that stages after `project(...)` work in its subspace.
+
+    What stands between `project(...)` and `project_back()`, or the end, becomes the `inner` of the
+    projection; the rest is an ordinary `optax.chain`.
+
+    Args:
+      *transforms: Optax transformations; at most one open `project`.
+
+    Raises:
+      ValueError: if `project_back()` closes nothing, or a second `project` opens before the first
+        is closed.
+
+    Example:
+      >>> import natgalore_jax as natgalore, optax
+      >>> tx = natgalore.chain(
+      ...     natgalore.project(rank=128),
+      ...     natgalore.scale_by_core_fisher(),
+      ...     optax.scale_by_adam(),
+      ...     natgalore.project_back(),
+      ...     optax.add_decayed_weights(0.1),
+      ...     optax.scale_by_learning_rate(2.5e-3),
+      ... )
+    """
+    outside: list[optax.GradientTransformation] = []
+    inside: list[optax.GradientTransformation] = []
+    opened: Projection | None = None
+
+    def close():
+        outside.append(opened.around(optax.chain(*inside)))
+        inside.clear()
+
+    for stage in transforms:
+        if stage is _PROJECT_BACK:
+            if opened is None:
+                _no_subspace()
+            close()
+            opened = None
+        elif getattr(stage, "around", None) is not None:
+            if opened is not None:
+                raise ValueError(
+                    "`natgalore.chain` met a second `project` before `project_back()`."
+                )
+            opened = stage
+        else:
+            (outside if opened is None else inside).append(stage)
+    if opened is not None:
+        close()
+    return optax.chain(*outside)
+
+
+def _warn_unprojected(reasons: dict[str, str]) -> None:
+    shown = [f"{name}: {reason}" for name, reason in list(reasons.items())[:4]]
+    more = f", and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+    warnings.warn(
+        f"natgalore projects none of the {len(reasons)} leaves ({'; '.join(shown)}{more}), so it "
+        "saves no memory here: every leaf goes to the inner optimizer whole.",
+        stacklevel=3,
+    )
+
+
+def _warn_full_size(params: PyTree, specs: list[LeafSpec]) -> None:
+    item = jnp.dtype(jnp.float32).itemsize
+    whole = item * sum(int(np.prod(spec.shape)) for spec in specs)
+    core = item * sum(int(np.prod(spec.core_shape)) for spec in specs)
+    warnings.warn(
+        "natgalore.project(...) without an inner transformation, as in optax.chain, returns "
+        f"full-size gradients, so later stages keep full-size state: {whole:,} bytes a moment on "
+        f"the projected leaves. natgalore.chain in place of optax.chain keeps {core:,}. If P Pᵀ G "
+        "is what you want, inner=optax.identity() says so.",
+        stacklevel=3,
+    )

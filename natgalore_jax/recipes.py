@@ -1,0 +1,104 @@
+"""natural_galore() and galore(): the algorithm, in one call, in place of `optax.adamw`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from .fisher import scale_by_core_fisher, scale_by_fisher
+from .project import project
+
+
+FISHERS = {"core": scale_by_core_fisher, "window": scale_by_fisher, None: optax.identity}
+
+
+def natural_galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    fisher: str | optax.GradientTransformation | None = "core",
+    refresh_every: int = 200,
+    scale: float = 1.0,
+    basis: str = "power",
+    transport: str = "rotate",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    stagger: bool = True,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural GaLore: AdamW in a low-rank subspace of each gradient, after a natural-gradient step.
+
+    Project, precondition by the inverse Fisher of the subspace, Adam, project back; then decay and
+    learning rate on whole weights. Embeddings, heads, norms and biases get plain AdamW.
+
+    Args:
+      learning_rate: a number or a schedule. One rate serves all leaves; see the README for how to
+        choose it coming from AdamW or GaLore.
+      rank: r of the subspace, see :func:`project`.
+      fisher: `"core"` (:func:`scale_by_core_fisher`, r x r), `"window"` (:func:`scale_by_fisher`,
+        the paper's form, more state than AdamW), None, or a transformation of your own on cores.
+      refresh_every, scale, basis, transport, stagger, seed: see :func:`project`.
+      b1, b2, eps: Adam's.
+      weight_decay: decoupled, on the whole weight, as in `optax.adamw`.
+      mask: a tree or callable as in `optax.add_decayed_weights`: which leaves decay.
+
+    Returns:
+      A transformation to use as `optax.adamw(learning_rate)` is.
+
+    Raises:
+      TypeError, ValueError: if an argument is out of range; the message names it.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
+      >>> params = {"up": {"kernel": jnp.ones((64, 256))}}
+      >>> tx = natgalore.natural_galore(2.5e-3, rank=16)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)  # here the gradient is the weight
+      >>> params = optax.apply_updates(params, updates)
+
+    Reference: Das, "Natural GaLore", arXiv:2410.16029, algorithm 1.
+    """
+    if isinstance(fisher, optax.GradientTransformation):
+        precondition = fisher
+    elif fisher in FISHERS:
+        precondition = FISHERS[fisher]()
+    else:
+        raise ValueError(
+            f"`fisher` must be 'core', 'window', None or a transformation, got {fisher!r}."
+        )
+    return optax.chain(
+        project(
+            rank,
+            optax.chain(precondition, optax.scale_by_adam(b1, b2, eps)),
+            refresh_every=refresh_every,
+            scale=scale,
+            basis=basis,
+            transport=transport,
+            stagger=stagger,
+            seed=seed,
+        ),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule, rank: int = 128, **kwargs: Any
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore: :func:`natural_galore` without the Fisher stage; it takes the same arguments.
+
+    With the defaults the basis is tracked by power iteration and Adam's moments turn with it. The
+    algorithm as published is `basis="svd", transport="keep", stagger=False`.
+
+    Example:
+      >>> import natgalore_jax as natgalore
+      >>> tx = natgalore.galore(2.5e-3, rank=128, weight_decay=0.1)
+
+    Reference: Zhao et al., "GaLore", arXiv:2403.03507.
+    """
+    if "fisher" in kwargs:
+        raise TypeError("`galore` has no `fisher`; that is `natural_galore`.")
+    return natural_galore(learning_rate, rank, fisher=None, **kwargs)

@@ -1,0 +1,155 @@
+"""Which leaves are projected, and as which matrices they are seen.
+
+The last words of a leaf's path and its shape decide. Embeddings, heads, norms, biases, routers,
+position tables and convolutions keep their inner optimizer's full state, and so does what is too
+small to have a subspace. What is left is one matrix (2-D), a stack of matrices (a scanned layer's
+leaf, experts) or an attention kernel of Flax: (d, heads, width) into the heads, (heads, width, d)
+out of them. The *short* side of a matrix is the projected one, as in GaLore.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .spec import LeafSpec, path_name
+
+
+SMALLEST_SIDE = 8  # below it a matrix has no subspace worth the name
+
+NEVER = {
+    "an embedding": {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "vocab"},
+    "an output head": {"head", "logits", "unembed", "classifier"},
+    "a norm": {
+        "norm",
+        "norms",
+        "layernorm",
+        "rmsnorm",
+        "batchnorm",
+        "groupnorm",
+        "ln",
+        "bn",
+        "scale",
+    },
+    "a bias": {"bias", "biases", "b"},
+    "a router": {"router", "routers"},
+    "a position table": {"pos", "position", "positional", "positions", "rel"},
+    "a convolution": {"conv", "conv1d", "conv2d", "conv3d"},
+}
+INTO_HEADS = {"query", "key", "value", "q", "k", "v", "qkv"}
+OUT_OF_HEADS = {"out", "o", "output"}
+STACKS = {"layers", "blocks", "stack", "stacked", "scan", "scanned", "h"}
+
+
+def select(params: PyTree, rank: int) -> tuple[PyTree, dict[str, str]]:
+    """The LeafSpec of every leaf that is projected, and why the others are not.
+
+    Args:
+      params: a tree of arrays, or of anything with a shape and a dtype.
+      rank: r; a matrix whose short side is shorter gets a basis as wide as that side.
+
+    Returns:
+      A tree like `params` with a LeafSpec at each projected leaf and None elsewhere, and a dict
+      from the name of each other leaf to the reason.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    stacked = _stacks(leaves)
+    specs: list[LeafSpec | None] = []
+    reasons: dict[str, str] = {}
+    index = 0
+    for path, leaf in leaves:
+        spec = _decide(path, leaf, rank, index, stacked)
+        if isinstance(spec, LeafSpec):
+            index += spec.matrices
+            specs.append(spec)
+        else:
+            reasons[path_name(path)] = spec
+            specs.append(None)
+    return treedef.unflatten(specs), reasons
+
+
+def _decide(path: tuple, leaf: Any, rank: int, index: int, stacked: set[tuple]) -> LeafSpec | str:
+    """The spec of one leaf, or why it has none."""
+    shape = tuple(leaf.shape)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"not real floating point ({leaf.dtype})"
+    if reason := _never(path):
+        return reason
+    batch = (0,) if _in_stack(path, stacked) else ()
+    rest = tuple(axis for axis in range(len(shape)) if axis not in batch)
+    if len(rest) == 3:
+        words = _words(path)
+        attention = any(w.startswith(("attention", "attn", "mha", "multihead")) for w in words)
+        role = next((w for w in reversed(words) if w in INTO_HEADS | OUT_OF_HEADS), None)
+        if not attention and role not in ("query", "key", "value"):
+            rest, batch = rest[1:], (*batch, rest[0])  # experts, or a stack nothing else betrays
+        elif role in INTO_HEADS:
+            return _oriented(path, shape, batch, rest[:1], rest[1:], rank, index)
+        elif role in OUT_OF_HEADS:
+            return _oriented(path, shape, batch, rest[:2], rest[2:], rank, index)
+        else:
+            rest, batch = rest[1:], (*batch, rest[0])
+    if len(rest) != 2:
+        return f"not a matrix ({len(rest)}-D)"
+    return _oriented(path, shape, batch, rest[:1], rest[1:], rank, index)
+
+
+def _oriented(path, shape, batch, left, right, rank, index) -> LeafSpec | str:
+    """The spec with the short side first; a square matrix stays as it is."""
+    spec = LeafSpec(path, shape, batch, left, right, rank, index)
+    if spec.m > spec.n:
+        spec = LeafSpec(path, shape, batch, right, left, rank, index)
+    if spec.m < SMALLEST_SIDE:
+        return f"too small ({spec.m} x {spec.n})"
+    return LeafSpec(path, shape, batch, spec.rows, spec.cols, min(rank, spec.m), index)
+
+
+def _never(path: tuple) -> str | None:
+    """Why a leaf with such a name is never projected: the innermost telling word decides."""
+    for word in reversed(_words(path)):
+        for reason, names in NEVER.items():
+            if word in names:
+                return reason
+    return None
+
+
+def _stacks(leaves: list[tuple[tuple, Any]]) -> set[tuple]:
+    """The paths below which every leaf carries a layer axis in front.
+
+    A subtree is such a stack where its leaves agree on the size of their first axis and even its
+    norms and biases, vectors by nature, have two.
+    """
+    below: dict[tuple, list[tuple[tuple, Any]]] = {}
+    for path, leaf in leaves:
+        for depth in range(len(path)):
+            below.setdefault(path[:depth], []).append((path, leaf))
+    stacks = set()
+    for prefix, members in below.items():
+        vectors = [leaf for path, leaf in members if _never(path) in ("a norm", "a bias")]
+        if (
+            vectors
+            and all(len(leaf.shape) == 2 for leaf in vectors)
+            and all(len(leaf.shape) >= 2 for _, leaf in members)
+            and len({leaf.shape[0] for _, leaf in members}) == 1
+        ):
+            stacks.add(prefix)
+    return stacks
+
+
+def _in_stack(path: tuple, stacks: set[tuple]) -> bool:
+    """Whether the leaf's first axis counts layers: siblings say so, or the path's own words.
+
+    `layers/mlp/up` without a number is a scanned stack, `layers/0/mlp/up` one of a list.
+    """
+    if any(path[:depth] in stacks for depth in range(len(path))):
+        return True
+    words = _words(path)
+    return bool(STACKS & set(words)) and not any(word.isdigit() for word in words)
+
+
+def _words(path: tuple) -> list[str]:
+    """`Block_0/selfAttention/q_proj/kernel` -> block 0 self attention q proj kernel."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", path_name(path))
+    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]

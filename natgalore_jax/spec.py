@@ -1,0 +1,281 @@
+"""What is this leaf? The types that answer it, once, for every room of the library.
+
+A :class:`LeafSpec` says how a leaf of the params is seen as matrices and is the only home of
+their orientation. A :class:`Core` carries an array of one projected leaf together with its spec:
+gradients in the subspace are Cores, and because Optax's transformations map over the node and
+keep it, so is everything they remember of them. The *role* of a state's field (is it linear in
+the gradient, or its square?) is declared where the state is defined, with :func:`register_state`.
+:func:`walk` is the one traversal that brings the three together.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+
+Role = Literal["basis", "linear", "square", "window", "gram", "fisher", "root", "scalar"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSpec:
+    """How one leaf of the params is seen as a stack of m x n matrices, m the projected side.
+
+    Static and hashable: it lives in the structure of a state, never among its arrays.
+
+    Attributes:
+      path: where the leaf is, as `jax.tree_util` spells it.
+      shape: of the leaf.
+      batch: axes that count matrices (layers, experts); they come first in the view.
+      rows: axes that make up m, the projected side.
+      cols: axes that make up n.
+      rank: r, columns of the basis.
+      index: the place of its first matrix in the refresh order.
+    """
+
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    rows: tuple[int, ...]
+    cols: tuple[int, ...]
+    rank: int
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """The path as people write it: `layers/0/attention/query/kernel`."""
+        return path_name(self.path)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.batch)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices the leaf holds."""
+        return math.prod(self.batch_shape)
+
+    @property
+    def m(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.rows)
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.cols)
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, self.rank, self.n)
+
+    @property
+    def basis_shape(self) -> tuple[int, ...]:
+        return (*self.batch_shape, self.m, self.rank)
+
+    def to_view(self, x: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
+        """The leaf as its matrices."""
+        axes = (*self.batch, *self.rows, *self.cols)
+        return x.transpose(axes).reshape(*self.batch_shape, self.m, self.n)
+
+    def from_view(self, x: Float[Array, "*batch m n"]) -> Float[Array, "..."]:
+        """The inverse of `to_view`."""
+        axes = (*self.batch, *self.rows, *self.cols)
+        inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+        return x.reshape(tuple(self.shape[axis] for axis in axes)).transpose(inverse)
+
+    def matrix(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "m n"]:
+        """The i-th matrix of the leaf, cut out before it is turned: the others are not touched."""
+        place = dict(zip(self.batch, self._place(i), strict=True))
+        starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.shape))]
+        sizes = [1 if axis in self.batch else size for axis, size in enumerate(self.shape)]
+        one = dataclasses.replace(self, shape=tuple(sizes))
+        return one.to_view(lax.dynamic_slice(x, starts, sizes)).reshape(self.m, self.n)
+
+    def take(self, x: Array, i: Int[Array, ""]) -> Array:
+        """The i-th matrix's part of a state array, whose batch axes come first."""
+        return lax.dynamic_slice(x, *self._cut(x, i)).reshape(x.shape[len(self.batch) :])
+
+    def put(self, x: Array, i: Int[Array, ""], part: Array) -> Array:
+        """`x` with the i-th matrix's part replaced."""
+        starts, sizes = self._cut(x, i)
+        return lax.dynamic_update_slice(x, part.reshape(sizes), starts)
+
+    def _place(self, i: Int[Array, ""]) -> tuple[Array, ...]:
+        return jnp.unravel_index(i, self.batch_shape) if self.batch else ()
+
+    def _cut(self, x: Array, i: Int[Array, ""]) -> tuple[list[Array], tuple[int, ...]]:
+        rest = x.shape[len(self.batch) :]
+        starts = [*self._place(i), *[jnp.zeros_like(i)] * len(rest)]
+        return starts, (1,) * len(self.batch) + rest
+
+
+class _Marked:
+    """An array of one projected leaf, and that leaf's spec.
+
+    Its child repeats its own key, so that a mask which reads the last key of a path, such as
+    `lambda path, _: path[-1].key != "bias"`, goes on working on trees that hold it.
+    """
+
+    def __init__(self, value: Any, spec: LeafSpec):
+        self.value = value
+        self.spec = spec
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec.name}, {self.value!r})"
+
+    def replace(self, value: Any):
+        return type(self)(value, self.spec)
+
+    def tree_flatten_with_keys(self):
+        key = self.spec.path[-1] if self.spec.path else jax.tree_util.GetAttrKey("value")
+        return ((key, self.value),), self.spec
+
+    def tree_flatten(self):
+        return (self.value,), self.spec
+
+    @classmethod
+    def tree_unflatten(cls, spec: LeafSpec, children: Iterable[Any]):
+        (value,) = children
+        return cls(value, spec)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Core(_Marked):
+    """An array of core coordinates: `value` is (*batch, r, n), or what a state keeps of such."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Basis(_Marked):
+    """The orthonormal basis of one leaf's matrices: `value` is (*batch, m, r)."""
+
+
+def is_core(x: Any) -> bool:
+    """Whether x is a Core that holds an array; `optax.masked` empties those it withholds."""
+    return isinstance(x, Core) and not isinstance(x.value, optax.MaskedNode)
+
+
+def cores(tree: PyTree) -> list[Core]:
+    """The Cores of a tree, in order."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_core) if is_core(x)]
+
+
+def replace_cores(tree: PyTree, values: Iterable[Any]) -> PyTree:
+    """`tree` with the arrays of its Cores replaced, in the order of `cores`."""
+    left = iter(values)
+    replace = lambda x: x.replace(next(left)) if is_core(x) else x
+    return jax.tree.map(replace, tree, is_leaf=is_core)
+
+
+_inside = contextvars.ContextVar("inside a subspace", default=False)
+
+
+@contextlib.contextmanager
+def subspace() -> Iterator[None]:
+    """Within it, inner transformations are initialised, even where no leaf is projected."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def subspace_only(name: str, params: PyTree) -> None:
+    """Raises if the transformation `name` is initialised outside a subspace."""
+    if jax.tree.leaves(params) and not cores(params) and not _inside.get():
+        raise ValueError(
+            f"`{name}` works on cores: give it to `natgalore.project` as (part of) `inner`, or put "
+            "it after `natgalore.project` in `natgalore.chain`. Here it would see whole weights."
+        )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+class Undeclared(str):
+    """Stands for the role of a field of which no role is known; names the field."""
+
+
+ROLES: dict[type, dict[str, Role]] = {}
+
+
+def register_state(state_type: type, **roles: Role) -> None:
+    """Declares what the fields of a state hold, so that it can be carried to another basis.
+
+    Args:
+      state_type: a NamedTuple, or any other pytree whose children have names.
+      **roles: for each field that holds something per core, one of `"linear"` (a combination of
+        cores: momentum), `"square"` (of their elementwise squares: Adam's nu), `"window"`
+        (*batch, s, r, n), `"gram"` (*batch, s, s; recomputed from the window declared before
+        it), `"fisher"` (*batch, r, r), `"root"` (derived from the Fisher; cleared, and the
+        transformation computes it anew) or `"scalar"` (numbers that no basis enters).
+
+    Raises:
+      ValueError: if a role is none of these, or the state has no such field.
+
+    Example:
+      >>> from typing import NamedTuple
+      >>> class MomentumState(NamedTuple):
+      ...     momentum: object
+      >>> register_state(MomentumState, momentum="linear")
+    """
+    for field, role in roles.items():
+        if role not in get_args(Role):
+            raise ValueError(
+                f"`{field}` must have one of the roles {get_args(Role)}, got {role!r}."
+            )
+        if field not in getattr(state_type, "_fields", (field,)):
+            raise ValueError(
+                f"`{field}` is no field of {state_type.__name__}: {state_type._fields}."
+            )
+    ROLES[state_type] = dict(roles)
+
+
+def walk(
+    state: PyTree, f: Callable[[Any, Role | Undeclared | None, LeafSpec | None], Any]
+) -> PyTree:
+    """`state` with every array x replaced by `f(x, role, spec)`: the one traversal of a state.
+
+    `spec` is that of the leaf which x belongs to, or None where x belongs to no projected leaf.
+    `role` is the one declared for the field that holds x; where none was, it names the field.
+    """
+
+    def visit(node, role, spec):
+        if isinstance(node, _Marked):
+            spec = node.spec
+            role = "basis" if isinstance(node, Basis) else role
+        children, treedef = jax.tree_util.tree_flatten_with_path(
+            node, is_leaf=lambda x: x is not node
+        )
+        if jax.tree_util.treedef_is_leaf(treedef):
+            return f(node, role, spec)
+        return treedef.unflatten(visit(x, role_of(node, key, role), spec) for (key,), x in children)
+
+    def role_of(node, key, inherited):
+        known = ROLES.get(type(node))
+        field = getattr(key, "name", None)
+        if known is None and not hasattr(node, "_fields"):
+            return inherited
+        undeclared = Undeclared(f"{type(node).__name__}.{field}")
+        return undeclared if known is None else known.get(field, undeclared)
+
+    return visit(state, None, None)
+
+
+# What Optax's own states hold of the gradients they have seen.
+register_state(optax.ScaleByAdamState, mu="linear", nu="square")
+register_state(optax.ScaleByAmsgradState, mu="linear", nu="square", nu_max="square")
+register_state(optax.ScaleByLionState, mu="linear")
+register_state(optax.ScaleByRmsState, nu="square")
+register_state(optax.TraceState, trace="linear")
+register_state(optax.EmaState, ema="linear")
+register_state(optax.MultiStepsState, acc_grads="linear")
+register_state(optax.contrib.MuonState, mu="linear")
