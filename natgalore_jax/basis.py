@@ -13,7 +13,9 @@ References: Zhao et al., "GaLore", arXiv:2403.03507, section 3 (the subspace); H
 and Tropp, arXiv:0909.4061, section 4.5 (subspace iteration).
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +69,17 @@ def refreshed(
     return jnp.where(usable, new, P), usable
 
 
-def seeded(keys: Key[Array, " matrices"], m: int, r: int, dtype) -> Float[Array, "matrices m r"]:
-    """A random orthonormal basis for each key."""
+@functools.partial(jax.jit, static_argnames=("m", "r", "dtype"))
+def seeded(
+    key: Key[Array, ""], index: Int[Array, " matrices"], *, m: int, r: int, dtype: Any
+) -> Float[Array, "matrices m r"]:
+    """A random orthonormal basis for each index, whatever other indices there are."""
+
+    def one(i):
+        return orthonormalise(jax.random.normal(jax.random.fold_in(key, i), (m, r), dtype))
+
     # One at a time: batched QR deadlocked on two cores (jaxlib 0.10.2).
-    return lax.map(lambda key: orthonormalise(jax.random.normal(key, (m, r), dtype)), keys)
+    return lax.map(one, index)
 
 
 def orthonormalise(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:

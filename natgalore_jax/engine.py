@@ -100,6 +100,7 @@ class Engine:
 
     def init(self, params: PyTree, specs: PyTree) -> SubspaceState:
         """The state for `params` seen as `specs`: a LeafSpec or None for each leaf."""
+        key = jax.random.key(self.seed)
 
         def proxy(x, spec):
             if spec is None:
@@ -109,10 +110,8 @@ class Engine:
         def basis(x, spec):
             if spec is None:
                 return None
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(
-                jax.random.key(self.seed), spec.index + jnp.arange(spec.matrices)
-            )
-            value = seeded(keys, spec.m, spec.rank, _working_dtype(x))
+            index = spec.index + jnp.arange(spec.matrices)
+            value = seeded(key, index, m=spec.m, r=spec.rank, dtype=_working_dtype(x))
             return Basis(value.reshape(spec.basis_shape), spec)
 
         def skipped(x, spec):

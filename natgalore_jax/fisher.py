@@ -169,20 +169,22 @@ def remember(
     Float[Array, "*batch s s"],
     Float[Array, "*batch s"],
 ]:
-    """The window after the core R, which takes the slot of the oldest; one row of K with it."""
+    """The window after the core R, which takes the slot of the oldest; one row of K with it.
+
+    Returns what it was given of the state, renewed.
+    """
     size = window.shape[-3]
     slot = count % size
     unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
     newest = (R / unit[..., None, None]).astype(window.dtype)
-    # F forgets the order of its terms, so a ring buffer needs no roll.
-    replace = lambda H, h, i, ok: lax.dynamic_update_index_in_dim(
-        H, jnp.where(ok, h, lax.dynamic_index_in_dim(H, i, 0, keepdims=False)), i, 0
-    )
+    # F forgets the order of its terms, so a ring buffer needs no roll. A zero core may take the
+    # slot too: its answer is zero, and it leaves the count, hence the slot to the next core.
+    replace = lambda H, h, i: lax.dynamic_update_index_in_dim(H, h, i, 0)
     for _ in range(R.ndim - 2):
         replace = jax.vmap(replace)
-    window = replace(window, newest, slot, accepted)
+    window = replace(window, newest, slot)
     row = jnp.einsum("...srn,...rn->...s", window, newest, precision=lax.Precision.HIGHEST)
-    here = one_hot(slot, size) & accepted[..., None]
+    here = one_hot(slot, size)
     gram = jnp.where(here[..., None, :], row[..., :, None], gram)
     gram = jnp.where(here[..., :, None], row[..., None, :], gram)
     scale = jnp.where(here, unit[..., None], scale)
@@ -291,11 +293,12 @@ def scale_by_core_fisher(
         ]
 
         def compute(old):
-            new = []
-            for (Z, at), L, w, s, d in zip(old, fisher, weight, scale, due, strict=True):
-                Z_new = inverse_root(damped(L, w, damping), power, least_damping)
-                new.append((jnp.where(d[..., None, None], Z_new, Z), jnp.where(d, s, at)))
-            return new
+            A = [damped(L, w, damping) for L, w in zip(fisher, weight, strict=True)]
+            Zs = together(lambda A: inverse_root(A, power, least_damping), A)
+            return [
+                (jnp.where(d[..., None, None], Z, Z_old), jnp.where(d, s, s_old))
+                for (Z_old, s_old), Z, s, d in zip(old, Zs, scale, due, strict=True)
+            ]
 
         any_due = functools.reduce(operator.or_, [d.any() for d in due])
         root, root_scale = zip(*when(any_due, compute, old), strict=True)
@@ -409,6 +412,23 @@ def power_of_two(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The largest power of two that is at most x, and 1 for x = 0."""
     _, exponent = jnp.frexp(x)
     return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), exponent - 1), 1.0)
+
+
+def together(f: Callable[[Array], Array], matrices: list[Array]) -> list[Array]:
+    """`f`, which maps stacks of matrices, on a list of matrices and stacks.
+
+    Single matrices of one size go through it as one stack: one loop to compile and to launch where
+    an unrolled model has hundreds of leaves. A stack stays its own, and where it is.
+    """
+    out = [f(A) if A.ndim > 2 else A for A in matrices]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, A in enumerate(matrices):
+        if A.ndim == 2:
+            groups.setdefault(A.shape, []).append(i)
+    for places in groups.values():
+        for i, B in zip(places, f(jnp.stack([matrices[i] for i in places])), strict=True):
+            out[i] = B
+    return out
 
 
 def eye_like(A: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:

@@ -1,6 +1,7 @@
 """What an optimizer does with a tree, and what its state weighs, told from the state itself."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What :func:`describe` found; prints as a table."""
+    """What :func:`describe` found; prints as a table.
+
+    Attributes:
+      rows: one for each leaf. Printed, leaves that differ by a number in their path alone share a
+        line: `layers/*/mlp/up/kernel (24)`, with the bytes of all of them.
+    """
 
     rows: list[Row]
 
@@ -53,17 +59,21 @@ class Description:
             "AdamW",
             "here",
         )
+        alike: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            pattern = re.sub(r"\d+", "*", row.path)
+            alike.setdefault((pattern, row.shape, row.view, row.side, row.rank), []).append(row)
         body = [
             (
-                row.path,
-                str(row.shape),
-                row.view,
-                row.side,
-                "" if row.rank is None else str(row.rank),
-                human_bytes(row.adamw_bytes),
-                human_bytes(row.state_bytes),
+                rows[0].path if len(rows) == 1 else f"{pattern} ({len(rows)})",
+                str(shape),
+                view,
+                side,
+                "" if rank is None else str(rank),
+                human_bytes(sum(row.adamw_bytes for row in rows)),
+                human_bytes(sum(row.state_bytes for row in rows)),
             )
-            for row in self.rows
+            for (pattern, shape, view, side, rank), rows in alike.items()
         ]
         before, after = (
             sum(getattr(row, f) for row in self.rows) for f in ("adamw_bytes", "state_bytes")
@@ -91,9 +101,9 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore
       >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 64), jnp.float32)}}
       >>> print(describe(natgalore.galore(1e-3, rank=16), params))
-      leaf       shape      matrix view, or why not projected  side   rank      AdamW       here
-      up/kernel  (256, 64)  64 x 256                           right    16  128.0 KiB   36.0 KiB
-      total                                                                 128.0 KiB   36.0 KiB
+      leaf       shape      matrix view, or why not projected  side   rank      AdamW      here
+      up/kernel  (256, 64)  64 x 256                           right    16  128.0 KiB  36.0 KiB
+      total                                                                 128.0 KiB  36.0 KiB
     """
     state = jax.eval_shape(tx.init, params)
     found = [

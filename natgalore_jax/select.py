@@ -33,7 +33,7 @@ NEVER = {
         "bn",
         "scale",
     },
-    "a bias": {"bias", "biases", "b"},
+    "a bias": {"bias", "biases"},
     "a router": {"router", "routers"},
     "a position table": {"pos", "position", "positional", "positions", "rel"},
     "a convolution": {"conv", "conv1d", "conv2d", "conv3d"},
@@ -108,7 +108,10 @@ def _oriented(path, shape, batch, left, right, rank, index) -> LeafSpec | str:
 
 def _never(path: tuple) -> str | None:
     """Why a leaf with such a name is never projected: the innermost telling word decides."""
-    for word in reversed(_words(path)):
+    words = _words(path)
+    if words[-1:] == ["b"]:
+        return "a bias"
+    for word in reversed(words):
         for reason, names in NEVER.items():
             if word in names:
                 return reason

@@ -204,10 +204,10 @@ class Undeclared(str):
     """Stands for the role of a field of which no role is known; names the field."""
 
 
-ROLES: dict[type, dict[str, Role]] = {}
+ROLES: dict[type, dict[str, str]] = {}
 
 
-def register_state(state_type: type, **roles: Role) -> None:
+def register_state(state_type: type, **roles: str) -> None:
     """Declares what the fields of a state hold, so that it can be carried to another basis.
 
     Args:
@@ -236,12 +236,10 @@ def register_state(state_type: type, **roles: Role) -> None:
             raise ValueError(
                 f"`{field}` is no field of {state_type.__name__}: {state_type._fields}."
             )
-    ROLES[state_type] = dict(roles)
+    ROLES[state_type] = roles
 
 
-def walk(
-    state: PyTree, f: Callable[[Any, Role | Undeclared | None, LeafSpec | None], Any]
-) -> PyTree:
+def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) -> PyTree:
     """`state` with every array x replaced by `f(x, role, spec)`: the one traversal of a state.
 
     `spec` is that of the leaf which x belongs to, or None where x belongs to no projected leaf.
@@ -249,6 +247,8 @@ def walk(
     """
 
     def visit(node, role, spec):
+        if node is None:
+            return None
         if isinstance(node, _Marked):
             spec = node.spec
             role = "basis" if isinstance(node, Basis) else role
