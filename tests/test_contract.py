@@ -1,0 +1,154 @@
+"""What every public transformation promises of Optax's protocol, whatever it computes.
+
+A new transformation is one line in TRANSFORMS and earns all of these tests.
+"""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+
+import natgalore_jax as natgalore
+
+
+TRANSFORMS = {
+    "natural_galore": natgalore.natural_galore(1e-2, 4, refresh_every=3, weight_decay=0.1),
+    "natural_galore, window": natgalore.natural_galore(1e-2, 4, fisher="window"),
+    "galore": natgalore.galore(1e-2, 4),
+    "project": natgalore.project(4, optax.trace(0.9)),
+    "project, svd": natgalore.project(4, optax.trace(0.9), basis="svd", transport="keep"),
+    "scale_by_fisher": natgalore.chain(natgalore.project(4), natgalore.scale_by_fisher(3)),
+    "scale_by_core_fisher": natgalore.chain(natgalore.project(4), natgalore.scale_by_core_fisher()),
+    "adamw inside": natgalore.chain(natgalore.project(4), optax.adamw(1e-2, weight_decay=0.1)),
+}
+PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}, "frozen": None}
+
+
+@pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS)
+def tx(request):
+    return request.param
+
+
+def gradients(count=0, params=PARAMS):
+    key = jax.random.fold_in(jax.random.key(7), count)
+    return jax.tree.map(lambda x: jax.random.normal(key, x.shape, x.dtype), params)
+
+
+def types(tree):
+    leaves, treedef = jax.tree.flatten(tree)
+    return [jax.typeof(x) for x in leaves], treedef
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_types_are_fixed_points(tx, dtype):
+    params = optax.tree.cast(PARAMS, dtype)
+    state = jax.eval_shape(tx.init, params)
+    updates, new_state = jax.eval_shape(tx.update, params, state, params)
+    assert types(updates) == types(params)
+    assert types(new_state) == types(state)
+
+
+def test_init_needs_shapes_only(tx):
+    abstract = jax.eval_shape(lambda: PARAMS)
+    assert types(tx.init(abstract)) == types(tx.init(PARAMS))
+
+
+def test_holes_and_empty_trees_survive(tx):
+    state = tx.init({})
+    assert tx.update({}, state, {})[0] == {}
+    assert tx.update(gradients(), tx.init(PARAMS), PARAMS)[0]["frozen"] is None
+
+
+def test_extra_arguments_are_accepted(tx):
+    tx.update(gradients(), tx.init(PARAMS), PARAMS, value=jnp.float32(1.0), unknown=None)
+
+
+def test_protocols_parameter_names_are_kept(tx):
+    assert list(inspect.signature(tx.update).parameters)[:3] == ["updates", "state", "params"]
+    assert next(iter(inspect.signature(tx.init).parameters)) == "params"
+
+
+def test_float64_stays_float64(tx):
+    with jax.enable_x64(True):
+        params = optax.tree.cast(PARAMS, jnp.float64)
+        updates, state = jax.eval_shape(tx.update, params, tx.init(params), params)
+        floats = [x.dtype for x in jax.tree.leaves((updates, state)) if x.dtype.kind == "f"]
+    assert set(floats) == {jnp.dtype("float64")}
+
+
+def test_masked_leaves_are_left_alone(tx):
+    masked = optax.masked(tx, {"up": {"kernel": True}, "norm": {"scale": False}, "frozen": None})
+    g = gradients()
+    updates, _ = masked.update(g, masked.init(PARAMS), PARAMS)
+    assert updates["norm"]["scale"] is g["norm"]["scale"]
+    assert (updates["up"]["kernel"] != g["up"]["kernel"]).any()
+
+
+def test_update_can_be_skipped_by_a_conditional(tx):
+    """`optax.apply_if_finite`: the state after an update has the type of the state before."""
+    wrapped = optax.apply_if_finite(tx, 3)
+    state = wrapped.init(PARAMS)
+    bad = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    updates, state = jax.jit(wrapped.update)(bad, state, PARAMS)
+    assert not any(x.any() for x in jax.tree.leaves(updates))
+    assert state.total_notfinite == 1
+
+
+def test_extra_arguments_reach_inner():
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = natgalore.project(4, inner)
+    tx.update(gradients(), tx.init(PARAMS), PARAMS, value=3.0)
+    assert seen == {"value": 3.0}
+
+
+class TestVariants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @parameterized.named_parameters(
+        ("core", "natural_galore"), ("window", "natural_galore, window"), ("decay", "adamw inside")
+    )
+    def test_jit_pmap_and_neither_agree(self, name):
+        tx = TRANSFORMS[name]
+        params = {k: v for k, v in PARAMS.items() if v is not None}
+        state, expected = tx.init(params), params
+        update = self.variant(tx.update)
+        mine, theirs = state, state
+        for count in range(2):
+            g = gradients(count, params)
+            actual, mine = update(g, mine, params)
+            expected, theirs = jax.jit(tx.update)(g, theirs, params)
+        # The same operations fused otherwise, through one inverse root: a few roundings.
+        chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_pmap_with_reduced_gradients_equals_one_device():
+    tx = TRANSFORMS["natural_galore"]
+    params = {"up": {"kernel": jnp.ones((12, 20))}}
+    n = 4
+
+    def step(params, state, g):
+        g = jax.lax.pmean(g, "data")
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    copies = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * n), tree)
+    many, many_state = copies(params), copies(tx.init(params))
+    one, one_state = params, tx.init(params)
+    pstep = jax.pmap(step, axis_name="data", devices=jax.devices()[:n])
+    for count in range(4):
+        g = jnp.stack([gradients(10 * count + i, params)["up"]["kernel"] for i in range(n)])
+        many, many_state = pstep(many, many_state, {"up": {"kernel": g}})
+        updates, one_state = jax.jit(tx.update)({"up": {"kernel": g.mean(0)}}, one_state, one)
+        one = optax.apply_updates(one, updates)
+    for replica in many["up"]["kernel"]:
+        np.testing.assert_allclose(replica, one["up"]["kernel"], rtol=1e-4)

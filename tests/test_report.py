@@ -1,0 +1,103 @@
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import natgalore_jax as natgalore
+from natgalore_jax.report import bytes_by_leaf, human_bytes
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import llama
+
+
+ABSTRACT = {
+    "embed": {"embedding": jax.ShapeDtypeStruct((99, 16), jnp.bfloat16)},
+    "layers": {
+        str(i): {"up": {"kernel": jax.ShapeDtypeStruct((16, 40), jnp.bfloat16)}} for i in range(3)
+    },
+    "down": {"kernel": jax.ShapeDtypeStruct((40, 16), jnp.bfloat16)},
+}
+
+
+def test_describe_says_what_the_optimizer_does():
+    rows = {row.path: row for row in natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT).rows}
+    up, down, embed = (rows[p] for p in ("layers/1/up/kernel", "down/kernel", "embed/embedding"))
+    assert (up.view, up.side, up.rank) == ("16 x 40", "left", 4)
+    assert (down.view, down.side, down.rank) == ("16 x 40", "right", 4)
+    assert (embed.view, embed.side, embed.rank) == ("an embedding", "", None)
+    # P (16 x 4) and two moments (4 x 40) in float32, and the int32 that counts skipped steps.
+    assert up.state_bytes == 4 * (16 * 4 + 2 * 4 * 40) + 4
+    assert up.adamw_bytes == 2 * 2 * 16 * 40
+    assert embed.state_bytes == 4 * 2 * 99 * 16 + 4
+
+
+def test_describe_prints_leaves_that_are_alike_in_one_line():
+    table = str(natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT)).splitlines()
+    (line,) = [line for line in table if line.startswith("layers")]
+    assert line.split()[:2] == ["layers/*/up/kernel", "(3)"]
+    assert line.endswith(human_bytes(3 * (4 * (16 * 4 + 2 * 4 * 40) + 4)))
+    assert len(table) == 5
+
+
+@pytest.mark.parametrize("wrap", ["chain", "masked", "MultiSteps"])
+def test_describe_finds_the_projection_inside_other_transformations(wrap):
+    tx = natgalore.galore(1.0, 4)
+    tx = {
+        "chain": lambda: optax.chain(optax.clip(1.0), tx),
+        "masked": lambda: optax.masked(tx, True),
+        "MultiSteps": lambda: optax.MultiSteps(tx, 2).gradient_transformation(),
+    }[wrap]()
+    rows = natgalore.describe(tx, ABSTRACT).rows
+    assert [row.rank for row in rows if row.path == "down/kernel"] == [4]
+
+
+def test_describe_refuses_an_optimizer_that_projects_nothing():
+    with pytest.raises(ValueError, match=r"no natgalore\.project"):
+        natgalore.describe(optax.adam(1.0), ABSTRACT)
+
+
+def test_every_byte_is_counted_once():
+    tx = optax.adamw(1.0)
+    state = jax.eval_shape(tx.init, ABSTRACT)
+    report = natgalore.memory_report(ABSTRACT, {"adamw": tx})
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    assert report.total["adamw"] == sum(sizes)
+    assert sum(bytes_by_leaf(state, ABSTRACT).values()) == sum(sizes) - 4  # the step count
+
+
+def test_memory_report_refuses_nothing_to_report():
+    with pytest.raises(ValueError, match=r"`optimizers`"):
+        natgalore.memory_report(ABSTRACT, {})
+
+
+def test_llama_1b_at_rank_512_keeps_what_is_promised():
+    """At most 1.12 of GaLore's state and 0.40 of AdamW's on the projected leaves, in float32."""
+    params = llama.abstract_params(llama.CONFIGS["1b"])
+    report = natgalore.memory_report(
+        params,
+        {
+            "adamw": optax.adamw(1.0),
+            "galore": natgalore.galore(1.0, 512),
+            "natural_galore": natgalore.natural_galore(1.0, 512),
+        },
+    )
+    ours = report.projected["natural_galore"]
+    assert ours <= 1.12 * report.projected["galore"]
+    assert ours <= 0.40 * report.projected["adamw"]
+    # By hand: 24 layers of 4 attention kernels (2048 x 2048) and 3 of the MLP (2048 x 5461).
+    r, matrices = 512, {2048: 4 * 24, 5461: 3 * 24}
+    fisher = 4 * (2 * r * r + 3)
+    by_hand = sum(k * (4 * (2048 * r + 2 * r * n) + fisher + 4) for n, k in matrices.items())
+    assert ours == by_hand
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**40, "5120.0 GiB")]
+)
+def test_bytes_read_as_people_write_them(n, text):
+    assert human_bytes(n) == text

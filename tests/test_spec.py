@@ -1,0 +1,134 @@
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgalore_jax as natgalore
+from natgalore_jax.spec import (
+    ROLES,
+    Basis,
+    Core,
+    LeafSpec,
+    Undeclared,
+    cores,
+    register_state,
+    replace_cores,
+    walk,
+)
+
+
+KERNEL = LeafSpec(
+    path=(jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel")),
+    shape=(3, 8, 20),
+    batch=(0,),
+    rows=(1,),
+    cols=(2,),
+    rank=4,
+)
+
+
+def any_spec(seed):
+    """A leaf of two to five axes, each assigned to batch, rows or columns."""
+    rng = np.random.default_rng(seed)
+    axes = rng.permutation(rng.integers(2, 6)).tolist()
+    first = rng.integers(0, len(axes) - 1)
+    second = rng.integers(first + 1, len(axes))
+    shape = tuple(rng.integers(1, 5, len(axes)).tolist())
+    parts = tuple(axes[:first]), tuple(axes[first:second]), tuple(axes[second:])
+    return LeafSpec((), shape, *parts, rank=1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_views_lose_and_mix_nothing(seed):
+    spec = any_spec(seed)
+    x = jnp.arange(float(math.prod(spec.shape))).reshape(spec.shape)
+    view = spec.to_view(x)
+    assert view.shape == (*spec.batch_shape, spec.m, spec.n)
+    np.testing.assert_array_equal(spec.from_view(view), x)
+    # NumPy's own reordering of the axes is the reference.
+    moved = np.moveaxis(np.asarray(x), (*spec.batch, *spec.rows, *spec.cols), range(x.ndim))
+    np.testing.assert_array_equal(view.ravel(), moved.ravel())
+    stack = view.reshape(-1, spec.m, spec.n)
+    for i in range(spec.matrices):
+        np.testing.assert_array_equal(spec.matrix(x, jnp.int32(i)), stack[i])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_matrix_part_can_be_taken_and_put_back(seed):
+    spec = any_spec(seed)
+    x = jnp.zeros((*spec.batch_shape, 2, 3))
+    i = jnp.int32(seed % spec.matrices)
+    part = jnp.arange(6.0).reshape(2, 3)
+    changed = spec.put(x, i, part)
+    np.testing.assert_array_equal(spec.take(changed, i), part)
+    assert jnp.count_nonzero(changed) == jnp.count_nonzero(part)
+
+
+def test_a_core_repeats_its_parents_key():
+    tree = {"up": {"kernel": Core(jnp.ones((4, 20)), KERNEL)}}
+    ((path, _),) = jax.tree_util.tree_leaves_with_path(tree)
+    assert [key.key for key in path] == ["up", "kernel", "kernel"]
+
+
+def test_optax_keeps_cores_in_what_it_remembers():
+    tree = {"up": {"kernel": Core(jnp.ones((3, 4, 20)), KERNEL)}, "bias": jnp.ones(3)}
+    state = optax.scale_by_adam().init(tree)
+    assert isinstance(state.mu["up"]["kernel"], Core)
+    assert state.nu["up"]["kernel"].spec is KERNEL
+
+
+def test_cores_are_found_and_replaced_in_order_past_masked_ones():
+    tree = [Core(jnp.ones(2), KERNEL), {"b": jnp.ones(3)}, Core(optax.MaskedNode(), KERNEL), None]
+    tree.append(Core(jnp.zeros(2), KERNEL))
+    assert [float(core.value[0]) for core in cores(tree)] == [1.0, 0.0]
+    replaced = replace_cores(tree, ["first", "second"])
+    assert replaced[0].value == "first"
+    assert replaced[4].value == "second"
+    assert replaced[1] is tree[1] or replaced[1]["b"] is tree[1]["b"]
+
+
+def test_walk_knows_role_and_spec_of_every_array():
+    params = {"up": {"kernel": jnp.ones((8, 20))}, "bias": jnp.ones(3)}
+    tx = natgalore.project(4, optax.chain(natgalore.scale_by_core_fisher(), optax.scale_by_adam()))
+    state = tx.init(params)
+    seen = []
+    same = walk(state, lambda x, role, spec: seen.append((x, role, spec)) or x)
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    assert len(seen) == len(jax.tree.leaves(state))
+    mine = sorted(role for _, role, spec in seen if spec is not None and spec.name == "up/kernel")
+    assert mine == sorted(
+        ["basis", "SubspaceState.skipped", "linear", "square", "fisher", "root", "root"]
+        + ["scalar"] * 2
+    )
+    assert all(spec is None or spec.shape == (8, 20) for _, _, spec in seen)
+
+
+def test_walk_names_what_was_not_declared():
+    class Strange(NamedTuple):
+        memory: object
+
+    seen = []
+    walk(Strange({"k": Core(jnp.ones(2), KERNEL)}), lambda x, role, spec: seen.append(role))
+    assert seen == ["Strange.memory"]
+    assert isinstance(seen[0], Undeclared)
+
+
+def test_a_basis_has_its_role_wherever_it_is():
+    seen = []
+    walk({"k": Basis(jnp.ones(2), KERNEL)}, lambda x, role, spec: seen.append((role, spec)))
+    assert seen == [("basis", KERNEL)]
+
+
+def test_register_state_refuses_what_it_cannot_use():
+    class Momentum(NamedTuple):
+        momentum: object
+
+    with pytest.raises(ValueError, match=r"`momentum`.*'cubic'"):
+        register_state(Momentum, momentum="cubic")
+    with pytest.raises(ValueError, match="`speed` is no field of Momentum"):
+        register_state(Momentum, speed="linear")
+    assert Momentum not in ROLES
