@@ -1,0 +1,54 @@
+"""What does each optimizer's state weigh on the paper's Llama sizes?
+
+Counts the arrays each optimizer would make, from shapes alone, float32 throughout: the same on any
+machine. `projected` is the state of the leaves that GaLore projects, `total` that of all leaves.
+
+    python benchmarks/bench_memory.py [--out benchmarks/results/memory.json]
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import optax
+from environment import environment
+
+import natgalore_jax as natgalore
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+import llama
+
+
+RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore, table 2
+
+
+def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
+    return {
+        "adamw": optax.adamw(1.0),
+        "galore": natgalore.galore(1.0, rank),
+        "natural_galore": natgalore.natural_galore(1.0, rank),
+        "natural_galore, window": natgalore.natural_galore(1.0, rank, fisher="window"),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="write the figures here, as JSON")
+    args = parser.parse_args()
+    results: dict = {"environment": environment()}
+    for size, rank in RANKS.items():
+        params = llama.abstract_params(llama.CONFIGS[size])
+        report = natgalore.memory_report(params, optimizers(rank))
+        results[size] = {"rank": rank, "total": report.total, "projected": report.projected}
+        print(f"Llama {size}, rank {rank}\n{report}\n")
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Every Python snippet of the README runs, and every figure in it is in a results file."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) >= 2
+
+
+def test_snippets_run_in_order():
+    scope: dict = {}
+    for snippet in SNIPPETS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(compile(snippet, "README.md", "exec"), scope)
+    assert scope["loss"] > 0
+
+
+def test_the_snippet_is_short_and_shows_the_line_it_replaces():
+    lines = [line for line in SNIPPETS[0].splitlines() if line.strip()]
+    assert len(lines) <= 16
+    assert any(line.startswith("# tx = optax.adamw(schedule") for line in lines)
+
+
+def test_inline_code_names_what_exists():
+    import natgalore_jax as natgalore
+
+    for name in re.findall(r"natgalore\.(\w+)", README):
+        assert hasattr(natgalore, name), name
+
+
+@pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b", "7b"])
+def test_memory_table_is_the_measured_one(size):
+    figures = json.loads((ROOT / "benchmarks/results/memory.json").read_text())[size]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {size} ")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == str(figures["rank"])
+    shares = [
+        f"{figures[of][name] / figures[of]['adamw']:.2f}"
+        for name in ("galore", "natural_galore", "natural_galore, window")
+        for of in ("projected", "total")
+    ]
+    assert cells[2:] == shares
