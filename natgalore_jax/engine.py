@@ -150,7 +150,7 @@ class Engine:
                 self.inner, projected, inner_state, proxies, **extra_args
             )
         answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)
-        lifted = self.lift(answer, decay, basis, updates, params)
+        lifted = self.lift(answer, decay, finite, basis, updates, params)
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
         return lifted, SubspaceState(count, basis, skipped, inner_state, state.version)
@@ -233,20 +233,29 @@ class Engine:
         return spec.put(bases, i, new), arrays
 
     def lift(
-        self, answer: PyTree, decay: list[Any], basis: PyTree, updates: PyTree, params: PyTree
+        self,
+        answer: PyTree,
+        decay: list[Any],
+        finite: PyTree,
+        basis: PyTree,
+        updates: PyTree,
+        params: PyTree,
     ) -> PyTree:
         """P U, and a W where inner decays, in the shape and dtype of the leaf."""
         left = iter(decay)
 
-        def at(G, P, U, w):
+        def at(G, P, U, ok, w):
             if P is None:
                 return U.astype(G.dtype)
-            full = P.spec.from_view(matmul(P.value, self.scale * U.value))
+            full = matmul(P.value, self.scale * U.value)
             a = next(left)
-            return (full if a is None else full + a * w.astype(full.dtype)).astype(G.dtype)
+            if a is not None:
+                weight = P.spec.to_view(w).astype(full.dtype)
+                full += jnp.where(ok.value[..., None, None], a * weight, 0)
+            return P.spec.from_view(full).astype(G.dtype)
 
         weights = updates if params is None else params
-        return jax.tree.map(at, updates, basis, answer, weights)
+        return jax.tree.map(at, updates, basis, answer, finite, weights)
 
 
 def gate(projected: PyTree) -> tuple[PyTree, PyTree]:

@@ -1,0 +1,52 @@
+# Everything a newcomer needs: each target sets up .venv by itself and is quick once it is there.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Batched SVD is many times slower on small CPUs when BLAS threads compete with JAX's.
+export OPENBLAS_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all lint
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; \
+	do printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+train: $(VENV)/.examples ## train a small Llama with Natural GaLore; ARGS="--help" lists the settings
+	@$(BIN)/python examples/pretrain.py $(ARGS)
+
+test: $(VENV)/.test ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.test ## run all tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyrefly check
+
+# One stamp for each extra of pyproject.toml, so that `make train` installs no test tools.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	@echo "installing the packages for $* into $(VENV) ..."
+	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(BIN)/python -m pip install --quiet --editable '.[$*]'; \
+	elif $(PYTHON) -m pip --python $(BIN)/python --version >/dev/null 2>&1; then \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet --editable '.[$*]'; \
+	elif command -v uv >/dev/null; then \
+		uv pip install --quiet --python $(BIN)/python --editable '.[$*]'; \
+	else \
+		echo "error: neither pip 22.3 or newer nor uv is there to install packages with" >&2; exit 1; \
+	fi
+	@touch $@
+
+# A distribution's Python may come without ensurepip: then the venv borrows $(PYTHON)'s own pip.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "error: $(PYTHON) is no Python 3.11 or newer; name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+		|| $(PYTHON) -m venv --clear --without-pip $(VENV) >/dev/null 2>&1 \
+		|| { echo "error: $(PYTHON) cannot make virtual environments: install its venv module" >&2; exit 1; }

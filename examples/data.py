@@ -1,0 +1,138 @@
+"""Text as bytes: a corpus that every Python installation has, and batches that need no state.
+
+The default corpus is the Python standard library's own source code (about 11 MB). Every token is
+a byte, so there is no tokenizer and losses are in nats per byte. A batch is a function of
+(seed, step) alone: a run that resumes at a step continues with the same data.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+
+VOCABULARY = 256
+EXCLUDED = {  # what distributions leave out or add, so that their corpora differ little
+    "dist-packages",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
+
+
+class Corpus(NamedTuple):
+    """A text, split.
+
+    Attributes:
+        train: bytes to train on.
+        validation: bytes held out: every 20th file or, of a single file, the last 5 %.
+        files: number of files.
+        sha256: digest of the files' names and contents.
+    """
+
+    train: UInt8[np.ndarray, " tokens"]
+    validation: UInt8[np.ndarray, " tokens"]
+    files: int
+    sha256: str
+
+    def summary(self) -> dict[str, int | str]:
+        """What a log should say of the data."""
+        return {
+            "files": self.files,
+            "sha256": self.sha256,
+            "train_bytes": len(self.train),
+            "validation_bytes": len(self.validation),
+        }
+
+
+def standard_library() -> list[Path]:
+    """The source files of the Python standard library, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(root.rglob("*.py"))
+    return [file for file in files if EXCLUDED.isdisjoint(file.relative_to(root).parts)]
+
+
+def text_files(path: Path) -> list[Path]:
+    """`path` itself, or all files in the folder `path` that are not hidden, sorted."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or folder at {path}")
+
+    def hidden(file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(path).parts)
+
+    return [file for file in sorted(path.rglob("*")) if file.is_file() and not hidden(file)]
+
+
+def load(path: Path | None = None) -> Corpus:
+    """Reads a text file, a folder of them, or by default the Python standard library.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: the text is empty.
+    """
+    files = standard_library() if path is None else text_files(path)
+    texts = [file.read_bytes() for file in files]
+    if not any(texts):
+        raise ValueError(f"the text is empty: {path}")
+
+    digest = hashlib.sha256()
+    for file, text in zip(files, texts, strict=True):
+        digest.update(f"{file.name} {len(text)}\n".encode() + text)
+
+    if len(texts) == 1:
+        end = len(texts[0]) * 95 // 100
+        train, validation = texts[0][:end], texts[0][end:]
+    else:
+        validation = b"".join(texts[::20])
+        train = b"".join(text for i, text in enumerate(texts) if i % 20)
+    return Corpus(
+        np.frombuffer(train, np.uint8),
+        np.frombuffer(validation, np.uint8),
+        len(files),
+        digest.hexdigest(),
+    )
+
+
+def check_length(corpus: Corpus, batch_size: int, length: int) -> None:
+    """Raises a ValueError unless one batch of `length` tokens fits in both halves of the corpus."""
+    for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        needed = batch_size * length if name == "training" else length
+        if len(tokens) < needed:
+            raise ValueError(
+                f"the text is too short: {len(tokens)} bytes for {name}, "
+                f"but {needed} are needed; give more text or a smaller batch or sequence"
+            )
+
+
+def windows(
+    tokens: UInt8[np.ndarray, " tokens"], starts: Int[np.ndarray, " batch"], length: int
+) -> Int[np.ndarray, "batch length"]:
+    """The `length` tokens from each of the starts on."""
+    return tokens[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def training_batch(
+    tokens: UInt8[np.ndarray, " tokens"], batch_size: int, length: int, *, seed: int, step: int
+) -> Int[np.ndarray, "batch length"]:
+    """Random windows of the text: the same for the same seed and step."""
+    random = np.random.default_rng((seed, step))
+    return windows(tokens, random.integers(len(tokens) - length + 1, size=batch_size), length)
+
+
+def validation_batches(
+    tokens: UInt8[np.ndarray, " tokens"], batch_size: int, length: int, batches: int
+) -> Iterator[Int[np.ndarray, "batch length"]]:
+    """Windows that are spread evenly over the text: the same ones each time."""
+    starts = np.linspace(0, len(tokens) - length, batches * batch_size).astype(np.int64)
+    for batch in np.split(starts, batches):
+        yield windows(tokens, batch, length)

@@ -1,0 +1,211 @@
+"""Llama in Flax NNX, in the sizes that GaLore and its successors report.
+
+    x = embed(tokens)
+    for each layer:
+        x = x + attention(rms_norm(x))      causal, rotary position embeddings
+        x = x + mlp(rms_norm(x))            down(silu(gate(x)) * up(x))
+    logits = head(rms_norm(x))
+
+No biases, an untied head, and every weight of a layer a plain matrix: what an optimizer that
+projects matrices likes to see. With `scan=True` the layers are one stack of weights (layers, m, n)
+and one compiled body, so that compilation does not grow with depth; the function is the same.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a Llama and how to compute it.
+
+    Attributes:
+        hidden: width of the residual stream.
+        intermediate: width inside the gated MLP.
+        heads: attention heads; `hidden / heads` must be even, for the rotary embedding.
+        layers: depth.
+        vocabulary: number of tokens.
+        scan: stack the layers and scan over them, instead of unrolling them.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+        dtype: dtype of activations and matmuls; weights are float32 always.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    layers: int
+    vocabulary: int = 32_000
+    scan: bool = False
+    remat: bool = False
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                f"hidden must be a multiple of 2 * heads, got {self.hidden} and {self.heads} heads"
+            )
+
+
+CONFIGS = {
+    "tiny": LlamaConfig(128, 344, heads=4, layers=4, vocabulary=256),
+    "60m": LlamaConfig(512, 1376, heads=8, layers=8),
+    "130m": LlamaConfig(768, 2048, heads=12, layers=12),
+    "350m": LlamaConfig(1024, 2736, heads=16, layers=24),
+    "1b": LlamaConfig(2048, 5461, heads=32, layers=24),
+    "7b": LlamaConfig(4096, 11008, heads=32, layers=32),
+}
+
+
+def linear(config: LlamaConfig, m: int, n: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:
+    """x ↦ x W with W (m, n) drawn from a normal distribution, and no bias."""
+    init = nnx.initializers.normal(stddev)
+    return nnx.Linear(m, n, use_bias=False, kernel_init=init, dtype=config.dtype, rngs=rngs)
+
+
+def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.hidden, dtype=config.dtype, rngs=rngs)
+
+
+def inner_stddev(config: LlamaConfig) -> float:
+    """Standard deviation of the matrices that read the residual stream (arXiv 1910.05895)."""
+    return math.sqrt(2 / (5 * config.hidden))
+
+
+def outer_stddev(config: LlamaConfig) -> float:
+    """Of those that add to it: smaller, since 2 * layers of them are summed up."""
+    return inner_stddev(config) / math.sqrt(2 * config.layers)
+
+
+def rotary_angles(length: int, head_dim: int) -> Float[Array, "length half"]:
+    """Angle of each position and frequency: position / 10000^(2 i / head_dim)."""
+    frequencies = 10_000.0 ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "length half"]
+) -> Float[Array, "batch length heads head_dim"]:
+    """Turns the pairs (x_i, x_{i + half}) by their angle, in float32.
+
+    The inner product of a rotated query and key then depends on the distance of their positions
+    only (arXiv 2104.09864).
+    """
+    cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head attention, all four matrices (hidden, hidden)."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.heads = config.heads
+        inner = partial(linear, config, config.hidden, config.hidden, inner_stddev(config))
+        self.query = inner(rngs)
+        self.key = inner(rngs)
+        self.value = inner(rngs)
+        self.out = linear(config, config.hidden, config.hidden, outer_stddev(config), rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length hidden"]:
+        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
+        query, key, value = (f(x).reshape(split) for f in (self.query, self.key, self.value))
+        angles = rotary_angles(split[1], split[3])
+        mixed = jax.nn.dot_product_attention(
+            rotate(query, angles), rotate(key, angles), value, is_causal=True
+        )
+        return self.out(mixed.reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """The gated MLP of Llama (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        m, n = config.hidden, config.intermediate
+        self.gate = linear(config, m, n, inner_stddev(config), rngs)
+        self.up = linear(config, m, n, inner_stddev(config), rngs)
+        self.down = linear(config, n, m, outer_stddev(config), rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length hidden"]:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One layer: attention and MLP, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.attention_norm = rms_norm(config, rngs)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = rms_norm(config, rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length hidden"]:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """Tokens to the logits of the next token."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocabulary,
+            config.hidden,
+            embedding_init=nnx.initializers.normal(0.02),
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        make_layer = partial(Layer, config)
+        if config.scan:
+            self.layers = nnx.vmap(make_layer)(rngs.split(config.layers))
+        else:
+            self.layers = nnx.List([make_layer(rngs) for _ in range(config.layers)])
+        self.norm = rms_norm(config, rngs)
+        # Logits of size 1/sqrt(hidden): training starts at ln(vocabulary), whatever the width.
+        self.head = linear(config, config.hidden, config.vocabulary, 1 / config.hidden, rngs)
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"]
+    ) -> Float[Array, "batch length vocabulary"]:
+        def apply(structure, x, weights):
+            return nnx.merge(structure, weights)(x), None
+
+        if self.config.remat:
+            apply = jax.checkpoint(apply, static_argnums=0)
+
+        x = self.embed(tokens)
+        if self.config.scan:
+            structure, weights = nnx.split(self.layers)
+            x, _ = jax.lax.scan(partial(apply, structure), x, weights)
+        else:
+            for layer in self.layers:
+                structure, weights = nnx.split(layer)
+                x, _ = apply(structure, x, weights)
+        return self.head(self.norm(x))
+
+
+def next_token_loss(model: Llama, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:
+    """Mean cross-entropy, in nats, of each token but the first given those before it."""
+    logits = model(tokens[:, :-1]).astype(jnp.float32)
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
+    return -jnp.mean(log_likelihood)
+
+
+def abstract_params(config: LlamaConfig) -> dict[str, Any]:
+    """The parameters of a config as a nested dict of shapes and dtypes, without their memory."""
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -1,0 +1,212 @@
+"""What a run shows and leaves behind: a live line, a log, a table and a figure.
+
+A run is its log: one JSON object a line, first the header (what was run, where, on which data),
+then one record for each logged step. Table and figure are made from logs alone, of one run or of
+several side by side.
+"""
+
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import jax
+from matplotlib.figure import Figure
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def version(package: str) -> str | None:
+    """Its version, or None of a package that runs from a checkout without being installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a result was measured with."""
+    packages = ("natgalore_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays in a tree, abstract ones too."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+class Run(NamedTuple):
+    """A log, read back.
+
+    Attributes:
+        header: config, environment, data, number of parameters, bytes of state.
+        records: step, tokens, seconds, train_loss, tokens_per_second, and where it was measured
+            validation_loss; losses in nats per token.
+    """
+
+    header: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.header["config"]["optimizer"]
+
+    def losses(self, kind: str) -> tuple[list[int], list[float]]:
+        """Steps and values of `train_loss` or `validation_loss`."""
+        measured = [record for record in self.records if kind in record]
+        return [record["step"] for record in measured], [record[kind] for record in measured]
+
+    def tokens_per_second(self) -> float:
+        """Mean speed of training, without its first step, which compiles."""
+        records = [record for record in self.records if "train_loss" in record]
+        tokens, seconds = 0, 0.0
+        for before, record in itertools.pairwise(records):
+            n = record["tokens"] - before["tokens"]
+            tokens += n
+            seconds += n / record["tokens_per_second"]
+        return tokens / seconds if tokens else records[0]["tokens_per_second"]
+
+
+def open_log(name: str, folder: Path | None, *, overwrite: bool) -> TextIO:
+    """Opens the log of a new run in `folder`, by default in a free one in `runs/` called `name`.
+
+    Raises:
+        OSError: the folder cannot be written to, or holds a run that is not to be overwritten.
+    """
+    if folder is None:
+        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+        folders = (Path("runs", name) for name in names)
+        folder = next(f for f in folders if overwrite or not (f / "log.jsonl").exists())
+    log = folder / "log.jsonl"
+    if log.exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds a run: choose another --out, or --overwrite it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return log.open("w", buffering=1)
+
+
+def read(log: Path) -> Run:
+    """Reads the log of a run."""
+    header, *records = map(json.loads, log.read_text().splitlines())
+    return Run(header, records)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
+
+
+class Display:
+    """Shows a run while it runs: a bar and a status line, or plain lines where no terminal is."""
+
+    def __init__(self, steps: int, state_bytes: int):
+        self.steps = steps
+        self.state_bytes = state_bytes
+        self.started = time.perf_counter()
+        self.validation_loss = math.nan
+        self.console = Console()
+        self.bar = Progress(
+            BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), expand=True
+        )
+        self.task = self.bar.add_task("", total=steps)
+        self.live = Live(self.bar, console=self.console)
+
+    def __enter__(self):
+        if self.console.is_interactive:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception: object):
+        self.live.stop()
+
+    def advance(self, step: int) -> None:
+        self.bar.update(self.task, completed=step)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows a record of the log."""
+        self.validation_loss = record.get("validation_loss", self.validation_loss)
+        step, status = record["step"], [f"validation {self.validation_loss:.3f}"]
+        if "train_loss" in record:
+            left = (time.perf_counter() - self.started) * (self.steps / step - 1)
+            status = [
+                f"loss {record['train_loss']:.3f}",
+                *status,
+                f"{record['tokens_per_second']:,.0f} tokens/s",
+                f"optimizer state {megabytes(self.state_bytes)}",
+                f"{duration(left)} left",
+            ]
+        if self.console.is_interactive:
+            self.live.update(Group(self.bar, Text("  ".join(status), style="dim")))
+        else:
+            line = f"step {step:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(status)
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+
+def show_table(runs: Sequence[Run]) -> None:
+    """Prints the results, one column for each run."""
+    rows = {
+        "training loss": lambda run: f"{run.losses('train_loss')[1][-1]:.3f}",
+        "validation loss": lambda run: f"{run.losses('validation_loss')[1][-1]:.3f}",
+        "tokens/s": lambda run: f"{run.tokens_per_second():,.0f}",
+        "optimizer state": lambda run: megabytes(run.header["state_bytes"]),
+        "AdamW's state": lambda run: megabytes(run.header["adamw_state_bytes"]),
+        "wall time": lambda run: duration(run.records[-1]["seconds"]),
+    }
+    table = Table("optimizer")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, runs))
+    Console().print(table)
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Draws training (thin) and validation loss (with dots) against steps."""
+    header = runs[0].header
+    config = header["config"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, run in enumerate(runs):
+        color = f"C{i}"
+        training = f"{run.name}, training"
+        axes.plot(*run.losses("train_loss"), color=color, linewidth=1, alpha=0.5, label=training)
+        steps, losses = run.losses("validation_loss")
+        validation = f"{run.name}, validation"
+        axes.plot(steps, losses, color=color, marker="o", markersize=4, label=validation)
+        axes.annotate(
+            f"{losses[-1]:.3f}",
+            (steps[-1], losses[-1]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            color=color,
+            ha="center",
+            fontweight="bold",
+        )
+    axes.set_title(
+        f"Llama {config['size']} ({header['parameters'] / 1e6:,.2f} M parameters)", loc="left"
+    )
+    axes.set_xlabel(f"step ({config['batch_size'] * config['seq_len']:,} tokens each)")
+    axes.set_ylabel("loss (nats per byte)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
