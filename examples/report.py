@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -179,34 +180,32 @@ def show_table(runs: Sequence[Run]) -> None:
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draws training (thin) and validation loss (with dots) against steps."""
+    """Draws training (thin) and validation loss (with dots) of each run against steps.
+
+    The loss is on a logarithmic axis: the runs differ in their last tenths.
+    """
     header = runs[0].header
     config = header["config"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, run in enumerate(runs):
-        color = f"C{i}"
-        training = f"{run.name}, training"
-        axes.plot(*run.losses("train_loss"), color=color, linewidth=1, alpha=0.5, label=training)
+        axes.plot(*run.losses("train_loss"), color=f"C{i}", linewidth=1, alpha=0.4)
         steps, losses = run.losses("validation_loss")
-        validation = f"{run.name}, validation"
-        axes.plot(steps, losses, color=color, marker="o", markersize=4, label=validation)
-        axes.annotate(
-            f"{losses[-1]:.3f}",
-            (steps[-1], losses[-1]),
-            xytext=(0, 8),
-            textcoords="offset points",
-            color=color,
-            ha="center",
-            fontweight="bold",
-        )
+        label = f"{run.name}: {losses[-1]:.3f}, state {megabytes(run.header['state_bytes'])}"
+        axes.plot(steps, losses, color=f"C{i}", marker="o", markersize=4, label=label)
     axes.set_title(
         f"Llama {config['size']} ({header['parameters'] / 1e6:,.2f} M parameters)", loc="left"
     )
     axes.set_xlabel(f"step ({config['batch_size'] * config['seq_len']:,} tokens each)")
     axes.set_ylabel("loss (nats per byte)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(
+        FixedLocator([0.6, 0.8, 1, 1.2, 1.4, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10])
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, title="validation (dots), training (thin)", alignment="left")
     figure.savefig(path, dpi=150)

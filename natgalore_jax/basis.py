@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from .linalg import matmul, orthonormalise
+
 
 Method = Callable[[Float[Array, "m n"], Float[Array, "m r"], Int[Array, ""]], Float[Array, "m r"]]
 
@@ -80,14 +82,3 @@ def seeded(
 
     # One at a time: batched QR deadlocked on two cores (jaxlib 0.10.2).
     return lax.map(one, index)
-
-
-def orthonormalise(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
-    """Q of Y = Q R with diag(R) > 0. The sign makes Q a continuous function of Y."""
-    Q, R = jnp.linalg.qr(Y)
-    return Q * jnp.where(jnp.diagonal(R)[None, :] < 0, -1.0, 1.0).astype(Q.dtype)
-
-
-def matmul(a: Array, b: Array) -> Array:
-    """a @ b without tensor-float or bfloat16 shortcuts: they cost PᵀP three digits."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -5,6 +5,10 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float
+
+
+Scalar = int | float | Float[Array, ""]  # an array where `optax.inject_hyperparams` gives it
 
 
 def check_int(name: str, value: Any, *, minimum: int) -> int:

@@ -1,7 +1,6 @@
 """One step in the subspace, on one tree.
 
-    due      which matrices get a new basis now
-    refresh  P from G, and what inner remembers carried along (transport)
+    refresh  P from G where it is due, and what inner remembers carried along (refresh.py)
     project  R = PᵀG
     gate     a matrix whose gradient is not finite hands on a zero core instead
     inner    U = inner(R): one transformation over one tree of Cores and other leaves
@@ -14,26 +13,21 @@ Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Das, "Natural G
 arXiv:2410.16029, algorithm 1.
 """
 
-import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from .basis import FIRST_TURNS, Method, matmul, refreshed, seeded
-from .control import when
+from .basis import seeded
 from .decay import update_with_decay
+from .linalg import matmul
+from .refresh import Refresh
 from .spec import Basis, Core, LeafSpec, Undeclared, cores, is_core, subspace, walk
-from .transport import Transport
 
 
 FORMAT_VERSION = 1  # of the state; a new one comes with a way to read the old
-GROUPS = 20  # of matrices refreshed together under `stagger`; see `phase`
 
 
 class SubspaceState(NamedTuple):
@@ -56,26 +50,6 @@ class SubspaceState(NamedTuple):
     version: Int[Array, ""]
 
 
-def due(index: Any, count: Any, refresh_every: int, total: int, stagger: bool = True) -> Any:
-    """Whether matrix `index` of `total` gets a new basis at step `count` (from 0).
-
-    All do at step 0, and each once in every `refresh_every` steps after it.
-    """
-    return (count == 0) | (count % refresh_every == phase(index, refresh_every, total, stagger))
-
-
-def phase(index: Any, refresh_every: int, total: int, stagger: bool) -> Any:
-    """The step of its period at which a matrix is due: 0, or under `stagger` its group's.
-
-    Groups, not matrices, are spread over the period: a step with any refresh pays a fixed price for
-    it (a host synchronisation a leaf on GPUs), which most steps should not.
-    """
-    if not stagger:
-        return 0 * index
-    groups = min(GROUPS, refresh_every, max(total, 1))
-    return index * groups // max(total, 1) * refresh_every // groups
-
-
 class Engine:
     """The transformation behind :func:`project`; its arguments are checked there."""
 
@@ -83,19 +57,13 @@ class Engine:
         self,
         inner: optax.GradientTransformation,
         *,
-        refresh_every: int,
+        refresh: Refresh,
         scale: Any,
-        method: Method,
-        transport: Transport | None,
-        stagger: bool,
         seed: int,
     ):
         self.inner = optax.with_extra_args_support(inner)
-        self.refresh_every = refresh_every
+        self.refresh = refresh
         self.scale = scale
-        self.method = method
-        self.transport = transport
-        self.stagger = stagger
         self.seed = seed
 
     def init(self, params: PyTree, specs: PyTree) -> SubspaceState:
@@ -120,7 +88,7 @@ class Engine:
 
         with subspace():
             inner_state = self.inner.init(jax.tree.map(proxy, params, specs))
-        if self.transport is not None:
+        if self.refresh.transport is not None:
             walk(inner_state, _refuse_undeclared)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
@@ -134,7 +102,7 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SubspaceState]:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
-        basis, inner_state = self.refresh(updates, state)
+        basis, inner_state = self.refresh(updates, state.count, state.basis, state.inner_state)
         projected, finite = gate(jax.tree.map(_project, updates, basis))
         if params is None:
             answer, inner_state = self.inner.update(projected, inner_state, None, **extra_args)
@@ -154,83 +122,6 @@ class Engine:
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
         return lifted, SubspaceState(count, basis, skipped, inner_state, state.version)
-
-    def refresh(self, updates: PyTree, state: SubspaceState) -> tuple[PyTree, PyTree]:
-        """New bases for the matrices that are due, and inner's state in their coordinates."""
-        leaves, treedef = jax.tree.flatten(updates)
-        slots = treedef.flatten_up_to(state.basis)
-        gradients = [G for G, P in zip(leaves, slots, strict=True) if P is not None]
-        bases = [P for P in slots if P is not None]
-        if not bases:
-            return state.basis, state.inner_state
-        roles, arrays = self.carried(state.inner_state, bases)
-        ranges = [self.due_range(P.spec, bases, state.count) for P in bases]
-        turns = jnp.where(state.count == 0, FIRST_TURNS, 1)
-
-        def refresh_due(carry):
-            new = []
-            for G, P, leaf_roles, (lo, hi), leaf in zip(
-                gradients, bases, roles, ranges, carry, strict=True
-            ):
-                one = functools.partial(self.refresh_matrix, P.spec, leaf_roles, G, turns)
-                new.append(lax.fori_loop(lo, hi, one, leaf))
-            return new
-
-        any_due = functools.reduce(operator.or_, [lo < hi for lo, hi in ranges])
-        carry = [(P.value, x) for P, x in zip(bases, arrays, strict=True)]
-        carry = when(any_due, refresh_due, carry)
-        new = iter([P.replace(value) for P, (value, _) in zip(bases, carry, strict=True)])
-        basis = treedef.unflatten([None if P is None else next(new) for P in slots])
-        left = {P.spec: iter(x) for P, (_, x) in zip(bases, carry, strict=True)}
-        put_back = lambda x, role, spec: x if spec is None else next(left[spec], x)
-        return basis, walk(state.inner_state, put_back)
-
-    def carried(
-        self, state: PyTree, bases: list[Basis]
-    ) -> tuple[list[list[Any]], list[list[Array]]]:
-        """What transport carries of each projected leaf: roles and arrays, as `walk` meets them."""
-        roles: dict[LeafSpec, list[Any]] = {P.spec: [] for P in bases}
-        arrays: dict[LeafSpec, list[Array]] = {P.spec: [] for P in bases}
-
-        def collect(x, role, spec):
-            if spec is not None:
-                roles[spec].append(role)
-                arrays[spec].append(x)
-            return x
-
-        if self.transport is not None:
-            walk(state, collect)
-        return list(roles.values()), list(arrays.values())
-
-    def due_range(self, spec: LeafSpec, bases: list[Basis], count: Int[Array, ""]) -> tuple:
-        """The matrices of a leaf that are due, lo <= i < hi: phases rise with the index."""
-        total = sum(P.spec.matrices for P in bases)
-        index = spec.index + np.arange(spec.matrices)
-        phases = jnp.asarray(phase(index, self.refresh_every, total, self.stagger), jnp.int32)
-        now, first = count % self.refresh_every, count == 0
-        lo = jnp.where(first, 0, (phases < now).sum(dtype=jnp.int32))
-        hi = jnp.where(first, spec.matrices, (phases <= now).sum(dtype=jnp.int32))
-        return lo, hi
-
-    def refresh_matrix(
-        self,
-        spec: LeafSpec,
-        roles: list[Any],
-        G: Array,
-        turns: Int[Array, ""],
-        i: Int[Array, ""],
-        leaf: tuple[Array, list[Array]],
-    ) -> tuple[Array, list[Array]]:
-        """The i-th matrix of one leaf: its new basis, and its part of every array carried."""
-        bases, arrays = leaf
-        P = spec.take(bases, i)
-        new, usable = refreshed(self.method, _working(spec.matrix(G, i)), P, turns)
-        if self.transport is not None:
-            old = [spec.take(x, i) for x in arrays]
-            carried = self.transport(list(zip(roles, old, strict=True)), matmul(new.mT, P))
-            carried = [jnp.where(usable, x, y) for x, y in zip(carried, old, strict=True)]
-            arrays = [spec.put(x, i, part) for x, part in zip(arrays, carried, strict=True)]
-        return spec.put(bases, i, new), arrays
 
     def lift(
         self,

@@ -26,7 +26,6 @@ References: Das, "Natural GaLore", arXiv:2410.16029. Kin of the core form: Gupta
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,9 +37,9 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .basis import matmul
-from .checks import check_choice, check_int, check_number
+from .checks import Scalar, check_choice, check_int, check_number
 from .control import when
+from .linalg import eye_like, inverse_root, matmul, power_of_two
 from .spec import cores, is_core, register_state, replace_cores, subspace_only
 
 
@@ -95,7 +94,7 @@ OUTGROWN = 16.0  # a root serves until L's scale exceeds its own by this: no spi
 
 
 def scale_by_fisher(
-    window: int = 20, damping: float = 1e-3
+    window: int = 20, damping: Scalar = 1e-3
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each core by the inverse Fisher of the last `window` cores: the paper's form.
 
@@ -196,7 +195,7 @@ def natural_gradient(
     window: Float[Array, "*batch s r n"],
     gram: Float[Array, "*batch s s"],
     scale: Float[Array, "*batch s"],
-    damping: float | Float[Array, ""],
+    damping: Scalar,
 ) -> Float[Array, "*batch r n"]:
     """Equation (2) for the core that was remembered last.
 
@@ -223,7 +222,7 @@ def gram(window: Float[Array, "*batch s r n"]) -> Float[Array, "*batch s s"]:
 
 
 def scale_by_core_fisher(
-    decay: float = 0.98, damping: float = 0.1, *, power: float = 0.5, root_every: int = 10
+    decay: Scalar = 0.98, damping: Scalar = 0.1, *, power: float = 0.5, root_every: int = 10
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each core by a power of the inverse r x r Fisher, equations (3) and (4).
 
@@ -319,7 +318,7 @@ def track(
     weight: Float[Array, "*batch"],
     scale: Float[Array, "*batch"],
     fisher: Float[Array, "*batch r r"],
-    decay: float | Float[Array, ""],
+    decay: Scalar,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch r r"]]:
     """Equation (3) for L in units of σ²; returns the new weight, σ and L / σ²."""
     beta = jnp.asarray(decay, fisher.dtype)
@@ -344,7 +343,7 @@ def track(
 def damped(
     fisher: Float[Array, "*batch r r"],
     weight: Float[Array, "*batch"],
-    damping: float | Float[Array, ""],
+    damping: Scalar,
 ) -> Float[Array, "*batch r r"]:
     """L̂ + λI of (3), or I where nothing has come in yet."""
     r, dtype = fisher.shape[-1], fisher.dtype
@@ -352,47 +351,6 @@ def damped(
     L = fisher / jnp.where(known, weight, 1.0)[..., None, None]
     shift = jnp.asarray(damping, dtype) * jnp.trace(L, axis1=-2, axis2=-1) / r
     return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)
-
-
-def inverse_root(
-    A: Float[Array, "*batch r r"], power: float, damping: float
-) -> Float[Array, "*batch r r"]:
-    """A⁻ᵖ of a symmetric A whose smallest eigenvalue is at least `damping` of its mean one."""
-    if power == 1.0:
-        return jsp.linalg.cho_solve((jnp.linalg.cholesky(A), True), eye_like(A))
-    steps = newton_schulz_steps(A.shape[-1] / damping)
-    square_root, inverse = newton_schulz(A, steps)
-    if power == 0.5:
-        return inverse
-    return newton_schulz(square_root, newton_schulz_steps(math.sqrt(A.shape[-1] / damping)))[1]
-
-
-def newton_schulz(
-    A: Float[Array, "*batch r r"], steps: int
-) -> tuple[Float[Array, "*batch r r"], Float[Array, "*batch r r"]]:
-    """A^½ and A^(-½) by the coupled iteration Y ← Y T, Z ← T Z, T = (3I − Z Y)/2.
-
-    Matmuls only, so it batches and shards; in float32 closer than eigh at every size measured, and
-    1.5 to 4.5 times faster on one H200 for r from 128 to 512 (`benchmarks/bench_refresh.py`).
-    bfloat16 matmuls make it diverge.
-
-    Reference: Higham, "Functions of Matrices" (2008), equation (6.35).
-    """
-    eye = eye_like(A)
-    norm = jnp.sqrt(jnp.square(A).sum(axis=(-2, -1), keepdims=True))
-
-    def turn(_, YZ):
-        Y, Z = YZ
-        T = 1.5 * eye - 0.5 * matmul(Z, Y)
-        return matmul(Y, T), matmul(T, Z)
-
-    Y, Z = lax.fori_loop(0, steps, turn, (A / norm, eye))
-    return Y * jnp.sqrt(norm), Z / jnp.sqrt(norm)
-
-
-def newton_schulz_steps(condition: float) -> int:
-    """Turns until float32 rounding: an eigenvalue grows by 1.5² a turn, then its error squares."""
-    return math.ceil(math.log(condition) / 0.81) + 7
 
 
 def precondition(
@@ -406,12 +364,6 @@ def precondition(
     unit = jnp.where(accepted, root_scale, 1.0)
     U = matmul(root, R / unit[..., None, None])
     return jnp.where(accepted[..., None, None], U * (unit ** (1 - 2 * power))[..., None, None], 0.0)
-
-
-def power_of_two(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """The largest power of two that is at most x, and 1 for x = 0."""
-    _, exponent = jnp.frexp(x)
-    return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), exponent - 1), 1.0)
 
 
 def together(f: Callable[[Array], Array], matrices: list[Array]) -> list[Array]:
@@ -429,10 +381,6 @@ def together(f: Callable[[Array], Array], matrices: list[Array]) -> list[Array]:
         for i, B in zip(places, f(jnp.stack([matrices[i] for i in places])), strict=True):
             out[i] = B
     return out
-
-
-def eye_like(A: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
-    return jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
 
 
 def one_hot(i: Int[Array, "*batch"], size: int) -> Bool[Array, "*batch size"]:

@@ -11,8 +11,9 @@ import optax
 from jaxtyping import PyTree
 
 from .basis import METHODS
-from .checks import check_choice, check_int, check_number
+from .checks import Scalar, check_choice, check_int, check_number
 from .engine import Engine, SubspaceState
+from .refresh import Refresh
 from .select import select
 from .spec import LeafSpec
 from .transport import TRANSPORTS
@@ -29,7 +30,7 @@ def project(
     inner: optax.GradientTransformation | None = None,
     *,
     refresh_every: int = 200,
-    scale: float = 1.0,
+    scale: Scalar = 1.0,
     basis: str = "power",
     transport: str = "rotate",
     stagger: bool = True,
@@ -91,11 +92,8 @@ def project(
         raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
     engine = Engine(
         optax.identity() if inner is None else inner,
-        refresh_every=refresh_every,
+        refresh=Refresh(refresh_every, METHODS[basis], TRANSPORTS[transport], stagger),
         scale=scale,
-        method=METHODS[basis],
-        transport=TRANSPORTS[transport],
-        stagger=stagger,
         seed=seed,
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from .checks import Scalar
 from .fisher import scale_by_core_fisher, scale_by_fisher
 from .project import project
 
@@ -18,13 +19,13 @@ def natural_galore(
     *,
     fisher: str | optax.GradientTransformation | None = "core",
     refresh_every: int = 200,
-    scale: float = 1.0,
+    scale: Scalar = 1.0,
     basis: str = "power",
     transport: str = "rotate",
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     stagger: bool = True,
     seed: int = 0,

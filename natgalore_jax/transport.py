@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .basis import matmul
 from .fisher import gram
+from .linalg import matmul
 from .spec import Role
 
 

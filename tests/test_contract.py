@@ -12,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
+from flax import linen
+from flax.training.train_state import TrainState
 
 import natgalore_jax as natgalore
 
@@ -152,3 +154,50 @@ def test_pmap_with_reduced_gradients_equals_one_device():
         one = optax.apply_updates(one, updates)
     for replica in many["up"]["kernel"]:
         np.testing.assert_allclose(replica, one["up"]["kernel"], rtol=1e-4)
+
+
+class TestPartners:
+    """What the README says works."""
+
+    def test_partition_freezes_leaves(self):
+        params = {"a": {"kernel": jnp.ones((12, 20))}, "b": {"kernel": jnp.ones((12, 20))}}
+        tx = optax.partition(
+            {"train": natgalore.galore(1e-2, 4), "freeze": optax.set_to_zero()},
+            {"a": "train", "b": "freeze"},
+        )
+        state = tx.init(params)
+        updates, _ = tx.update(gradients(0, params), state, params)
+        assert updates["a"]["kernel"].any()
+        assert not updates["b"]["kernel"].any()
+        assert not [x for x in jax.tree.leaves(state) if x.shape == (12, 20)]
+
+    def test_multi_steps_average_gradients(self):
+        params = {"up": {"kernel": jnp.ones((12, 20))}}
+        tx = natgalore.galore(1e-2, 4)
+        a, b = gradients(0, params), gradients(1, params)
+        mean = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
+        expected, _ = tx.update(mean, tx.init(params), params)
+        many = optax.MultiSteps(tx, 2)
+        _, state = many.update(a, many.init(params), params)
+        updates, _ = many.update(b, state, params)
+        np.testing.assert_allclose(updates["up"]["kernel"], expected["up"]["kernel"], rtol=1e-4)
+
+    def test_hyperparameters_are_injected_where_the_static_ones_are_named(self):
+        static = ("rank", "fisher", "refresh_every", "basis", "transport", "stagger", "seed")
+        make = optax.inject_hyperparams(natgalore.natural_galore, static_args=static)
+        params = {"up": {"kernel": jnp.ones((12, 20))}}
+        tx = make(learning_rate=1e-2, rank=4)
+        state = tx.init(params)
+        state.hyperparams["learning_rate"] = jnp.float32(0.0)
+        updates, _ = tx.update(gradients(0, params), state, params)
+        assert not updates["up"]["kernel"].any()
+
+    def test_linen_train_state(self):
+        model = linen.Dense(20)
+        x = jnp.ones((3, 12))
+        params = model.init(jax.random.key(0), x)["params"]
+        state = TrainState.create(
+            apply_fn=model.apply, params=params, tx=natgalore.natural_galore(1e-2, 4)
+        )
+        state = state.apply_gradients(grads=gradients(0, params))
+        assert (state.params["kernel"] != params["kernel"]).any()

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import natgalore_jax as natgalore
-from natgalore_jax.engine import FORMAT_VERSION, GROUPS, due
+from natgalore_jax.engine import FORMAT_VERSION
+from natgalore_jax.refresh import GROUPS, due
 from natgalore_jax.spec import cores
 
 

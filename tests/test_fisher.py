@@ -8,12 +8,8 @@ from hypothesis import given, settings, strategies as st
 import natgalore_jax as natgalore
 from natgalore_jax.fisher import (
     CoreFisherState,
-    damped,
     gram,
-    inverse_root,
     natural_gradient,
-    newton_schulz,
-    newton_schulz_steps,
     track,
 )
 from natgalore_jax.spec import Core, LeafSpec
@@ -196,38 +192,6 @@ class TestCoreForm:
         state = natgalore.scale_by_core_fisher().init(as_core(jnp.zeros((5, R, 1000))))
         assert isinstance(state, CoreFisherState)
         assert sum(x.size for x in jax.tree.leaves(state)) == 5 * (2 * R * R + 3) + 1
-
-
-def spectra(r):
-    return {
-        "flat": np.ones(r),
-        "harmonic": 1 / np.arange(1, r + 1),
-        "square": 1 / np.arange(1, r + 1) ** 2,
-        "rank 1": np.eye(r)[0],
-        "exponential": 10.0 ** (-12 * np.arange(r) / r),
-    }
-
-
-@pytest.mark.parametrize(("damping", "tolerance"), [(0.1, 5e-5), (0.01, 6e-4), (1e-3, 1e-2)])
-@pytest.mark.parametrize("spectrum", spectra(1))
-@pytest.mark.parametrize("r", [32, 128])
-@pytest.mark.parametrize("power", [0.5, 0.25, 1.0])
-def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, tolerance):
-    """Tolerances: eps times the condition r/damping, which is what float32 allows."""
-    values = spectra(r)[spectrum]
-    Q = np.linalg.qr(np.random.default_rng(0).normal(size=(r, r)))[0]
-    L = (Q * values) @ Q.T
-    A = damped(jnp.asarray(L, jnp.float32), jnp.float32(1.0), damping)
-    expected = oracles.inverse_root(L, damping, power)
-    assert relative_error(inverse_root(A, power, damping), expected) < tolerance
-
-
-def test_newton_schulz_gives_both_roots(key):
-    X = jax.random.normal(key, (3, 8, 8))
-    A = X @ X.mT + jnp.broadcast_to(jnp.eye(8), X.shape)
-    Y, Z = newton_schulz(A, newton_schulz_steps(1e3))
-    np.testing.assert_allclose(Y @ Y, A, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(Y @ Z, jnp.broadcast_to(jnp.eye(8), A.shape), atol=1e-4)
 
 
 FORMS = {"window": natgalore.scale_by_fisher, "core": natgalore.scale_by_core_fisher}

@@ -39,6 +39,18 @@ def test_inline_code_names_what_exists():
         assert hasattr(natgalore, name), name
 
 
+@pytest.mark.parametrize("name", ["natural_galore", "galore", "adamw", "contrib_galore"])
+def test_training_table_is_the_measured_one(name):
+    figures = json.loads((ROOT / "benchmarks/results/pretrain.json").read_text())[name]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
+        f"{figures['learning_rate']:g}",
+        f"{figures['validation_loss']:.3f}",
+        f"{figures['state_bytes'] / 1e6:.2f} MB",
+        f"{figures['tokens_per_second']:,.0f}",
+    ]
+
+
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b", "7b"])
 def test_memory_table_is_the_measured_one(size):
     figures = json.loads((ROOT / "benchmarks/results/memory.json").read_text())[size]

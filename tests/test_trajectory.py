@@ -17,7 +17,8 @@ import pytest
 
 import natgalore_jax as natgalore
 from natgalore_jax.basis import METHODS
-from natgalore_jax.engine import SubspaceState, due
+from natgalore_jax.engine import SubspaceState
+from natgalore_jax.refresh import due
 
 from . import oracles
 

@@ -1,0 +1,44 @@
+"""Imports point downward: a room may use those before it in this list, and none after it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import natgalore_jax
+
+
+ROOMS = [
+    {"checks", "control", "linalg", "spec"},
+    {"select", "basis", "fisher", "decay"},
+    {"transport"},
+    {"refresh"},
+    {"engine"},
+    {"project"},
+    {"recipes", "report"},
+]
+FILES = {
+    path.stem: path
+    for path in Path(natgalore_jax.__file__).parent.glob("*.py")
+    if path.stem != "__init__"
+}
+
+
+def imports(path):
+    """The rooms that a file imports, and the names it takes from them."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            yield node.module, [alias.name for alias in node.names]
+
+
+def test_every_room_has_its_floor():
+    assert set().union(*ROOMS) == set(FILES)
+
+
+@pytest.mark.parametrize("floor", range(len(ROOMS)))
+def test_a_room_stands_on_those_below(floor):
+    below = set().union(*ROOMS[:floor])
+    for room in ROOMS[floor]:
+        for module, names in imports(FILES[room]):
+            assert module in below, f"{room} imports {module}"
+            assert not [name for name in names if name.startswith("_")]
