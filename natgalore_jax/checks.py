@@ -8,17 +8,18 @@ import jax
 from jaxtyping import Array, Float
 
 
+INT32_MAX = 2**31 - 1
 Scalar = int | float | Float[Array, ""]  # an array where `optax.inject_hyperparams` gives it
 
 
 def check_int(name: str, value: Any, *, minimum: int) -> int:
-    """`value`, if it is an integer of at least `minimum`."""
+    """`value`, if it is an integer of at least `minimum` that an int32 can hold."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{name}` must be an int known when the transformation is built, got {value!r}."
         )
-    if value < minimum:
-        raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+    if not minimum <= value <= INT32_MAX:
+        raise ValueError(f"`{name}` must be in [{minimum}, {INT32_MAX}], got {value}.")
     return value
 
 

@@ -75,6 +75,8 @@ def _decide(path: tuple, leaf: Any, rank: int, index: int, stacked: set[tuple]) 
     shape = tuple(leaf.shape)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"not real floating point ({leaf.dtype})"
+    if 0 in shape:
+        return f"empty {shape}"
     if reason := _never(path):
         return reason
     batch = (0,) if _in_stack(path, stacked) else ()

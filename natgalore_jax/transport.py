@@ -18,7 +18,7 @@ of a typical old one, so every new row is an average of old rows.
 Without transport a training run depends on the signs the linear algebra library happens to give
 to basis vectors. `keep`, which is what GaLore and the paper's code do, leaves states as they are.
 
-References: Robert et al., "LDAdam", arXiv:2410.16103, section 3 (rotation of both moments).
+References: Robert et al., "LDAdam", arXiv:2410.16103 (rotation of both moments).
 """
 
 from collections.abc import Callable, Sequence

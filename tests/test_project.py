@@ -146,6 +146,7 @@ REFUSED = [
     ({"rank": 2.0}, TypeError),
     ({"rank": True}, TypeError),
     ({"refresh_every": 0}, ValueError),
+    ({"refresh_every": 10**12}, ValueError),
     ({"scale": 0.0}, ValueError),
     ({"scale": "big"}, TypeError),
     ({"basis": "qr"}, ValueError),

@@ -72,6 +72,7 @@ LAYOUTS = {
         "position/table": ((64, 16), "a position table"),
         "gate/kernel": ((16, 4), "too small (4 x 16)"),
         "temperature": ((), "not a matrix (0-D)"),
+        "pruned/kernel": ((0, 16, 40), "empty (0, 16, 40)"),
     },
 }
 
