@@ -37,6 +37,8 @@ class SubspaceState(NamedTuple):
       count: steps taken, one int32.
       basis: a tree like the params with a Basis, (*batch, m, r), at each projected leaf and None
         elsewhere.
+      refreshed: how often each matrix has got a new basis, (*batch) int32 at each projected leaf.
+        Zero: it still has its random one, and the first usable gradient brings a new.
       skipped: a tree like the params, int32: how often a gradient was not finite, for each matrix
         (*batch) of a projected leaf, for each other leaf as a whole.
       inner_state: the inner transformation's state; its arrays of projected leaves are Cores.
@@ -45,6 +47,7 @@ class SubspaceState(NamedTuple):
 
     count: Int[Array, ""]
     basis: PyTree
+    refreshed: PyTree
     skipped: PyTree
     inner_state: PyTree
     version: Int[Array, ""]
@@ -82,9 +85,11 @@ class Engine:
             value = seeded(key, index, m=spec.m, r=spec.rank, dtype=_working_dtype(x))
             return Basis(value.reshape(spec.basis_shape), spec)
 
+        def refreshed(x, spec):
+            return None if spec is None else Core(jnp.zeros(spec.batch_shape, jnp.int32), spec)
+
         def skipped(x, spec):
-            none = jnp.zeros(() if spec is None else spec.batch_shape, jnp.int32)
-            return none if spec is None else Core(none, spec)
+            return jnp.zeros([], jnp.int32) if spec is None else refreshed(x, spec)
 
         with subspace():
             inner_state = self.inner.init(jax.tree.map(proxy, params, specs))
@@ -93,6 +98,7 @@ class Engine:
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
+            refreshed=jax.tree.map(refreshed, params, specs),
             skipped=jax.tree.map(skipped, params, specs),
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
@@ -102,8 +108,9 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SubspaceState]:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
-        basis, inner_state = self.refresh(updates, state.count, state.basis, state.inner_state)
-        projected, finite = gate(jax.tree.map(_project, updates, basis))
+        projected = jax.tree.map(_project, updates, state.basis)
+        basis, projected, refreshed, inner_state = self.refresh(updates, projected, state)
+        projected, finite = gate(projected)
         if params is None:
             answer, inner_state = self.inner.update(projected, inner_state, None, **extra_args)
             decay: list[Any] = [None] * len(cores(projected))
@@ -121,7 +128,8 @@ class Engine:
         lifted = self.lift(answer, decay, finite, basis, updates, params)
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
-        return lifted, SubspaceState(count, basis, skipped, inner_state, state.version)
+        new = SubspaceState(count, basis, refreshed, skipped, inner_state, state.version)
+        return lifted, new
 
     def lift(
         self,
@@ -135,18 +143,18 @@ class Engine:
         """P U, and a W where inner decays, in the shape and dtype of the leaf."""
         left = iter(decay)
 
-        def at(G, P, U, ok, w):
+        def at(P, U, ok, w):
             if P is None:
-                return U.astype(G.dtype)
+                return U.astype(w.dtype)
             full = matmul(P.value, self.scale * U.value)
             a = next(left)
             if a is not None:
                 weight = P.spec.to_view(w).astype(full.dtype)
                 full += jnp.where(ok.value[..., None, None], a * weight, 0)
-            return P.spec.from_view(full).astype(G.dtype)
+            return P.spec.from_view(full).astype(w.dtype)
 
-        weights = updates if params is None else params
-        return jax.tree.map(at, updates, basis, answer, finite, weights)
+        weights = updates if params is None else params  # whose dtypes the updates get
+        return jax.tree.map(lambda w, *x: at(*x, w), weights, basis, answer, finite)
 
 
 def gate(projected: PyTree) -> tuple[PyTree, PyTree]:
@@ -172,10 +180,10 @@ def _keep_where(x: Any, ok: Any) -> Any:
 
 
 def _project(G: Array, P: Basis | None) -> Any:
-    """R = PᵀG for a projected leaf, the leaf itself for another."""
+    """R = PᵀG for a projected leaf, in the dtype of its state; the leaf itself for another."""
     if P is None:
         return _working(G)
-    return Core(matmul(P.value.mT, P.spec.to_view(_working(G))), P.spec)
+    return Core(matmul(P.value.mT, P.spec.to_view(G).astype(P.value.dtype)), P.spec)
 
 
 def _working_dtype(x: Any) -> Any:

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .basis import FIRST_TURNS, Method, refreshed
 from .control import when
 from .linalg import matmul
-from .spec import Basis, LeafSpec, walk
+from .spec import Basis, Core, LeafSpec, cores, replace_cores, walk
 from .transport import Transport
 
 
@@ -29,7 +29,8 @@ GROUPS = 20  # of matrices refreshed together under `stagger`; see `phase`
 def due(index: Any, count: Any, refresh_every: int, total: int, stagger: bool = True) -> Any:
     """Whether matrix `index` of `total` gets a new basis at step `count` (from 0).
 
-    All do at step 0, and each once in every `refresh_every` steps after it.
+    All do at step 0, and each once in every `refresh_every` steps after it. (A matrix whose first
+    gradient is zero or not finite is due again as soon as it has one: see `Refresh.flags`.)
     """
     return (count == 0) | (count % refresh_every == phase(index, refresh_every, total, stagger))
 
@@ -63,36 +64,54 @@ class Refresh:
     stagger: bool
 
     def __call__(
-        self, updates: PyTree, count: Int[Array, ""], basis: PyTree, inner_state: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """The bases after step `count`'s refreshes, and `inner_state` in their coordinates."""
+        self, updates: PyTree, projected: PyTree, state: Any
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+        """New bases where they are due, and all that depends on them.
+
+        Args:
+          updates: the gradients.
+          projected: the same, projected on the bases of `state`.
+          state: the :class:`SubspaceState`.
+
+        Returns:
+          The bases, `projected` on them, how often each has been refreshed, and inner's state in
+          their coordinates.
+        """
         leaves, treedef = jax.tree.flatten(updates)
-        slots = treedef.flatten_up_to(basis)
+        slots = treedef.flatten_up_to(state.basis)
         gradients = [G for G, P in zip(leaves, slots, strict=True) if P is not None]
         bases = [P for P in slots if P is not None]
         if not bases:
-            return basis, inner_state
-        roles, arrays = self.carried(inner_state, bases)
-        ranges = [self.due_range(P.spec, bases, count) for P in bases]
-        turns = jnp.where(count == 0, FIRST_TURNS, 1)
+            return state.basis, projected, state.refreshed, state.inner_state
+        roles, arrays = self.carried(state.inner_state, bases)
+        Rs, times = cores(projected), cores(state.refreshed)
+        total = sum(P.spec.matrices for P in bases)
+        flags = [self.flags(R, n.value, state.count, total) for R, n in zip(Rs, times, strict=True)]
 
         def refresh_due(carry):
-            new = []
-            for G, P, leaf_roles, (lo, hi), leaf in zip(
-                gradients, bases, roles, ranges, carry, strict=True
-            ):
-                one = functools.partial(self.refresh_matrix, P.spec, leaf_roles, G, turns)
-                new.append(lax.fori_loop(lo, hi, one, leaf))
-            return new
+            return [
+                self.refresh_leaf(P.spec, leaf_roles, G, due_now, leaf)
+                for G, P, leaf_roles, due_now, leaf in zip(
+                    gradients, bases, roles, flags, carry, strict=True
+                )
+            ]
 
-        any_due = functools.reduce(operator.or_, [lo < hi for lo, hi in ranges])
-        carry = [(P.value, x) for P, x in zip(bases, arrays, strict=True)]
-        carry = when(any_due, refresh_due, carry)
-        new = iter([P.replace(value) for P, (value, _) in zip(bases, carry, strict=True)])
-        basis = treedef.unflatten([None if P is None else next(new) for P in slots])
-        left = {P.spec: iter(x) for P, (_, x) in zip(bases, carry, strict=True)}
+        any_due = functools.reduce(operator.or_, [due_now.any() for due_now in flags])
+        carry = [
+            (P.value, R.value, n.value, x)
+            for P, R, n, x in zip(bases, Rs, times, arrays, strict=True)
+        ]
+        new_P, new_R, new_n, new_arrays = zip(*when(any_due, refresh_due, carry), strict=True)
+        values = iter(new_P)
+        basis = treedef.unflatten([None if P is None else P.replace(next(values)) for P in slots])
+        left = {P.spec: iter(x) for P, x in zip(bases, new_arrays, strict=True)}
         put_back = lambda x, role, spec: x if spec is None else next(left[spec], x)
-        return basis, walk(inner_state, put_back)
+        return (
+            basis,
+            replace_cores(projected, new_R),
+            replace_cores(state.refreshed, new_n),
+            walk(state.inner_state, put_back),
+        )
 
     def carried(
         self, state: PyTree, bases: list[Basis]
@@ -111,32 +130,62 @@ class Refresh:
             walk(state, collect)
         return list(roles.values()), list(arrays.values())
 
-    def due_range(self, spec: LeafSpec, bases: list[Basis], count: Int[Array, ""]) -> tuple:
-        """The matrices of a leaf that are due, lo <= i < hi: phases rise with the index."""
-        total = sum(P.spec.matrices for P in bases)
-        index = spec.index + np.arange(spec.matrices)
+    def flags(
+        self, R: Core, times: Int[Array, "*batch"], count: Int[Array, ""], total: int
+    ) -> Bool[Array, " matrices"]:
+        """Which matrices of a leaf are due: by the calendar, or by their first gradient.
+
+        A matrix that has had none yet, or none that was finite, still has its random basis; it does
+        not wait for its turn.
+        """
+        index = R.spec.index + np.arange(R.spec.matrices)
         phases = jnp.asarray(phase(index, self.every, total, self.stagger), jnp.int32)
-        now, first = count % self.every, count == 0
-        lo = jnp.where(first, 0, (phases < now).sum(dtype=jnp.int32))
-        hi = jnp.where(first, spec.matrices, (phases <= now).sum(dtype=jnp.int32))
-        return lo, hi
+        usable = jnp.isfinite(R.value).all(axis=(-2, -1)) & (R.value != 0).any(axis=(-2, -1))
+        return (count % self.every == phases) | ((times == 0) & usable).reshape(-1)
+
+    def refresh_leaf(
+        self,
+        spec: LeafSpec,
+        roles: list[Any],
+        G: Array,
+        due_now: Bool[Array, " matrices"],
+        leaf: Any,
+    ) -> Any:
+        """Refreshes the matrices of one leaf that are due, one at a time."""
+        one = functools.partial(self.refresh_matrix, spec, roles, G)
+        if spec.matrices == 1:
+            return when(due_now[0], functools.partial(one, jnp.int32(0)), leaf)
+        some = due_now.any()
+        lo = jnp.argmax(due_now).astype(jnp.int32)
+        hi = spec.matrices - jnp.argmax(due_now[::-1]).astype(jnp.int32)
+        return lax.fori_loop(
+            lo,
+            jnp.where(some, hi, lo),
+            lambda i, x: when(due_now[i], functools.partial(one, i), x),
+            leaf,
+        )
 
     def refresh_matrix(
         self,
         spec: LeafSpec,
         roles: list[Any],
         G: Array,
-        turns: Int[Array, ""],
         i: Int[Array, ""],
-        leaf: tuple[Array, list[Array]],
-    ) -> tuple[Array, list[Array]]:
-        """The i-th matrix of one leaf: its new basis, and its part of every array carried."""
-        bases, arrays = leaf
-        P = spec.take(bases, i)
-        new, usable = refreshed(self.method, spec.matrix(G, i).astype(P.dtype), P, turns)
+        leaf: tuple[Array, Array, Array, list[Array]],
+    ) -> tuple[Array, Array, Array, list[Array]]:
+        """The i-th matrix of one leaf: its new basis and core, and its part of what is carried."""
+        bases, Rs, times, arrays = leaf
+        P, n = spec.take(bases, i), spec.take(times, i)
+        gradient = spec.matrix(G, i).astype(P.dtype)
+        new, usable = refreshed(self.method, gradient, P, jnp.where(n == 0, FIRST_TURNS, 1))
         if self.transport is not None:
             old = [spec.take(x, i) for x in arrays]
             carried = self.transport(list(zip(roles, old, strict=True)), matmul(new.mT, P))
             carried = [jnp.where(usable, x, y) for x, y in zip(carried, old, strict=True)]
             arrays = [spec.put(x, i, part) for x, part in zip(arrays, carried, strict=True)]
-        return spec.put(bases, i, new), arrays
+        return (
+            spec.put(bases, i, new),
+            spec.put(Rs, i, matmul(new.mT, gradient)),
+            spec.put(times, i, n + usable.astype(n.dtype)),
+            arrays,
+        )

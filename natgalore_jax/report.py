@@ -195,8 +195,8 @@ def memory_report(
       >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 64), jnp.float32)}}
       >>> galore = natgalore.galore(1.0, rank=16)
       >>> report = memory_report(params, {"adamw": optax.adamw(1.0), "galore": galore})
-      >>> report.projected["adamw"], report.projected["galore"]  # 2·64·256·4, (64 + 2·256)·16·4 + 4
-      (131072, 36868)
+      >>> report.projected["adamw"], report.projected["galore"]  # 2·64·256·4, (64 + 2·256)·16·4 + 8
+      (131072, 36872)
     """
     if not optimizers:
         raise ValueError("`optimizers` must name at least one transformation, got none.")
@@ -244,7 +244,7 @@ def _ratio(a: int, b: int) -> str:
 
 
 def human_bytes(n: int | float) -> str:
-    """`36868` as `36.0 KiB`."""
+    """`36872` as `36.0 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024 or unit == "GiB":
             break

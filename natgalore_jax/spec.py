@@ -255,6 +255,8 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
         children, treedef = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node
         )
+        if not children:
+            return node  # optax.MaskedNode, say
         if jax.tree_util.treedef_is_leaf(treedef):
             return f(node, role, spec)
         return treedef.unflatten(visit(x, role_of(node, key, role), spec) for (key,), x in children)
@@ -262,8 +264,9 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
     def role_of(node, key, inherited):
         known = ROLES.get(type(node))
         field = getattr(key, "name", None)
-        if known is None and not hasattr(node, "_fields"):
-            return inherited
+        declared = inherited is not None and not isinstance(inherited, Undeclared)
+        if known is None and (declared or not hasattr(node, "_fields")):
+            return inherited  # a container: of params, where a state's field has their structure
         undeclared = Undeclared(f"{type(node).__name__}.{field}")
         return undeclared if known is None else known.get(field, undeclared)
 
@@ -274,7 +277,11 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
 register_state(optax.ScaleByAdamState, mu="linear", nu="square")
 register_state(optax.ScaleByAmsgradState, mu="linear", nu="square", nu_max="square")
 register_state(optax.ScaleByLionState, mu="linear")
+register_state(optax.ScaleByAdanState, m="linear", v="linear", n="square", g="linear")
+register_state(optax.ScaleByBeliefState, mu="linear", nu="square")
 register_state(optax.ScaleByRmsState, nu="square")
+register_state(optax.ScaleByRStdDevState, mu="linear", nu="square")
+register_state(optax.ScaleByRssState, sum_of_squares="square")
 register_state(optax.TraceState, trace="linear")
 register_state(optax.EmaState, ema="linear")
 register_state(optax.MultiStepsState, acc_grads="linear")

@@ -183,6 +183,7 @@ class Matrix:
     adam: Adam
     fisher: WindowFisher | CoreFisher | None
     skipped: int = 0
+    cold: bool = True  # no basis from a gradient yet: the first usable one brings it, at any step
 
 
 @dataclass
@@ -246,7 +247,7 @@ class NaturalGaLore:
         for index, (matrix, g) in enumerate(zip(self.matrices, matrix_gradients, strict=True)):
             g = short_side_first(np.asarray(g, np.float64))
             is_due = self.due(index, self.count, self.refresh_every, len(self.matrices))
-            if is_due and np.isfinite(g).all() and g.any():
+            if (is_due or matrix.cold) and np.isfinite(g).all() and g.any():
                 self.refresh(matrix, g)
             self.step_matrix(matrix, g)
         for other, g in zip(self.others, other_gradients, strict=True):
@@ -256,7 +257,8 @@ class NaturalGaLore:
     def refresh(self, matrix, g):
         """A new P from this step's gradient, and the state carried over to it."""
         old = matrix.basis
-        matrix.basis = self.new_basis(g, old, 4 if self.count == 0 else 1)
+        matrix.basis = self.new_basis(g, old, 4 if matrix.cold else 1)
+        matrix.cold = False
         if self.transport == "rotate":
             c = matrix.basis.T @ old
             matrix.adam.rotate(c)

@@ -30,8 +30,8 @@ def test_describe_says_what_the_optimizer_does():
     assert (up.view, up.side, up.rank) == ("16 x 40", "left", 4)
     assert (down.view, down.side, down.rank) == ("16 x 40", "right", 4)
     assert (embed.view, embed.side, embed.rank) == ("an embedding", "", None)
-    # P (16 x 4) and two moments (4 x 40) in float32, and the int32 that counts skipped steps.
-    assert up.state_bytes == 4 * (16 * 4 + 2 * 4 * 40) + 4
+    # P (16 x 4) and two moments (4 x 40) in float32, and two int32 that count.
+    assert up.state_bytes == 4 * (16 * 4 + 2 * 4 * 40) + 8
     assert up.adamw_bytes == 2 * 2 * 16 * 40
     assert embed.state_bytes == 4 * 2 * 99 * 16 + 4
 
@@ -40,7 +40,7 @@ def test_describe_prints_leaves_that_are_alike_in_one_line():
     table = str(natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT)).splitlines()
     (line,) = [line for line in table if line.startswith("layers")]
     assert line.split()[:2] == ["layers/*/up/kernel", "(3)"]
-    assert line.endswith(human_bytes(3 * (4 * (16 * 4 + 2 * 4 * 40) + 4)))
+    assert line.endswith(human_bytes(3 * (4 * (16 * 4 + 2 * 4 * 40) + 8)))
     assert len(table) == 5
 
 
@@ -92,7 +92,7 @@ def test_llama_1b_at_rank_512_keeps_what_is_promised():
     # By hand: 24 layers of 4 attention kernels (2048 x 2048) and 3 of the MLP (2048 x 5461).
     r, matrices = 512, {2048: 4 * 24, 5461: 3 * 24}
     fisher = 4 * (2 * r * r + 3)
-    by_hand = sum(k * (4 * (2048 * r + 2 * r * n) + fisher + 4) for n, k in matrices.items())
+    by_hand = sum(k * (4 * (2048 * r + 2 * r * n) + fisher + 8) for n, k in matrices.items())
     assert ours == by_hand
 
 

@@ -101,7 +101,16 @@ def test_walk_knows_role_and_spec_of_every_array():
     assert len(seen) == len(jax.tree.leaves(state))
     mine = sorted(role for _, role, spec in seen if spec is not None and spec.name == "up/kernel")
     assert mine == sorted(
-        ["basis", "SubspaceState.skipped", "linear", "square", "fisher", "root", "root"]
+        [
+            "basis",
+            "SubspaceState.refreshed",
+            "SubspaceState.skipped",
+            "linear",
+            "square",
+            "fisher",
+            "root",
+            "root",
+        ]
         + ["scalar"] * 2
     )
     assert all(spec is None or spec.shape == (8, 20) for _, _, spec in seen)
