@@ -105,7 +105,7 @@ def scale_by_fisher(
     Args:
       window: s, cores remembered; the paper's code has 20.
       damping: λ > 0, in units of a squared gradient norm; the paper's code has 1e-3. Below
-        8 eps |H|² float32 could not solve for it, and that is used instead.
+        4 eps |H|² float32 could not solve for it, and that is used instead.
 
     Returns:
       A transformation whose updates have the shapes of the cores.
@@ -208,7 +208,7 @@ def natural_gradient(
     D = scale / largest[..., None]
     K = D[..., :, None] * gram * D[..., None, :]
     energy = jnp.trace(K, axis1=-2, axis2=-1)
-    relative = jnp.maximum(damping / largest / largest, 8 * jnp.finfo(dtype).eps * energy)
+    relative = jnp.maximum(damping / largest / largest, 4 * jnp.finfo(dtype).eps * energy)
     newest = one_hot((count - 1) % size, size)
     factor = jsp.linalg.cho_factor(K + relative[..., None, None] * eye_like(K))
     weights = jsp.linalg.cho_solve(factor, newest[..., None].astype(dtype))[..., 0]

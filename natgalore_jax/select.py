@@ -20,27 +20,27 @@ from .spec import LeafSpec, path_name
 SMALLEST_SIDE = 8  # below it a matrix has no subspace worth the name
 
 NEVER = {
-    "an embedding": {"embed", "embedding", "embeddings", "embedder", "wte", "wpe", "vocab"},
-    "an output head": {"head", "logits", "unembed", "classifier"},
+    "an embedding": {
+        *("embed", "embeds", "emb", "embedding", "embeddings", "embedder"),
+        *("wte", "wpe", "vocab", "shared", "codebook"),
+    },
+    "an output head": {"head", "lmhead", "logits", "unembed", "unembedding", "classifier"},
     "a norm": {
-        "norm",
-        "norms",
-        "layernorm",
-        "rmsnorm",
-        "batchnorm",
-        "groupnorm",
-        "ln",
-        "bn",
-        "scale",
+        *("norm", "norms", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "ln", "bn"),
+        *("scale", "gamma", "beta"),
     },
     "a bias": {"bias", "biases"},
-    "a router": {"router", "routers"},
-    "a position table": {"pos", "position", "positional", "positions", "rel"},
-    "a convolution": {"conv", "conv1d", "conv2d", "conv3d"},
+    "a router": {"router", "routers", "gating", "switch"},
+    "a position table": {"pos", "posemb", "pe", "position", "positional", "positions"},
+    "a convolution": {"conv", "convs"},
 }
+# These names say what a module is, and a dense kernel further in is something else: PreNorm/fn/Dense.
+OUTER = {"a norm", "a position table", "a convolution"}
+DENSE = {"dense", "linear", "fc", "fn", "mlp", "ffn"}
 INTO_HEADS = {"query", "key", "value", "q", "k", "v", "qkv"}
 OUT_OF_HEADS = {"out", "o", "output"}
-STACKS = {"layers", "blocks", "stack", "stacked", "scan", "scanned", "h"}
+ATTENTION = ("attention", "attn", "mha", "mhsa", "multihead", "selfattn")
+STACKS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
 
 
 def select(params: PyTree, rank: int) -> tuple[PyTree, dict[str, str]]:
@@ -79,20 +79,18 @@ def _decide(path: tuple, leaf: Any, rank: int, index: int, stacked: set[tuple]) 
         return f"empty {shape}"
     if reason := _never(path):
         return reason
-    batch = (0,) if _in_stack(path, stacked) else ()
+    batch = (0,) if _in_stack(path, len(shape), stacked) else ()
     rest = tuple(axis for axis in range(len(shape)) if axis not in batch)
     if len(rest) == 3:
         words = _words(path)
-        attention = any(w.startswith(("attention", "attn", "mha", "multihead")) for w in words)
-        role = next((w for w in reversed(words) if w in INTO_HEADS | OUT_OF_HEADS), None)
-        if not attention and role not in ("query", "key", "value"):
-            rest, batch = rest[1:], (*batch, rest[0])  # experts, or a stack nothing else betrays
-        elif role in INTO_HEADS:
+        near = words[-3:]  # of a kernel, its module and the module around
+        attention = any(word.startswith(ATTENTION) for word in words)
+        role = next((w for w in reversed(near) if w in INTO_HEADS | OUT_OF_HEADS), None)
+        if role in INTO_HEADS and (attention or near[-2:-1] in (["query"], ["key"], ["value"])):
             return _oriented(path, shape, batch, rest[:1], rest[1:], rank, index)
-        elif role in OUT_OF_HEADS:
+        if role in OUT_OF_HEADS and attention:
             return _oriented(path, shape, batch, rest[:2], rest[2:], rank, index)
-        else:
-            rest, batch = rest[1:], (*batch, rest[0])
+        rest, batch = rest[1:], (*batch, rest[0])  # experts, or a stack that nothing else betrays
     if len(rest) != 2:
         return f"not a matrix ({len(rest)}-D)"
     return _oriented(path, shape, batch, rest[:1], rest[1:], rank, index)
@@ -113,11 +111,24 @@ def _never(path: tuple) -> str | None:
     words = _words(path)
     if words[-1:] == ["b"]:
         return "a bias"
-    for word in reversed(words):
+    if words[:1] == ["output"] and len(path) <= 2:
+        return "an output head"
+    if "gate" in words and any("moe" in word or word == "experts" for word in words):
+        return "a router"
+    for i in reversed(range(len(words))):
         for reason, names in NEVER.items():
-            if word in names:
-                return reason
+            if words[i] not in names:
+                continue
+            if reason in OUTER and DENSE & set(words[i + 1 :]):
+                continue
+            if words[i] == "head" and _is_attention(words):
+                continue  # a head of attention: MultiHeadDotProductAttention, head_0/query
+            return reason
     return None
+
+
+def _is_attention(words: list[str]) -> bool:
+    return any(word.startswith(ATTENTION) for word in words) or bool(INTO_HEADS & set(words[-3:]))
 
 
 def _stacks(leaves: list[tuple[tuple, Any]]) -> set[tuple]:
@@ -143,18 +154,25 @@ def _stacks(leaves: list[tuple[tuple, Any]]) -> set[tuple]:
     return stacks
 
 
-def _in_stack(path: tuple, stacks: set[tuple]) -> bool:
+def _in_stack(path: tuple, ndim: int, stacks: set[tuple]) -> bool:
     """Whether the leaf's first axis counts layers: siblings say so, or the path's own words.
 
-    `layers/mlp/up` without a number is a scanned stack, `layers/0/mlp/up` one of a list.
+    `layers/mlp/up` of three axes without a number is a scanned stack, `layers/0/mlp/up` and
+    `blocks/block1/up` are each one of a list.
     """
     if any(path[:depth] in stacks for depth in range(len(path))):
         return True
-    words = _words(path)
-    return bool(STACKS & set(words)) and not any(word.isdigit() for word in words)
+    numbered = re.search(r"\d(/|_|$)", path_name(path))
+    return ndim >= 3 and bool(STACKS & set(_words(path))) and not numbered
 
 
 def _words(path: tuple) -> list[str]:
-    """`Block_0/selfAttention/q_proj/kernel` -> block 0 self attention q proj kernel."""
+    """`Block_0/selfAttention/conv1/kernel` -> block self attention conv kernel.
+
+    The `value` in which Flax boxes an array is no word, nor are numbers.
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", path_name(path))
-    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
+    words = [word.lower().rstrip("0123456789") for word in re.split(r"[^A-Za-z0-9]+", spaced)]
+    return [word for word in words if word]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from natgalore_jax.select import select
+from natgalore_jax.select import _words, select
 from natgalore_jax.spec import LeafSpec
 
 
@@ -66,6 +66,29 @@ LAYOUTS = {
         "layers/0/moe/router/kernel": ((16, 8), "a router"),
         "layers/0/norm/scale": ((16,), "a norm"),
     },
+    "Linen's own names": {
+        "MultiHeadDotProductAttention_0/query/kernel": ((16, 4, 8), ((), (0,), (1, 2))),
+        "MultiHeadDotProductAttention_0/out/kernel": ((4, 8, 16), ((), (2,), (0, 1))),
+        "PreNorm_0/fn/Dense_0/kernel": ((16, 40), ((), (0,), (1,))),
+        "PreNorm_0/LayerNorm_0/scale": ((16,), "a norm"),
+    },
+    "numbered modules below a list's name": {
+        "blocks/block1/dense/kernel": ((16, 40), ((), (0,), (1,))),
+        "blocks/block1/conv1/kernel": ((3, 3, 16, 32), "a convolution"),
+        "layers/first/kernel": ((64, 256), ((), (0,), (1,))),
+        "layers/ln1/weight": ((64,), "a norm"),
+    },
+    "other people's embeddings, heads and routers": {
+        "tok_emb/weight": ((99, 16), "an embedding"),
+        "shared/weight": ((99, 16), "an embedding"),
+        "output/weight": ((99, 16), "an output head"),
+        "unembedding/kernel": ((16, 99), "an output head"),
+        "posemb": ((64, 16), "a position table"),
+        "block_sparse_moe/gate/kernel": ((64, 8), "a router"),
+        "moe/gating/kernel": ((64, 16), "a router"),
+        "mlp/gate/kernel": ((16, 40), ((), (0,), (1,))),
+        "rl/value/Dense_0/kernel": ((10, 16, 40), ((0,), (1,), (2,))),
+    },
     "never": {
         "conv/kernel": ((3, 3, 16, 32), "a convolution"),
         "pos_embed/table": ((64, 16), "an embedding"),
@@ -106,3 +129,11 @@ def test_holes_stay_holes():
     assert reasons == {}
     assert isinstance(specs["a"]["kernel"], LeafSpec)
     assert jax.tree.structure(specs) == jax.tree.structure(params)
+
+
+def test_the_box_of_flax_is_no_name():
+    """`.value` of an nnx.Param or a boxed Linen leaf is not the value projection of attention."""
+    boxed = jax.tree_util.GetAttrKey("value")
+    path = (jax.tree_util.DictKey("experts"), jax.tree_util.DictKey("up"), boxed)
+    assert _words(path) == ["experts", "up"]
+    assert _words((jax.tree_util.DictKey("value"),)) == ["value"]
