@@ -130,10 +130,13 @@ class Config:
         counts = ("refresh_every", "steps", "batch_size", "seq_len", "validate_every")
         for name, least in (*((name, 1) for name in counts), ("rank", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least {least}, got {value}"
-                )
+            if value is not None and not least <= value < 2**31:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be at least {least} and below 2**31, got {value}")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr must be above 0 and finite, got {self.lr}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}")
         if self.scan and self.optimizer == "contrib_galore":
             raise ValueError("--optimizer contrib_galore cannot project stacked layers (--scan)")
 

@@ -65,7 +65,8 @@ def project(
 
     Returns:
       A transformation with state :class:`SubspaceState`. A matrix (or other leaf) whose gradient is
-      not finite gets a zero update and leaves no trace but a count in `skipped`. A finite gradient
+      not finite gets a zero update, counts as a zero gradient in what `inner` averages, and is
+      counted in `skipped`. A finite gradient
       above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
@@ -133,8 +134,8 @@ def project_back() -> optax.GradientTransformationExtraArgs:
 
 def _no_subspace(*args: Any, **kwargs: Any) -> Any:
     raise ValueError(
-        "`project_back()` closes a subspace that `natgalore.project` opened before it in the same "
-        "`natgalore.chain`; in `optax.chain`, or alone, there is none to close."
+        "`project_back()` closes a subspace that a `natgalore.project` without `inner` opened "
+        "before it in the same `natgalore.chain`; in `optax.chain`, or alone, there is none."
     )
 
 

@@ -87,7 +87,20 @@ def natural_galore(
 
 
 def galore(
-    learning_rate: optax.ScalarOrSchedule, rank: int = 128, **kwargs: Any
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int = 128,
+    *,
+    refresh_every: int = 200,
+    scale: Scalar = 1.0,
+    basis: str = "power",
+    transport: str = "rotate",
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    stagger: bool = True,
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: :func:`natural_galore` without the Fisher stage; it takes the same arguments.
 
@@ -100,6 +113,19 @@ def galore(
 
     Reference: Zhao et al., "GaLore", arXiv:2403.03507.
     """
-    if "fisher" in kwargs:
-        raise TypeError("`galore` has no `fisher`; that is `natural_galore`.")
-    return natural_galore(learning_rate, rank, fisher=None, **kwargs)
+    return natural_galore(
+        learning_rate,
+        rank,
+        fisher=None,
+        refresh_every=refresh_every,
+        scale=scale,
+        basis=basis,
+        transport=transport,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        stagger=stagger,
+        seed=seed,
+    )

@@ -113,7 +113,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     ]
     if not found:
         raise ValueError("`tx` has no natgalore.project in it: there is nothing to describe.")
-    bases = jax.tree.leaves(found[0].basis, is_leaf=lambda x: isinstance(x, Basis))
+    bases = jax.tree.leaves([node.basis for node in found], is_leaf=lambda x: isinstance(x, Basis))
     specs = {path_name(basis.spec.path): basis.spec for basis in bases}
     _, reasons = select(params, rank=1)
     held, own = (
@@ -128,7 +128,7 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
             Row(
                 path=name,
                 shape=tuple(leaf.shape),
-                view=reasons.get(name, "") if spec is None else _view(spec),
+                view=reasons.get(name, "not given to natgalore") if spec is None else _view(spec),
                 side="" if spec is None else _side(spec),
                 rank=None if spec is None else spec.rank,
                 adamw_bytes=own[name],

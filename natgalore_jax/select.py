@@ -34,7 +34,7 @@ NEVER = {
     "a position table": {"pos", "posemb", "pe", "position", "positional", "positions"},
     "a convolution": {"conv", "convs"},
 }
-# These names say what a module is, and a dense kernel further in is something else: PreNorm/fn/Dense.
+# They name a module around, and a dense kernel further in is something else: PreNorm/fn/Dense.
 OUTER = {"a norm", "a position table", "a convolution"}
 DENSE = {"dense", "linear", "fc", "fn", "mlp", "ffn"}
 INTO_HEADS = {"query", "key", "value", "q", "k", "v", "qkv"}

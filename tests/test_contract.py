@@ -4,6 +4,7 @@ A new transformation is one line in TRANSFORMS and earns all of these tests.
 """
 
 import inspect
+from typing import NamedTuple
 
 import chex
 import jax
@@ -201,3 +202,23 @@ class TestPartners:
         )
         state = state.apply_gradients(grads=gradients(0, params))
         assert (state.params["kernel"] != params["kernel"]).any()
+
+
+def test_params_may_be_a_named_tuple():
+    class Params(NamedTuple):
+        up: jax.Array
+        down: jax.Array
+
+    params = Params(jnp.ones((12, 20)), jnp.ones((20, 12)))
+    tx = TRANSFORMS["natural_galore"]
+    updates, _ = tx.update(gradients(0, params), tx.init(params), params)
+    assert isinstance(updates, Params)
+    assert updates.up.any()
+
+
+def test_updates_have_the_dtype_of_the_weights():
+    params = {"up": {"kernel": jnp.ones((12, 20))}}
+    tx = natgalore.project(4, optax.trace(0.9))
+    g = optax.tree.cast(gradients(0, params), jnp.bfloat16)
+    updates, _ = tx.update(g, tx.init(params), params)
+    assert updates["up"]["kernel"].dtype == jnp.float32

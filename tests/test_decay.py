@@ -53,6 +53,14 @@ DECOUPLED = {
         lambda wd: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LR, weight_decay=wd)),
         -LR * WD,
     ),
+    "partition by a callable": (
+        lambda wd: optax.partition(
+            {True: optax.adamw(LR, weight_decay=wd), False: optax.sgd(LR)}, by_last_key
+        ),
+        -LR * WD,
+    ),
+    "muon": (lambda wd: optax.contrib.muon(LR, weight_decay=wd), -LR * WD),
+    "adan": (lambda wd: optax.adan(LR, weight_decay=wd), -LR * WD),
     "partition": (
         lambda wd: optax.partition(
             {"a": optax.adamw(LR, weight_decay=wd), "b": optax.sgd(LR)},

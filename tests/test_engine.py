@@ -101,6 +101,26 @@ class TestCalendar:
             assert changed == [bool(due(i, count, 3, 4)) for i in range(4)]
 
 
+@pytest.mark.parametrize("first", [0.0, jnp.nan], ids=["zero", "nan"])
+def test_a_late_first_gradient_brings_a_basis_at_once(first, key):
+    """Zero-initialised layers and loss scaling: a matrix does not wait for its turn."""
+    tx = natgalore.project(RANK, optax.identity(), refresh_every=100)
+    params = tree(key)
+    state, update = tx.init(params), jax.jit(tx.update)
+    left, right = jax.random.normal(key, (2, RANK, 12)), jax.random.normal(key, (2, RANK, 20))
+    signal = left[0].T @ right[0]  # of the subspace's rank: a basis from it captures all of it
+    for count in range(4):
+        gradients = jax.tree.map(jnp.ones_like, params)
+        kernel = jnp.stack([signal] * 3)
+        if count < 2:
+            kernel = kernel.at[1].set(first)
+        gradients["layers"]["up"]["kernel"] = kernel
+        updates, state = update(gradients, state)
+    np.testing.assert_array_equal(state.refreshed["layers"]["up"]["kernel"].value, [1, 1, 1])
+    got = updates["layers"]["up"]["kernel"][1]
+    assert jnp.linalg.norm(got - signal) < 1e-2 * jnp.linalg.norm(signal)
+
+
 SPOILERS = {
     "nan": lambda g: g.at[..., 3, 2].set(jnp.nan),
     "inf": lambda g: g.at[..., 3, 2].set(-jnp.inf),

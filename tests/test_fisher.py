@@ -80,7 +80,7 @@ class TestWindowForm:
 
     @pytest.mark.parametrize("drift", [0.0, 1e-5, 1e-3], ids=lambda x: f"{x:.0e}")
     def test_nearly_parallel_large_cores_stay_finite(self, drift, key):
-        """K of 20 such cores is indefinite in float32: its rounding exceeds its small eigenvalues."""
+        """K of 20 such cores is indefinite in float32: rounding exceeds its small eigenvalues."""
         common, noise = jnp.abs(jax.random.normal(key, (64, 4096))), jax.random.split(key, 22)
         gradients = [common * (1 + drift * jax.random.normal(k, common.shape)) for k in noise]
         actual, state = answers(natgalore.scale_by_fisher(), gradients)

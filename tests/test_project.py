@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,8 +179,13 @@ def test_refuses_an_inner_that_is_no_transformation():
 def test_refuses_an_unknown_fisher():
     with pytest.raises(ValueError, match=r"`fisher`.*'core', 'window'.*'full'"):
         natgalore.natural_galore(1e-3, fisher="full")
-    with pytest.raises(TypeError, match=r"`galore` has no `fisher`"):
-        natgalore.galore(1e-3, fisher="core")
+
+
+def test_galore_takes_what_natural_galore_takes():
+    ours, theirs = (
+        inspect.signature(f).parameters for f in (natgalore.galore, natgalore.natural_galore)
+    )
+    assert dict(ours) == {name: p for name, p in theirs.items() if name != "fisher"}
 
 
 def test_fisher_may_be_ones_own():

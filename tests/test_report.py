@@ -56,6 +56,16 @@ def test_describe_finds_the_projection_inside_other_transformations(wrap):
     assert [row.rank for row in rows if row.path == "down/kernel"] == [4]
 
 
+def test_describe_reads_every_projection():
+    labels = {"embed": "b", "layers": "a", "down": "b"}
+    tx = optax.partition({"a": natgalore.galore(1.0, 4), "b": natgalore.galore(1.0, 8)}, labels)
+    rows = {row.path: row.rank for row in natgalore.describe(tx, ABSTRACT).rows}
+    assert (rows["layers/1/up/kernel"], rows["down/kernel"]) == (4, 8)
+    frozen = optax.masked(tx, {"embed": True, "layers": False, "down": True})
+    views = {row.path: row.view for row in natgalore.describe(frozen, ABSTRACT).rows}
+    assert views["layers/1/up/kernel"] == "not given to natgalore"
+
+
 def test_describe_refuses_an_optimizer_that_projects_nothing():
     with pytest.raises(ValueError, match=r"no natgalore\.project"):
         natgalore.describe(optax.adam(1.0), ABSTRACT)
