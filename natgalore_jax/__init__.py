@@ -4,9 +4,14 @@ from .spec import register_state as register_state
 
 
 from .project import chain as chain, project as project, project_back as project_back  # isort: skip
-from .fisher import (  # isort: skip
-    scale_by_core_fisher as scale_by_core_fisher,
-    scale_by_fisher as scale_by_fisher,
-)
+from .fisher_core import scale_by_core_fisher as scale_by_core_fisher  # isort: skip
+from .fisher_window import scale_by_fisher as scale_by_fisher  # isort: skip
 from .recipes import galore as galore, natural_galore as natural_galore  # isort: skip
-from .report import describe as describe, memory_report as memory_report  # isort: skip
+from .diagnostics import (  # isort: skip
+    basis_drift as basis_drift,
+    explained_energy as explained_energy,
+    fisher_condition as fisher_condition,
+    skipped_steps as skipped_steps,
+)
+from .memory import memory_report as memory_report  # isort: skip
+from .report import describe as describe  # isort: skip

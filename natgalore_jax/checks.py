@@ -43,9 +43,9 @@ def check_number(
     return value
 
 
-def check_choice(name: str, value: Any, choices: Collection[Any]) -> Any:
-    """`value`, if it is one of `choices`."""
-    if value not in choices:
-        allowed = ", ".join(repr(choice) for choice in choices)
+def check_choice(name: str, value: Any, choices: Collection[Any], *others: str) -> Any:
+    """`value`, if it is one of `choices`; `others` describes what else is allowed."""
+    if value not in list(choices):
+        allowed = ", ".join([*map(repr, choices), *others])
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
     return value

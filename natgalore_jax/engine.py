@@ -1,10 +1,10 @@
 """One step in the subspace, on one tree.
 
     refresh  P from G where it is due, and what inner remembers carried along (refresh.py)
-    project  R = PᵀG
+    project  R = PᵀG, or PᵀG Q
     gate     a matrix whose gradient is not finite hands on a zero core instead
     inner    U = inner(R): one transformation over one tree of Cores and other leaves
-    lift     P U back to the leaf's shape, and the decay that inner put on the whole weight
+    lift     P U, or P U Qᵀ, in the leaf's shape, and inner's decay of the whole weight
 
 Inner sees float32 (float64 where a leaf is), whatever the dtype of the params: a second moment in
 bfloat16 with b2 = 0.999 cannot move.
@@ -13,6 +13,7 @@ Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Das, "Natural G
 arXiv:2410.16029, algorithm 1.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from .basis import seeded
+from .basis import basis_key, expand, from_core, to_core
 from .decay import update_with_decay
-from .linalg import matmul
 from .refresh import Refresh
 from .spec import Basis, Core, LeafSpec, Undeclared, cores, is_core, subspace, walk
 
@@ -37,6 +37,7 @@ class SubspaceState(NamedTuple):
       count: steps taken, one int32.
       basis: a tree like the params with a Basis, (*batch, m, r), at each projected leaf and None
         elsewhere.
+      right_basis: the same of Q, (*batch, n, r), at leaves projected on both sides.
       refreshed: how often each matrix has got a new basis, (*batch) int32 at each projected leaf.
         Zero: it still has its random one, and the first usable gradient brings a new.
       skipped: a tree like the params, int32: how often a gradient was not finite, for each matrix
@@ -47,6 +48,7 @@ class SubspaceState(NamedTuple):
 
     count: Int[Array, ""]
     basis: PyTree
+    right_basis: PyTree
     refreshed: PyTree
     skipped: PyTree
     inner_state: PyTree
@@ -62,28 +64,26 @@ class Engine:
         *,
         refresh: Refresh,
         scale: Any,
-        seed: int,
     ):
         self.inner = optax.with_extra_args_support(inner)
         self.refresh = refresh
         self.scale = scale
-        self.seed = seed
 
     def init(self, params: PyTree, specs: PyTree) -> SubspaceState:
         """The state for `params` seen as `specs`: a LeafSpec or None for each leaf."""
-        key = jax.random.key(self.seed)
 
         def proxy(x, spec):
             if spec is None:
                 return _working(x)
             return Core(jnp.zeros(spec.core_shape, _working_dtype(x)), spec)
 
-        def basis(x, spec):
-            if spec is None:
+        def basis(x, spec, side=0):
+            if spec is None or (side and not spec.both):
                 return None
             index = spec.index + jnp.arange(spec.matrices)
-            value = seeded(key, index, m=spec.m, r=spec.rank, dtype=_working_dtype(x))
-            return Basis(value.reshape(spec.basis_shape), spec)
+            keys = jax.vmap(lambda i: basis_key(self.refresh.seed, i, 0, side))(index)
+            view = spec.turned if side else spec
+            return Basis(self.refresh.method.start(keys, view, _working_dtype(x)), view)
 
         def refreshed(x, spec):
             return None if spec is None else Core(jnp.zeros(spec.batch_shape, jnp.int32), spec)
@@ -98,6 +98,7 @@ class Engine:
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
+            right_basis=jax.tree.map(functools.partial(basis, side=1), params, specs),
             refreshed=jax.tree.map(refreshed, params, specs),
             skipped=jax.tree.map(skipped, params, specs),
             inner_state=inner_state,
@@ -108,8 +109,8 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SubspaceState]:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
-        projected = jax.tree.map(_project, updates, state.basis)
-        basis, projected, refreshed, inner_state = self.refresh(updates, projected, state)
+        projected = jax.tree.map(project, updates, state.basis, state.right_basis)
+        *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state)
         projected, finite = gate(projected)
         if params is None:
             answer, inner_state = self.inner.update(projected, inner_state, None, **extra_args)
@@ -125,10 +126,10 @@ class Engine:
                 self.inner, projected, inner_state, proxies, **extra_args
             )
         answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)
-        lifted = self.lift(answer, decay, finite, basis, updates, params)
+        lifted = self.lift(answer, decay, finite, bases, updates, params)
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
-        new = SubspaceState(count, basis, refreshed, skipped, inner_state, state.version)
+        new = SubspaceState(count, *bases, refreshed, skipped, inner_state, state.version)
         return lifted, new
 
     def lift(
@@ -136,17 +137,17 @@ class Engine:
         answer: PyTree,
         decay: list[Any],
         finite: PyTree,
-        basis: PyTree,
+        bases: list[PyTree],
         updates: PyTree,
         params: PyTree,
     ) -> PyTree:
-        """P U, and a W where inner decays, in the shape and dtype of the leaf."""
+        """P U Qᵀ, and a W where inner decays, in the shape and dtype of the leaf."""
         left = iter(decay)
 
-        def at(P, U, ok, w):
+        def at(P, Q, U, ok, w):
             if P is None:
                 return U.astype(w.dtype)
-            full = matmul(P.value, self.scale * U.value)
+            full = from_core(self.scale * U.value, *expanded(U.value.dtype, P, Q))
             a = next(left)
             if a is not None:
                 weight = P.spec.to_view(w).astype(full.dtype)
@@ -154,7 +155,21 @@ class Engine:
             return P.spec.from_view(full).astype(w.dtype)
 
         weights = updates if params is None else params  # whose dtypes the updates get
-        return jax.tree.map(lambda w, *x: at(*x, w), weights, basis, answer, finite)
+        return jax.tree.map(lambda w, *x: at(*x, w), weights, *bases, answer, finite)
+
+
+def project(G: Array, P: Basis | None, Q: Basis | None) -> Any:
+    """The core of a projected leaf, in the dtype of its state; the leaf itself for another."""
+    if P is None:
+        return _working(G)
+    kept = P.value.dtype  # of a random basis that of its key, which says nothing of the core's
+    dtype = kept if jnp.issubdtype(kept, jnp.floating) else _working_dtype(G)
+    return Core(to_core(P.spec.to_view(G).astype(dtype), *expanded(dtype, P, Q)), P.spec)
+
+
+def expanded(dtype: Any, *bases: Basis | None) -> list[Array]:
+    """The bases of a leaf, P or P and Q, out of what the state keeps of them."""
+    return [expand(x.value, x.spec, dtype) for x in bases if x is not None]
 
 
 def gate(projected: PyTree) -> tuple[PyTree, PyTree]:
@@ -177,13 +192,6 @@ def _keep_where(x: Any, ok: Any) -> Any:
     if is_core(x):
         return x.replace(jnp.where(ok.value[..., None, None], x.value, 0))
     return jnp.where(ok, x, jnp.zeros_like(x))
-
-
-def _project(G: Array, P: Basis | None) -> Any:
-    """R = PᵀG for a projected leaf, in the dtype of its state; the leaf itself for another."""
-    if P is None:
-        return _working(G)
-    return Core(matmul(P.value.mT, P.spec.to_view(G).astype(P.value.dtype)), P.spec)
 
 
 def _working_dtype(x: Any) -> Any:

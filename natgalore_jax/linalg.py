@@ -8,6 +8,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
+POWERS = (1.0, 0.5, 0.25)  # p of the inverse roots that Fisher stages take
+
+
 def matmul(a: Array, b: Array) -> Array:
     """a @ b without tensor-float or bfloat16 shortcuts: they cost PᵀP three digits."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -40,6 +43,20 @@ def inverse_root(
     if power == 0.5:
         return inverse
     return newton_schulz(square_root, newton_schulz_steps(math.sqrt(A.shape[-1] / damping)))[1]
+
+
+def symmetric_inverse_root(
+    A: Float[Array, "*batch s s"], power: float, least: Float[Array, "*batch"]
+) -> Float[Array, "*batch s s"]:
+    """A⁻ᵖ of a symmetric A that may be badly conditioned, by eigenvalues of at least `least`."""
+
+    def one(A, least):
+        values, vectors = jnp.linalg.eigh(A)
+        return matmul(vectors * (jnp.maximum(values, least) ** -power)[None], vectors.T)
+
+    # One at a time: batched eigh deadlocked on two cores (jaxlib 0.10.2).
+    matrices = A.reshape(-1, *A.shape[-2:]), least.reshape(-1)
+    return lax.map(lambda x: one(*x), matrices).reshape(A.shape)
 
 
 def newton_schulz(

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from .basis import METHODS
+from .basis import METHODS, Tracked, Turn
 from .checks import Scalar, check_choice, check_int, check_number
 from .engine import Engine, SubspaceState
 from .refresh import Refresh
-from .select import select
+from .select import SIDES, select
 from .spec import LeafSpec
 from .transport import TRANSPORTS
 
@@ -31,37 +31,48 @@ def project(
     *,
     refresh_every: int = 200,
     scale: Scalar = 1.0,
-    basis: str = "power",
+    basis: str | Turn = "power",
+    side: str = "short",
     transport: str = "rotate",
     stagger: bool = True,
     seed: int = 0,
 ) -> Projection:
     """Runs `inner` in a low-rank subspace of each weight's gradient: the engine of the library.
 
-    A weight seen as an m x n matrix, m its short side, has the orthonormal basis P (m x r). `inner`
-    gets the core R = PᵀG (r x n) in the weight's place, so all it remembers is r x n too, and its
-    answer U comes back as scale · P U. Leaves that are not projected (`describe` tells which, and
-    why) reach the same `inner` as they are: one count, one learning rate, one global norm.
-    `inner` may decay weights in the decoupled way of `optax.adamw`; the whole weight decays.
+    A weight seen as an m x n matrix, m the projected side, has the orthonormal basis P (m x r).
+    `inner` gets the core R = PᵀG (r x n) in the weight's place, so all it remembers is r x n too,
+    and its answer U comes back as scale · P U. On both sides the core is PᵀG Q (r x r), and
+    scale · P U Qᵀ comes back. Leaves that are not projected (`describe` tells which, and why) reach
+    the same `inner` as they are: one count, one learning rate, one global norm. `inner` may decay
+    weights in the decoupled way of `optax.adamw`; the whole weight decays.
 
     Without `inner` the projected gradient P Pᵀ G comes back in full size. That is what a stage of
     `optax.chain` can do, since every later stage there is given full-size params; a warning says
     that it saves no memory and that :func:`chain` does.
 
     Args:
-      rank: r, columns of P; a leaf whose short side is shorter gets that side. State per weight is
-        r·m for P and r·n for each moment. 128 to 512 are GaLore's choices for Llama 60m to 1b.
+      rank: r, columns of P; a leaf whose short side is shorter gets that side, as `describe` says.
+        State per weight is r·m for P and r·n for each moment. 128 to 512 are GaLore's choices for
+        Llama 60m to 1b.
       inner: an Optax transformation; :func:`chain` fills it in.
       refresh_every: T, steps between new bases of a matrix. 200 is GaLore's.
       scale: α, what P U is multiplied by. GaLore's 0.25 at its learning rate 1e-2 does to these
         leaves what 1.0 does at 2.5e-3.
-      basis: `"power"` (block power iteration, warm from the old basis: no SVD in the program) or
-        `"svd"` (exact, slow on GPUs and slower on TPUs).
+      basis: `"power"` (block power iteration, warm from the old basis: no SVD in the program),
+        `"svd"` (exact, slow on GPUs and slower on TPUs), `"random"` (signed columns of the cosine
+        transform, regenerated from a key of two words wherever it is used: P costs no memory), or
+        a pure function (G, P, key) -> P, called once a refresh on each matrix with G (m x n)
+        divided by its largest entry, the basis before, and a key of this matrix and refresh. Its
+        columns should be orthonormal. A result that is not finite leaves P as it was.
+      side: which side of a matrix is projected: `"short"` (GaLore's, the least state for its rank),
+        `"long"`, `"left"` (the leading axes of the weight), `"right"`, or `"both"`, with one more
+        basis Q (n x r), as the paper's code does. A square matrix's short and long are its left.
       transport: what inner's state becomes when P turns. `"rotate"` carries it to the new
-        coordinates, `"keep"` leaves it as GaLore and the paper's code do.
+        coordinates, `"keep"` leaves it as GaLore and the paper's code do, `"reset"` starts over,
+        but for Adam's squares, which become their mean (its count goes on).
       stagger: refresh matrices in at most 20 groups spread over T, so that no step pays for all.
         False refreshes all at once.
-      seed: of the bases before the first refresh.
+      seed: of random bases, which all are before the first refresh.
 
     Returns:
       A transformation with state :class:`SubspaceState`. A matrix (or other leaf) whose gradient is
@@ -70,8 +81,8 @@ def project(
       above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
-      TypeError, ValueError: if an argument is out of range, or, at init, if `transport` is
-        "rotate" and no role is known for something `inner` remembers (see `register_state`).
+      TypeError, ValueError: if an argument is out of range, or, at init, if `transport` is not
+        "keep" and no role is known for something `inner` remembers (see `register_state`).
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -85,7 +96,11 @@ def project(
     check_int("rank", rank, minimum=1)
     check_int("refresh_every", refresh_every, minimum=1)
     check_number("scale", scale, above=0.0)
-    check_choice("basis", basis, METHODS)
+    method = Tracked(basis) if callable(basis) else None
+    if method is None:
+        check_choice("basis", basis, METHODS, "a function (G, P, key) -> P")
+        method = METHODS[basis]
+    check_choice("side", side, SIDES)
     check_choice("transport", transport, TRANSPORTS)
     check_choice("stagger", stagger, (True, False))
     check_int("seed", seed, minimum=0)
@@ -93,13 +108,12 @@ def project(
         raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
     engine = Engine(
         optax.identity() if inner is None else inner,
-        refresh=Refresh(refresh_every, METHODS[basis], TRANSPORTS[transport], stagger),
+        refresh=Refresh(refresh_every, method, TRANSPORTS[transport], stagger, seed),
         scale=scale,
-        seed=seed,
     )
 
     def init(params: PyTree) -> SubspaceState:
-        specs, reasons = select(params, rank)
+        specs, reasons = select(params, rank, side)
         chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
         if reasons and not chosen:
             _warn_unprojected(reasons)
@@ -116,6 +130,7 @@ def project(
             refresh_every=refresh_every,
             scale=scale,
             basis=basis,
+            side=side,
             transport=transport,
             stagger=stagger,
             seed=seed,

@@ -5,8 +5,10 @@ from typing import Any
 
 import optax
 
+from .basis import Turn
 from .checks import Scalar
-from .fisher import scale_by_core_fisher, scale_by_fisher
+from .fisher_core import scale_by_core_fisher
+from .fisher_window import scale_by_fisher
 from .project import project
 
 
@@ -20,7 +22,8 @@ def natural_galore(
     fisher: str | optax.GradientTransformation | None = "core",
     refresh_every: int = 200,
     scale: Scalar = 1.0,
-    basis: str = "power",
+    basis: str | Turn = "power",
+    side: str = "short",
     transport: str = "rotate",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -41,7 +44,7 @@ def natural_galore(
       rank: r of the subspace, see :func:`project`.
       fisher: `"core"` (:func:`scale_by_core_fisher`, r x r), `"window"` (:func:`scale_by_fisher`,
         the paper's form, more state than AdamW), None, or a transformation of your own on cores.
-      refresh_every, scale, basis, transport, stagger, seed: see :func:`project`.
+      refresh_every, scale, basis, side, transport, stagger, seed: see :func:`project`.
       b1, b2, eps: Adam's.
       weight_decay: decoupled, on the whole weight, as in `optax.adamw`.
       mask: a tree or callable as in `optax.add_decayed_weights`: which leaves decay.
@@ -77,6 +80,7 @@ def natural_galore(
             refresh_every=refresh_every,
             scale=scale,
             basis=basis,
+            side=side,
             transport=transport,
             stagger=stagger,
             seed=seed,
@@ -92,7 +96,8 @@ def galore(
     *,
     refresh_every: int = 200,
     scale: Scalar = 1.0,
-    basis: str = "power",
+    basis: str | Turn = "power",
+    side: str = "short",
     transport: str = "rotate",
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -120,6 +125,7 @@ def galore(
         refresh_every=refresh_every,
         scale=scale,
         basis=basis,
+        side=side,
         transport=transport,
         b1=b1,
         b2=b2,

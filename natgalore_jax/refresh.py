@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .basis import FIRST_TURNS, Method, refreshed
+from .basis import Method, basis_key, expand, normalised, to_core
 from .control import when
 from .linalg import matmul
 from .spec import Basis, Core, LeafSpec, cores, replace_cores, walk
@@ -53,19 +53,21 @@ class Refresh:
 
     Attributes:
       every: steps between new bases of a matrix.
-      method: G -> P.
+      method: G -> P, and what the state keeps of P.
       transport: what states become in a new basis; None leaves them.
       stagger: whether matrices take turns.
+      seed: of the random bases.
     """
 
     every: int
     method: Method
     transport: Transport | None
     stagger: bool
+    seed: int
 
     def __call__(
         self, updates: PyTree, projected: PyTree, state: Any
-    ) -> tuple[PyTree, PyTree, PyTree, PyTree]:
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
         """New bases where they are due, and all that depends on them.
 
         Args:
@@ -74,15 +76,20 @@ class Refresh:
           state: the :class:`SubspaceState`.
 
         Returns:
-          The bases, `projected` on them, how often each has been refreshed, and inner's state in
-          their coordinates.
+          The bases, P and Q, `projected` on them, how often each has been refreshed, and inner's
+          state in their coordinates.
         """
         leaves, treedef = jax.tree.flatten(updates)
-        slots = treedef.flatten_up_to(state.basis)
-        gradients = [G for G, P in zip(leaves, slots, strict=True) if P is not None]
-        bases = [P for P in slots if P is not None]
+        slots = [treedef.flatten_up_to(tree) for tree in (state.basis, state.right_basis)]
+        gradients = [G for G, P in zip(leaves, slots[0], strict=True) if P is not None]
+        bases = [P for P in slots[0] if P is not None]
         if not bases:
-            return state.basis, projected, state.refreshed, state.inner_state
+            return state.basis, state.right_basis, projected, state.refreshed, state.inner_state
+        kept = [
+            tuple(side.value for side in sides if side is not None)
+            for sides in zip(*slots, strict=True)
+            if sides[0] is not None
+        ]
         roles, arrays = self.carried(state.inner_state, bases)
         Rs, times = cores(projected), cores(state.refreshed)
         total = sum(P.spec.matrices for P in bases)
@@ -98,16 +105,18 @@ class Refresh:
 
         any_due = functools.reduce(operator.or_, [due_now.any() for due_now in flags])
         carry = [
-            (P.value, R.value, n.value, x)
-            for P, R, n, x in zip(bases, Rs, times, arrays, strict=True)
+            (P, R.value, n.value, x) for P, R, n, x in zip(kept, Rs, times, arrays, strict=True)
         ]
         new_P, new_R, new_n, new_arrays = zip(*when(any_due, refresh_due, carry), strict=True)
-        values = iter(new_P)
-        basis = treedef.unflatten([None if P is None else P.replace(next(values)) for P in slots])
+        trees = []
+        for side, old in enumerate(slots):
+            values = iter([sides[side] for sides in new_P if side < len(sides)])
+            new = [None if x is None else x.replace(next(values)) for x in old]
+            trees.append(treedef.unflatten(new))
         left = {P.spec: iter(x) for P, x in zip(bases, new_arrays, strict=True)}
         put_back = lambda x, role, spec: x if spec is None else next(left[spec], x)
         return (
-            basis,
+            *trees,
             replace_cores(projected, new_R),
             replace_cores(state.refreshed, new_n),
             walk(state.inner_state, put_back),
@@ -171,21 +180,40 @@ class Refresh:
         roles: list[Any],
         G: Array,
         i: Int[Array, ""],
-        leaf: tuple[Array, Array, Array, list[Array]],
-    ) -> tuple[Array, Array, Array, list[Array]]:
-        """The i-th matrix of one leaf: its new basis and core, and its part of what is carried."""
-        bases, Rs, times, arrays = leaf
-        P, n = spec.take(bases, i), spec.take(times, i)
-        gradient = spec.matrix(G, i).astype(P.dtype)
-        new, usable = refreshed(self.method, gradient, P, jnp.where(n == 0, FIRST_TURNS, 1))
+        leaf: tuple[tuple[Array, ...], Array, Array, list[Array]],
+    ) -> tuple[tuple[Array, ...], Array, Array, list[Array]]:
+        """The i-th matrix of one leaf: its new bases and core, and its part of what is carried."""
+        kept, Rs, times, arrays = leaf
+        n = spec.take(times, i)
+        gradient = spec.matrix(G, i).astype(Rs.dtype)
+        unit, usable = normalised(gradient)
+        olds, nexts = [], []
+        for side, (view, x) in enumerate(zip((spec, spec.turned), kept, strict=False)):
+            P = expand(view.take(x, i), view, Rs.dtype)
+            key = basis_key(self.seed, spec.index + i, n + 1, side)
+            new = self.method.next(unit.mT if side else unit, P, key, n == 0)
+            usable &= jnp.isfinite(new).all()
+            olds.append(P)
+            nexts.append(new)
+        keep = lambda new, old: jnp.where(usable, new, old)
+        kept = tuple(
+            spec.put(x, i, keep(new, spec.take(x, i))) for x, new in zip(kept, nexts, strict=True)
+        )
+        bases = [
+            expand(view.take(x, i), view, Rs.dtype)
+            for view, x in zip((spec, spec.turned), kept, strict=False)
+        ]
         if self.transport is not None:
             old = [spec.take(x, i) for x in arrays]
-            carried = self.transport(list(zip(roles, old, strict=True)), matmul(new.mT, P))
-            carried = [jnp.where(usable, x, y) for x, y in zip(carried, old, strict=True)]
-            arrays = [spec.put(x, i, part) for x, part in zip(arrays, carried, strict=True)]
+            turns = [matmul(new.mT, P) for new, P in zip(bases, olds, strict=True)]
+            carried = self.transport(list(zip(roles, old, strict=True)), *turns)
+            arrays = [
+                spec.put(x, i, keep(new, part))
+                for x, new, part in zip(arrays, carried, old, strict=True)
+            ]
         return (
-            spec.put(bases, i, new),
-            spec.put(Rs, i, matmul(new.mT, gradient)),
+            kept,
+            spec.put(Rs, i, to_core(gradient, *bases)),
             spec.put(times, i, n + usable.astype(n.dtype)),
             arrays,
         )

@@ -1,8 +1,8 @@
-"""What an optimizer does with a tree, and what its state weighs, told from the state itself."""
+"""What an optimizer does with each leaf of a tree, told from the state itself."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +10,11 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from .diagnostics import explained_energy, fisher_condition, skipped_steps
 from .engine import SubspaceState
+from .memory import bytes_by_leaf, human_bytes, table
 from .select import select
-from .spec import Basis, Core, LeafSpec, path_name
+from .spec import Basis, LeafSpec, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +25,13 @@ class Row:
       path: its name.
       shape: its shape.
       view: how it is seen, `3 x (64 x 256)` for three matrices, or why it is not projected.
-      side: which side of the stored matrix is projected, `left` (its leading axes) or `right`.
+      side: which side of the stored matrix is projected, `left` (its leading axes), `right` or
+        `both`.
       rank: r, or None.
+      full: whether r is the whole short side, because as much or more was asked for.
       adamw_bytes: what `optax.adamw` keeps for it: two moments in its own dtype.
       state_bytes: what this optimizer keeps for it.
+      measured: what its state says, by column (see :func:`describe`): one number a matrix.
     """
 
     path: str
@@ -34,8 +39,10 @@ class Row:
     view: str
     side: str
     rank: int | None
+    full: bool
     adamw_bytes: int
     state_bytes: int
+    measured: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +65,23 @@ class Description:
             "rank",
             "AdamW",
             "here",
+            *MEASURED,
         )
         alike: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             pattern = re.sub(r"\d+", "*", row.path)
-            alike.setdefault((pattern, row.shape, row.view, row.side, row.rank), []).append(row)
+            rank = "" if row.rank is None else f"{row.rank} (full)" if row.full else str(row.rank)
+            alike.setdefault((pattern, row.shape, row.view, row.side, rank), []).append(row)
         body = [
             (
                 rows[0].path if len(rows) == 1 else f"{pattern} ({len(rows)})",
                 str(shape),
                 view,
                 side,
-                "" if rank is None else str(rank),
+                rank,
                 human_bytes(sum(row.adamw_bytes for row in rows)),
                 human_bytes(sum(row.state_bytes for row in rows)),
+                *(_measured(rows, name) for name in MEASURED),
             )
             for (pattern, shape, view, side, rank), rows in alike.items()
         ]
@@ -79,10 +89,39 @@ class Description:
             sum(getattr(row, f) for row in self.rows) for f in ("adamw_bytes", "state_bytes")
         )
         total = ("total", "", "", "", "", human_bytes(before), human_bytes(after))
-        return table([head, *body, total], numbers=3)
+        rows = [head, *body, (*total, *[""] * len(MEASURED))]
+        shown = [i for i, name in enumerate(head) if name not in MEASURED or self._has(name)]
+        return table([tuple(row[i] for i in shown) for row in rows], numbers=len(shown) - 4)
+
+    def _has(self, name: str) -> bool:
+        return any(name in row.measured for row in self.rows)
 
 
-def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
+def _measured(rows: list[Row], name: str) -> str:
+    """A measured column's cell of rows that share a line."""
+    values = [np.ravel(row.measured[name]) for row in rows if name in row.measured]
+    return MEASURED[name](np.concatenate(values)) if values else ""
+
+
+def _span(values: np.ndarray, spec: str) -> str:
+    """The smallest and the largest, or the one number."""
+    ends = [format(float(x), spec) for x in (values.min(), values.max())]
+    return ends[0] if ends[0] == ends[1] else "-".join(ends)
+
+
+MEASURED: dict[str, Callable[[np.ndarray], str]] = {
+    "energy": lambda values: _span(values, ".2f"),
+    "condition": lambda values: _span(values, ".0e"),
+    "skipped": lambda values: str(int(values.sum())),
+}
+
+
+def describe(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    state: PyTree = None,
+    grads: PyTree = None,
+) -> Description:
     """Says of every leaf whether `tx` projects it, as which matrices, and what that saves.
 
     Reads the specs out of the state that `tx` itself would make, so it cannot disagree with it.
@@ -90,12 +129,15 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
     Args:
       tx: an optimizer with a `natgalore.project` somewhere in it.
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
+      state: of `tx`, to have its health in the table: the condition of the Fishers
+        (:func:`fisher_condition`) and the steps skipped (:func:`skipped_steps`).
+      grads: gradients, to have the share that the bases of `state` hold (:func:`explained_energy`).
 
     Returns:
       A :class:`Description`; `print` it.
 
     Raises:
-      ValueError: if `tx` has no projection in it.
+      ValueError: if `tx` has no projection in it, or there are `grads` without a `state`.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore
@@ -105,6 +147,14 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
       up/kernel  (256, 64)  64 x 256                           right    16  128.0 KiB  36.0 KiB
       total                                                                 128.0 KiB  36.0 KiB
     """
+    if grads is not None and state is None:
+        raise ValueError("`grads` are measured against the bases of `state`: give it too.")
+    measured: dict[str, dict[str, Any]] = {}
+    if state is not None:
+        measured["condition"] = fisher_condition(state)
+        measured["skipped"] = skipped_steps(state)
+    if grads is not None:
+        measured["energy"] = explained_energy(state, grads)
     state = jax.eval_shape(tx.init, params)
     found = [
         node
@@ -131,8 +181,10 @@ def describe(tx: optax.GradientTransformation, params: PyTree) -> Description:
                 view=reasons.get(name, "not given to natgalore") if spec is None else _view(spec),
                 side="" if spec is None else _side(spec),
                 rank=None if spec is None else spec.rank,
+                full=spec is not None and spec.rank == min(spec.m, spec.n),
                 adamw_bytes=own[name],
                 state_bytes=held[name],
+                measured={k: np.asarray(v[name]) for k, v in measured.items() if name in v},
             )
         )
     return Description(rows)
@@ -144,123 +196,4 @@ def _view(spec: LeafSpec) -> str:
 
 
 def _side(spec: LeafSpec) -> str:
-    return "left" if spec.rows < spec.cols else "right"
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryReport:
-    """What :func:`memory_report` counted, in bytes; prints as a table.
-
-    Attributes:
-      total: for each optimizer, all of its state.
-      projected: for each optimizer, what it keeps for the leaves that any of them projects.
-    """
-
-    total: dict[str, int]
-    projected: dict[str, int]
-
-    def __str__(self) -> str:
-        first = next(iter(self.total))
-        head = ("optimizer", "state", f"/ {first}", "projected leaves", f"/ {first}")
-        body = [
-            (
-                name,
-                human_bytes(self.total[name]),
-                _ratio(self.total[name], self.total[first]),
-                human_bytes(self.projected[name]),
-                _ratio(self.projected[name], self.projected[first]),
-            )
-            for name in self.total
-        ]
-        return table([head, *body], numbers=4)
-
-
-def memory_report(
-    params: PyTree, optimizers: Mapping[str, optax.GradientTransformation]
-) -> MemoryReport:
-    """Counts the bytes of state of any Optax transformations, side by side.
-
-    Args:
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
-      optimizers: transformations by name; ratios are to the first.
-
-    Returns:
-      A :class:`MemoryReport`; `print` it.
-
-    Raises:
-      ValueError: if there is no optimizer to report on.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
-      >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 64), jnp.float32)}}
-      >>> galore = natgalore.galore(1.0, rank=16)
-      >>> report = memory_report(params, {"adamw": optax.adamw(1.0), "galore": galore})
-      >>> report.projected["adamw"], report.projected["galore"]  # 2·64·256·4, (64 + 2·256)·16·4 + 8
-      (131072, 36872)
-    """
-    if not optimizers:
-        raise ValueError("`optimizers` must name at least one transformation, got none.")
-    states = {name: jax.eval_shape(tx.init, params) for name, tx in optimizers.items()}
-    projected = {
-        path_name(node.spec.path)
-        for state in states.values()
-        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Basis))
-        if isinstance(node, Basis)
-    }
-    held = {name: bytes_by_leaf(state, params) for name, state in states.items()}
-    return MemoryReport(
-        total={name: sum(map(_nbytes, jax.tree.leaves(state))) for name, state in states.items()},
-        projected={
-            name: sum(by_leaf[path] for path in projected) for name, by_leaf in held.items()
-        },
-    )
-
-
-def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
-    """The bytes of `state` that belong to each leaf of `params`, by the leaf's name.
-
-    A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own.
-    """
-    names = {path: path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    held = dict.fromkeys(names.values(), 0)
-    marked = lambda x: isinstance(x, Core | Basis)
-    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=marked):
-        owner = node.spec.path if marked(node) else _owner(path, names)
-        if owner is not None:
-            held[names[owner]] += sum(map(_nbytes, jax.tree.leaves(node)))
-    return held
-
-
-def _owner(path: tuple, names: Mapping[tuple, str]) -> tuple | None:
-    return next((path[i:] for i in range(len(path) + 1) if path[i:] in names), None)
-
-
-def _nbytes(x: Any) -> int:
-    return int(np.prod(x.shape)) * x.dtype.itemsize
-
-
-def _ratio(a: int, b: int) -> str:
-    return f"{a / b:.3f}" if b else "-"
-
-
-def human_bytes(n: int | float) -> str:
-    """`36872` as `36.0 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            break
-        n /= 1024
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-
-
-def table(rows: list[tuple[str, ...]], numbers: int) -> str:
-    """Plain text in columns, the last `numbers` of them flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    flush = len(widths) - numbers
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i >= flush else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "both" if spec.both else "left" if spec.rows < spec.cols else "right"

@@ -4,9 +4,10 @@ The last words of a leaf's path and its shape decide. Embeddings, heads, norms, 
 position tables and convolutions keep their inner optimizer's full state, and so does what is too
 small to have a subspace. What is left is one matrix (2-D), a stack of matrices (a scanned layer's
 leaf, experts) or an attention kernel of Flax: (d, heads, width) into the heads, (heads, width, d)
-out of them. The *short* side of a matrix is the projected one, as in GaLore.
+out of them. Which side of a matrix is projected, `side` says: GaLore's is the short one.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -43,12 +44,16 @@ ATTENTION = ("attention", "attn", "mha", "mhsa", "multihead", "selfattn")
 STACKS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
 
 
-def select(params: PyTree, rank: int) -> tuple[PyTree, dict[str, str]]:
+SIDES = ("short", "long", "left", "right", "both")
+
+
+def select(params: PyTree, rank: int, side: str = "short") -> tuple[PyTree, dict[str, str]]:
     """The LeafSpec of every leaf that is projected, and why the others are not.
 
     Args:
       params: a tree of arrays, or of anything with a shape and a dtype.
-      rank: r; a matrix whose short side is shorter gets a basis as wide as that side.
+      rank: r; a matrix whose short side is shorter has no more, and gets a basis as wide as that.
+      side: one of `SIDES`.
 
     Returns:
       A tree like `params` with a LeafSpec at each projected leaf and None elsewhere, and a dict
@@ -60,18 +65,18 @@ def select(params: PyTree, rank: int) -> tuple[PyTree, dict[str, str]]:
     reasons: dict[str, str] = {}
     index = 0
     for path, leaf in leaves:
-        spec = _decide(path, leaf, rank, index, stacked)
+        spec = _decide(path, leaf, stacked)
         if isinstance(spec, LeafSpec):
+            specs.append(_oriented(spec, rank, side, index))
             index += spec.matrices
-            specs.append(spec)
         else:
             reasons[path_name(path)] = spec
             specs.append(None)
     return treedef.unflatten(specs), reasons
 
 
-def _decide(path: tuple, leaf: Any, rank: int, index: int, stacked: set[tuple]) -> LeafSpec | str:
-    """The spec of one leaf, or why it has none."""
+def _decide(path: tuple, leaf: Any, stacked: set[tuple]) -> LeafSpec | str:
+    """The leaf as matrices with rows left and columns right, as wide as they are; or why not."""
     shape = tuple(leaf.shape)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"not real floating point ({leaf.dtype})"
@@ -81,29 +86,32 @@ def _decide(path: tuple, leaf: Any, rank: int, index: int, stacked: set[tuple]) 
         return reason
     batch = (0,) if _in_stack(path, len(shape), stacked) else ()
     rest = tuple(axis for axis in range(len(shape)) if axis not in batch)
+    into_rows = 1
     if len(rest) == 3:
         words = _words(path)
         near = words[-3:]  # of a kernel, its module and the module around
         attention = any(word.startswith(ATTENTION) for word in words)
         role = next((w for w in reversed(near) if w in INTO_HEADS | OUT_OF_HEADS), None)
-        if role in INTO_HEADS and (attention or near[-2:-1] in (["query"], ["key"], ["value"])):
-            return _oriented(path, shape, batch, rest[:1], rest[1:], rank, index)
         if role in OUT_OF_HEADS and attention:
-            return _oriented(path, shape, batch, rest[:2], rest[2:], rank, index)
-        rest, batch = rest[1:], (*batch, rest[0])  # experts, or a stack that nothing else betrays
-    if len(rest) != 2:
+            into_rows = 2
+        elif not (
+            role in INTO_HEADS and (attention or near[-2:-1] in (["query"], ["key"], ["value"]))
+        ):
+            rest, batch = rest[1:], (*batch, rest[0])  # experts, or a stack nothing else betrays
+    elif len(rest) != 2:
         return f"not a matrix ({len(rest)}-D)"
-    return _oriented(path, shape, batch, rest[:1], rest[1:], rank, index)
+    spec = LeafSpec(path, shape, batch, rest[:into_rows], rest[into_rows:], rank=0)
+    if min(spec.m, spec.n) < SMALLEST_SIDE:
+        return f"too small ({min(spec.m, spec.n)} x {max(spec.m, spec.n)})"
+    return spec
 
 
-def _oriented(path, shape, batch, left, right, rank, index) -> LeafSpec | str:
-    """The spec with the short side first; a square matrix stays as it is."""
-    spec = LeafSpec(path, shape, batch, left, right, rank, index)
-    if spec.m > spec.n:
-        spec = LeafSpec(path, shape, batch, right, left, rank, index)
-    if spec.m < SMALLEST_SIDE:
-        return f"too small ({spec.m} x {spec.n})"
-    return LeafSpec(path, shape, batch, spec.rows, spec.cols, min(rank, spec.m), index)
+def _oriented(spec: LeafSpec, rank: int, side: str, index: int) -> LeafSpec:
+    """The spec with the projected side first. A square has no short side: it stays as it is."""
+    turn = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
+    spec = spec.turned if turn else spec
+    rank = min(rank, spec.m, spec.n)
+    return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")
 
 
 def _never(path: tuple) -> str | None:

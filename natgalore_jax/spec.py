@@ -40,6 +40,7 @@ class LeafSpec:
       cols: axes that make up n.
       rank: r, columns of the basis.
       index: the place of its first matrix in the refresh order.
+      both: whether the n side is projected too, on a second basis Q (n x r).
     """
 
     path: tuple[Any, ...]
@@ -49,6 +50,7 @@ class LeafSpec:
     cols: tuple[int, ...]
     rank: int
     index: int = 0
+    both: bool = False
 
     @property
     def name(self) -> str:
@@ -74,11 +76,16 @@ class LeafSpec:
 
     @property
     def core_shape(self) -> tuple[int, ...]:
-        return (*self.batch_shape, self.rank, self.n)
+        return (*self.batch_shape, self.rank, self.rank if self.both else self.n)
 
     @property
     def basis_shape(self) -> tuple[int, ...]:
         return (*self.batch_shape, self.m, self.rank)
+
+    @property
+    def turned(self) -> "LeafSpec":
+        """The same leaf seen as n x m matrices: what P is here, Q is there."""
+        return dataclasses.replace(self, rows=self.cols, cols=self.rows)
 
     def to_view(self, x: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
         """The leaf as its matrices."""
@@ -149,12 +156,18 @@ class _Marked:
 
 @jax.tree_util.register_pytree_with_keys_class
 class Core(_Marked):
-    """An array of core coordinates: `value` is (*batch, r, n), or what a state keeps of such."""
+    """An array of core coordinates: `value` is (*batch, r, n), or what a state keeps of such.
+
+    Of a leaf projected on both sides it is (*batch, r, r).
+    """
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class Basis(_Marked):
-    """The orthonormal basis of one leaf's matrices: `value` is (*batch, m, r)."""
+    """The orthonormal basis of one leaf's matrices: `value` is (*batch, m, r).
+
+    Of a basis that a key regenerates it is that key's data, (*batch, words) uint32.
+    """
 
 
 def is_core(x: Any) -> bool:
@@ -172,6 +185,28 @@ def replace_cores(tree: PyTree, values: Iterable[Any]) -> PyTree:
     left = iter(values)
     replace = lambda x: x.replace(next(left)) if is_core(x) else x
     return jax.tree.map(replace, tree, is_leaf=is_core)
+
+
+def core_arrays(tree: PyTree) -> list[Array]:
+    """The arrays of the Cores of a tree, in order."""
+    return [core.value for core in cores(tree)]
+
+
+def at_cores(
+    params: PyTree, shape: Callable[[int, int], tuple[int, ...]], dtype: Any = None
+) -> PyTree:
+    """Zeros of (*batch, *shape(r, n)) at each Core of `params`, nothing elsewhere.
+
+    `dtype` is by default that of the core.
+    """
+
+    def zeros(x):
+        if not is_core(x):
+            return None
+        *batch, r, n = x.value.shape
+        return x.replace(jnp.zeros((*batch, *shape(r, n)), dtype or x.value.dtype))
+
+    return jax.tree.map(zeros, params, is_leaf=is_core)
 
 
 _inside = contextvars.ContextVar("inside a subspace", default=False)
@@ -216,7 +251,8 @@ def register_state(state_type: type, **roles: str) -> None:
         cores: momentum), `"square"` (of their elementwise squares: Adam's nu), `"window"`
         (*batch, s, r, n), `"gram"` (*batch, s, s; recomputed from the window declared before
         it), `"fisher"` (*batch, r, r), `"root"` (derived from the Fisher; cleared, and the
-        transformation computes it anew) or `"scalar"` (numbers that no basis enters).
+        transformation computes it anew) or `"scalar"` (numbers that no basis enters). Transport
+        `"reset"` makes all of them zero but squares, so zero must mean that nothing has come in.
 
     Raises:
       ValueError: if a role is none of these, or the state has no such field.

@@ -5,6 +5,9 @@ old subspace is known, G ≈ P R, whose new core is C R with
 
     C = P'ᵀ P,  a contraction: rows of C∘C sum to at most 1.                                  (1)
 
+Of a matrix projected on both sides it is C R Dᵀ with D = Q'ᵀ Q: what is done to rows by C is done
+to columns by D. L, a mean of R Rᵀ, has no columns to turn.
+
 - linear states (momentum):      m ← C m
 - squares (Adam's nu):           v ← (C∘C) v + (1 − (C∘C) 1) v̄,   v̄ the mean row of v         (2)
 - the Fisher window:             H_i ← C H_i, and its Gram matrix anew
@@ -18,6 +21,10 @@ of a typical old one, so every new row is an average of old rows.
 Without transport a training run depends on the signs the linear algebra library happens to give
 to basis vectors. `keep`, which is what GaLore and the paper's code do, leaves states as they are.
 
+`reset` forgets what belongs to the old directions: `rotate` with C = 0. All is as at the start but
+squares, which become v̄: Adam's count is warm, and squares of zero would make it overshoot, up to
+6.5 times at its defaults.
+
 References: Robert et al., "LDAdam", arXiv:2410.16103 (rotation of both moments).
 """
 
@@ -26,27 +33,30 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .fisher import gram
+from .fisher_window import gram
 from .linalg import matmul
 from .spec import Role
 
 
-Transport = Callable[[Sequence[tuple[Role, Array]], Float[Array, "r r"]], list[Array]]
+Transport = Callable[..., list[Array]]  # (states with roles, C) or, of both sides, (…, C, D)
 
 
-def rotate(states: Sequence[tuple[Role, Array]], C: Float[Array, "r r"]) -> list[Array]:
-    """What one matrix's state arrays, each with its role, are in the new basis."""
+def rotate(
+    states: Sequence[tuple[Role, Array]], C: Float[Array, "r r"], *D: Float[Array, "r r"]
+) -> list[Array]:
+    """What one matrix's state arrays, each with its role, are in the new basis or bases."""
     rotated: list[Array] = []
     for role, x in states:
         match role:
-            case "linear":
-                x = matmul(C, x)
+            case "linear" | "window":
+                turned = matmul(C, x)
+                x = (matmul(turned, D[0].mT) if D else turned).astype(x.dtype)
             case "square":
                 x = rotate_square(x, C)
-            case "window":
-                x = matmul(C, x)
+                for d in D:
+                    x = rotate_square(x.mT, d).mT
             case "gram":
-                x = gram(rotated[-1])
+                x = gram(rotated[-1].astype(x.dtype))
             case "fisher":
                 x = matmul(matmul(C, x), C.mT)
             case "root":
@@ -67,4 +77,16 @@ def rotate_square(v: Float[Array, "r n"], C: Float[Array, "r r"]) -> Float[Array
     return matmul(squares, v) + lost * v.mean(axis=0, keepdims=True)
 
 
-TRANSPORTS: dict[str, Transport | None] = {"rotate": rotate, "keep": None}
+def reset(
+    states: Sequence[tuple[Role, Array]], C: Float[Array, "r r"], *D: Float[Array, "r r"]
+) -> list[Array]:
+    """What one matrix's state arrays are when nothing is known in the new basis or bases."""
+    return [
+        jnp.broadcast_to(x.mean(axis=(0, 1) if D else 0, keepdims=True), x.shape)
+        if role == "square"
+        else jnp.zeros_like(x)
+        for role, x in states
+    ]
+
+
+TRANSPORTS: dict[str, Transport | None] = {"rotate": rotate, "reset": reset, "keep": None}

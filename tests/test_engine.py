@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import natgalore_jax as natgalore
+from natgalore_jax.basis import expand
 from natgalore_jax.engine import FORMAT_VERSION
 from natgalore_jax.refresh import GROUPS, due
 from natgalore_jax.spec import cores
@@ -234,6 +235,46 @@ class TestState:
         assert jnp.abs(a - b).max() > 0.1
         assert jnp.abs(a[0] - a[1]).max() > 0.1
         np.testing.assert_array_equal(a, first(0)["layers"]["up"]["kernel"].value)
+
+
+class TestRandomBasis:
+    def test_keeps_a_key_of_two_words_a_matrix(self, key):
+        """And P is not there: what the key makes is made where it is used."""
+        params = tree(key)
+        tx = optimizer(basis="random", side="both")
+        state = tx.init(params)[0]
+        for bases in (state.basis, state.right_basis):
+            assert [x.shape for x in jax.tree.leaves(bases)] == [
+                (*x.spec.batch_shape, 2) for x in cores(state.refreshed)
+            ]
+        sizes = [x.size for x in jax.tree.leaves(state.inner_state)]
+        assert max(sizes) <= max(x.size for x in jax.tree.leaves(params))
+
+    def test_a_state_goes_on_with_its_own_basis_under_another_seed(self, key):
+        """The key is in the state, so a checkpoint does not depend on the argument."""
+        params = tree(key)
+        a, b = (natgalore.project(RANK, optax.trace(0.9), basis="random", seed=s) for s in (0, 1))
+        _, state = a.update(params, a.init(params))
+        jax.tree.map(
+            np.testing.assert_array_equal, a.update(params, state), b.update(params, state)
+        )
+
+    def test_updates_lie_in_the_spaces_of_the_keys(self, key):
+        """P Pᵀ G Q Qᵀ of the bases that `expand` gives, before a refresh and after."""
+        gradients = tree(key)
+        tx = natgalore.project(RANK, optax.identity(), basis="random", side="both", refresh_every=2)
+        state, seen = tx.init(gradients), []
+        for _ in range(4):
+            updates, state = tx.update(gradients, state)
+            P, Q = (x["layers"]["up"]["kernel"] for x in (state.basis, state.right_basis))
+            p, q = (np.asarray(expand(x.value, x.spec, jnp.float32)) for x in (P, Q))
+            g = P.spec.to_view(gradients["layers"]["up"]["kernel"])
+            expected = p @ (p.mT @ g @ q) @ q.mT
+            actual = P.spec.to_view(updates["layers"]["up"]["kernel"])
+            np.testing.assert_allclose(actual, expected, atol=1e-5)
+            seen.append(p[0])
+        np.testing.assert_array_equal(seen[1], seen[0])
+        assert np.abs(seen[3] - seen[0]).max() > 0.1
 
 
 class TestProgram:

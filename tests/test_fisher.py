@@ -6,12 +6,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import natgalore_jax as natgalore
-from natgalore_jax.fisher import (
-    CoreFisherState,
-    gram,
-    natural_gradient,
-    track,
-)
+from natgalore_jax.fisher_core import CoreFisherState, track
+from natgalore_jax.fisher_window import gram, natural_gradient
 from natgalore_jax.spec import Core, LeafSpec
 
 from . import oracles
@@ -52,6 +48,48 @@ class TestWindowForm:
         expected = oracles.natural_gradient(np.asarray(gradients[-3:], np.float64), damping)
         # The s x s solve loses (|g|² + λ)/λ of float32's 6e-8 at the worst: here below 3e4.
         assert relative_error(actual[-1], expected) < 2e-3 * min(1.0, 0.1 / damping + 1e-2)
+
+    @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative"])
+    @pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
+    @pytest.mark.parametrize("steps", [1, 2, 7], ids=lambda n: f"{n}steps")
+    def test_equals_the_dense_power(self, steps, power, relative, key):
+        """At s = 3, so with one slot filled, two, or all."""
+        gradients = 10 * jax.random.normal(key, (steps, R, N))
+        tx = natgalore.scale_by_fisher(3, 0.5, relative=relative, power=power)
+        actual, _ = answers(tx, gradients)
+        H = np.asarray(gradients[-3:], np.float64).reshape(-1, R * N).T
+        damping = 0.5 * (np.square(H).sum(axis=0).mean() if relative else 1.0)
+        values, vectors = np.linalg.eigh(H @ H.T + damping * np.eye(R * N))
+        expected = vectors @ (values**-power * (vectors.T @ H[:, -1]))
+        # Absolute, K's 5e3 over λ = 0.5 are four digits of float32's seven.
+        assert relative_error(actual[-1].ravel(), expected) < 2e-3
+
+    def test_units_do_not_matter_where_damping_is_relative(self, key):
+        gradients = jax.random.normal(key, (5, R, N))
+        for power in (1.0, 0.5, 0.25):
+            tx = natgalore.scale_by_fisher(3, 0.1, relative=True, power=power)
+            plain, _ = answers(tx, gradients)
+            for unit in (TINY, HUGE):
+                extreme, state = answers(tx, gradients * unit)
+                factor = float(unit) ** (1 - 2 * power)
+                # A unit that is no power of two rounds once on the way in, cond(K) = 1e2 times.
+                np.testing.assert_allclose(extreme[-1] / factor, plain[-1], rtol=1e-3, atol=1e-5)
+                assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state))
+
+    @pytest.mark.parametrize("power", [1.0, 0.5])
+    def test_a_rounded_window_answers_exactly_for_rounded_cores(self, power, key):
+        """Not for rounded columns and an exact g: that g would be none of the columns."""
+        gradients = jax.random.normal(key, (6, R, N))
+        tx = natgalore.scale_by_fisher(4, 0.1, power=power, window_dtype=jnp.bfloat16)
+        actual, state = answers(tx, gradients)
+        assert state.window["w"].value.dtype == jnp.bfloat16
+        assert state.gram["w"].value.dtype == actual[-1].dtype == jnp.float32
+        rounded = gradients.astype(jnp.bfloat16).astype(jnp.float32)
+        expected, _ = answers(natgalore.scale_by_fisher(4, 0.1, power=power), rounded)
+        np.testing.assert_allclose(actual[-1], expected[-1], rtol=1e-4, atol=1e-6)
+        assert relative_error(actual[-1], expected[-1]) < relative_error(
+            answers(natgalore.scale_by_fisher(4, 0.1, power=power), gradients)[0][-1], expected[-1]
+        )
 
     @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4, 1e6, 1e8], ids=lambda x: f"{x:.0e}")
     def test_keeps_its_digits_where_the_printed_formula_does_not(self, ratio, key):
@@ -233,6 +271,9 @@ REFUSED = [
     (natgalore.scale_by_fisher, {"window": 2.5}, TypeError),
     (natgalore.scale_by_fisher, {"damping": 0.0}, ValueError),
     (natgalore.scale_by_fisher, {"damping": float("nan")}, ValueError),
+    (natgalore.scale_by_fisher, {"power": 2.0}, ValueError),
+    (natgalore.scale_by_fisher, {"relative": "yes"}, ValueError),
+    (natgalore.scale_by_fisher, {"window_dtype": int}, ValueError),
     (natgalore.scale_by_core_fisher, {"decay": 1.0}, ValueError),
     (natgalore.scale_by_core_fisher, {"decay": -0.1}, ValueError),
     (natgalore.scale_by_core_fisher, {"damping": 1e-4}, ValueError),

@@ -10,12 +10,13 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "spec"},
-    {"select", "basis", "fisher", "decay"},
+    {"select", "basis", "fisher_core", "fisher_window", "decay"},
     {"transport"},
     {"refresh"},
     {"engine"},
     {"project"},
-    {"recipes", "report"},
+    {"recipes", "diagnostics", "memory"},
+    {"report"},
 ]
 FILES = {
     path.stem: path

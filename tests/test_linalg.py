@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from natgalore_jax.fisher import damped
+from natgalore_jax.fisher_core import damped
 from natgalore_jax.linalg import (
     inverse_root,
     newton_schulz,

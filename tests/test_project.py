@@ -152,6 +152,8 @@ REFUSED = [
     ({"scale": 0.0}, ValueError),
     ({"scale": "big"}, TypeError),
     ({"basis": "qr"}, ValueError),
+    ({"basis": 3}, ValueError),
+    ({"side": "top"}, ValueError),
     ({"transport": "reset?"}, ValueError),
     ({"stagger": 2}, ValueError),
     ({"seed": -1}, ValueError),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
-from natgalore_jax.report import bytes_by_leaf, human_bytes
+from natgalore_jax.memory import bytes_by_leaf, human_bytes
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -64,6 +64,45 @@ def test_describe_reads_every_projection():
     frozen = optax.masked(tx, {"embed": True, "layers": False, "down": True})
     views = {row.path: row.view for row in natgalore.describe(frozen, ABSTRACT).rows}
     assert views["layers/1/up/kernel"] == "not given to natgalore"
+
+
+def test_describe_says_where_the_rank_is_all_there_is():
+    rows = {r.path: r for r in natgalore.describe(natgalore.galore(1.0, 16), ABSTRACT).rows}
+    assert (rows["down/kernel"].rank, rows["down/kernel"].full) == (16, True)
+    described = natgalore.describe(natgalore.galore(1.0, 64), ABSTRACT)
+    assert "16 (full)" in str(described)
+    rows = natgalore.describe(natgalore.galore(1.0, 15), ABSTRACT).rows
+    assert not any(row.full for row in rows)
+
+
+def test_describe_knows_both_sides():
+    tx = natgalore.galore(1.0, 4, side="both")
+    rows = {row.path: row for row in natgalore.describe(tx, ABSTRACT).rows}
+    assert (rows["down/kernel"].view, rows["down/kernel"].side) == ("40 x 16", "both")
+    # P (40 x 4), Q (16 x 4), two moments (4 x 4), two counts.
+    assert rows["down/kernel"].state_bytes == 4 * (40 * 4 + 16 * 4 + 2 * 4 * 4) + 8
+
+
+def test_describe_shows_the_health_of_a_state():
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), ABSTRACT)
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
+    tx = natgalore.natural_galore(1.0, 4)
+    _, state = tx.update(grads, tx.init(params), params)
+    bad = jax.tree.map(lambda x: x, grads) | {"down": {"kernel": jnp.full((40, 16), jnp.nan)}}
+    _, state = tx.update(bad, state, params)
+    described = natgalore.describe(tx, params, state, grads)
+    rows = {row.path: row.measured for row in described.rows}
+    energy = natgalore.explained_energy(state, grads)
+    assert rows["layers/1/up/kernel"]["energy"] == energy["layers/1/up/kernel"]
+    assert rows["down/kernel"]["skipped"] == 1
+    assert set(rows["embed/embedding"]) == {"skipped"}
+    head, *lines = str(described).splitlines()
+    assert head.split()[-4:] == ["here", "energy", "condition", "skipped"]
+    (down,) = [line for line in lines if line.startswith("down")]
+    assert down.split()[-1] == "1"
+    assert "energy" not in str(natgalore.describe(tx, params, state))
+    with pytest.raises(ValueError, match=r"`grads`.*`state`"):
+        natgalore.describe(tx, params, grads=grads)
 
 
 def test_describe_refuses_an_optimizer_that_projects_nothing():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from natgalore_jax.select import _words, select
+from natgalore_jax.select import SIDES, _words, select
 from natgalore_jax.spec import LeafSpec
 
 
@@ -112,9 +112,32 @@ def test_indices_follow_the_leaves_and_count_every_matrix():
     assert [(s.index, s.matrices) for s in jax.tree.leaves(specs)] == [(0, 1), (1, 5), (6, 1)]
 
 
-def test_rank_is_limited_by_the_short_side():
-    specs, _ = select(tree({"a/kernel": (64, 10), "b/kernel": (64, 40)}), 16)
+@pytest.mark.parametrize("side", SIDES)
+def test_rank_is_limited_by_the_short_side(side):
+    """On the long side too: the gradient has no more directions than its short side."""
+    specs, _ = select(tree({"a/kernel": (64, 10), "b/kernel": (64, 40)}), 16, side)
     assert [s.rank for s in jax.tree.leaves(specs)] == [10, 16]
+
+
+# The projected axes and the others of a tall, a wide, a square and a kernel out of heads.
+ORIENTED = {
+    "short": [((1,), (0,)), ((0,), (1,)), ((0,), (1,)), ((2,), (0, 1))],
+    "long": [((0,), (1,)), ((1,), (0,)), ((0,), (1,)), ((0, 1), (2,))],
+    "left": [((0,), (1,)), ((0,), (1,)), ((0,), (1,)), ((0, 1), (2,))],
+    "right": [((1,), (0,)), ((1,), (0,)), ((1,), (0,)), ((2,), (0, 1))],
+    "both": [((0,), (1,)), ((0,), (1,)), ((0,), (1,)), ((0, 1), (2,))],
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_side_is_the_stored_one(side):
+    shapes = {"a/tall": (40, 10), "b/wide": (10, 40), "c/square": (10, 10)}
+    specs, _ = select(tree(shapes | {"d/attention/out/kernel": (4, 5, 12)}), 8, side)
+    specs = jax.tree.leaves(specs)
+    assert [(s.rows, s.cols) for s in specs] == ORIENTED[side]
+    cores = [(8, 8)] * 4 if side == "both" else [(8, s.n) for s in specs]
+    assert [s.core_shape for s in specs] == cores
+    assert [s.turned.basis_shape for s in specs] == [(s.n, 8) for s in specs]
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64], ids=lambda d: d.__name__)

@@ -24,11 +24,15 @@ def train(params, gradients, tx):
     return params
 
 
-@pytest.mark.parametrize("fisher", ["core", "window"])
+@pytest.mark.parametrize(
+    ("fisher", "kwargs"),
+    [("core", {}), ("window", {}), ("core", {"side": "both"}), (None, {"basis": "random"})],
+    ids=["core", "window", "two-sided", "random"],
+)
 @pytest.mark.parametrize(
     "spec", [P("fsdp", None), P(None, "fsdp")], ids=["rows sharded", "columns sharded"]
 )
-def test_fsdp_equals_one_device(spec, fisher, key):
+def test_fsdp_equals_one_device(spec, fisher, kwargs, key):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     names = {
         "up": {"kernel": ((16, 40), spec)},
@@ -44,7 +48,8 @@ def test_fsdp_equals_one_device(spec, fisher, key):
         lambda x, leaf: jax.device_put(x, NamedSharding(mesh, leaf[1])), tree, names
     )
     params, *gradients = [make(k) for k in jax.random.split(key, 5)]
-    tx = natgalore.natural_galore(1e-2, 4, fisher=fisher, refresh_every=2, weight_decay=0.1)
+    kwargs = {"refresh_every": 2, "weight_decay": 0.1, **kwargs}
+    tx = natgalore.natural_galore(1e-2, 4, fisher=fisher, **kwargs)
     expected = train(params, gradients, tx)
     actual = train(shard(params), [shard(g) for g in gradients], tx)
     for a, b, (_, spec) in zip(

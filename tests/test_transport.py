@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from natgalore_jax.fisher import gram
-from natgalore_jax.transport import rotate, rotate_square
+from natgalore_jax.fisher_window import gram
+from natgalore_jax.transport import reset, rotate, rotate_square
 
 from . import oracles
 
@@ -91,6 +91,59 @@ def test_adam_does_not_overshoot_after_a_large_rotation(key):
     for _ in range(50):
         m, v = 0.9 * m + 0.1, 0.999 * v + 0.001
         assert (m / jnp.sqrt(v)).max() < 1.01
+
+
+def both_sides(key):
+    """States of r x r cores, and C and D of the two sides."""
+    C, D = (contraction(k) for k in jax.random.split(key))
+    old = {role: x[..., :R] if x.shape[-1:] == (N,) else x for role, x in states(key).items()}
+    return C, D, old | {"gram": gram(old["window"])}
+
+
+def test_columns_turn_as_rows_do(key):
+    """Turning both sides is turning one, and then the other of what is transposed."""
+    C, D, old = both_sides(key)
+    new = dict(zip(old, rotate(list(old.items()), C, D), strict=True))
+    c, d = np.asarray(C, np.float64), np.asarray(D, np.float64)
+    window = [c @ h @ d.T for h in np.asarray(old["window"], np.float64)]
+    square = oracles.rotated_square(c, np.asarray(old["square"], np.float64))
+    expected = {
+        "linear": c @ np.asarray(old["linear"], np.float64) @ d.T,
+        "square": oracles.rotated_square(d, square.T).T,
+        "window": window,
+        "gram": [[np.vdot(a, b) for a in window] for b in window],
+        "fisher": oracles.rotated_fisher(c, np.asarray(old["fisher"])),  # R Rᵀ has no columns
+    }
+    for role, value in expected.items():
+        np.testing.assert_allclose(new[role], value, atol=10 * CLOSE, err_msg=role)
+
+
+def test_a_rounded_window_stays_rounded_and_its_gram_exact(key):
+    window = jax.random.normal(key, (S, R, N)).astype(jnp.bfloat16)
+    old = [("window", window), ("gram", gram(window.astype(jnp.float32)))]
+    new, K = rotate(old, contraction(key))
+    assert (new.dtype, K.dtype) == (jnp.bfloat16, jnp.float32)
+    exact = np.asarray(new, np.float64).reshape(S, -1)
+    np.testing.assert_allclose(K, exact @ exact.T, atol=CLOSE * R * N)
+
+
+def test_reset_starts_over_but_keeps_the_size_of_squares(key):
+    old = states(key)
+    new = dict(zip(old, reset(list(old.items()), contraction(key)), strict=True))
+    mean = np.broadcast_to(np.asarray(old["square"]).mean(axis=0), (R, N))
+    np.testing.assert_allclose(new.pop("square"), mean, rtol=CLOSE)
+    for role, x in new.items():
+        assert (x.shape, x.dtype) == (old[role].shape, old[role].dtype), role
+        assert not x.any(), role
+
+
+def test_reset_is_to_share_nothing(key):
+    """What `rotate` makes of squares at C = D = 0."""
+    zero = jnp.zeros((R, R))
+    *_, old = both_sides(key)
+    square = [("square", old["square"])]
+    (expected,), (actual,) = rotate(square, zero, zero), reset(square, zero, zero)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_an_unknown_role_is_refused(key):

@@ -1,0 +1,131 @@
+"""What an optimizer's state weighs, told from the state itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from .spec import Basis, Core, path_name
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What :func:`memory_report` counted, in bytes; prints as a table.
+
+    Attributes:
+      total: for each optimizer, all of its state.
+      projected: for each optimizer, what it keeps for the leaves that any of them projects.
+    """
+
+    total: dict[str, int]
+    projected: dict[str, int]
+
+    def __str__(self) -> str:
+        first = next(iter(self.total))
+        head = ("optimizer", "state", f"/ {first}", "projected leaves", f"/ {first}")
+        body = [
+            (
+                name,
+                human_bytes(self.total[name]),
+                _ratio(self.total[name], self.total[first]),
+                human_bytes(self.projected[name]),
+                _ratio(self.projected[name], self.projected[first]),
+            )
+            for name in self.total
+        ]
+        return table([head, *body], numbers=4)
+
+
+def memory_report(
+    params: PyTree, optimizers: Mapping[str, optax.GradientTransformation]
+) -> MemoryReport:
+    """Counts the bytes of state of any Optax transformations, side by side.
+
+    Args:
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
+      optimizers: transformations by name; ratios are to the first.
+
+    Returns:
+      A :class:`MemoryReport`; `print` it.
+
+    Raises:
+      ValueError: if there is no optimizer to report on.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
+      >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 64), jnp.float32)}}
+      >>> galore = natgalore.galore(1.0, rank=16)
+      >>> report = memory_report(params, {"adamw": optax.adamw(1.0), "galore": galore})
+      >>> report.projected["adamw"], report.projected["galore"]  # 2·64·256·4, (64 + 2·256)·16·4 + 8
+      (131072, 36872)
+    """
+    if not optimizers:
+        raise ValueError("`optimizers` must name at least one transformation, got none.")
+    states = {name: jax.eval_shape(tx.init, params) for name, tx in optimizers.items()}
+    projected = {
+        path_name(node.spec.path)
+        for state in states.values()
+        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Basis))
+        if isinstance(node, Basis)
+    }
+    held = {name: bytes_by_leaf(state, params) for name, state in states.items()}
+    return MemoryReport(
+        total={name: sum(map(_nbytes, jax.tree.leaves(state))) for name, state in states.items()},
+        projected={
+            name: sum(by_leaf[path] for path in projected) for name, by_leaf in held.items()
+        },
+    )
+
+
+def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
+    """The bytes of `state` that belong to each leaf of `params`, by the leaf's name.
+
+    A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own.
+    """
+    names = {path: path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    held = dict.fromkeys(names.values(), 0)
+    marked = lambda x: isinstance(x, Core | Basis)
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=marked):
+        owner = node.spec.path if marked(node) else _owner(path, names)
+        if owner is not None:
+            held[names[owner]] += sum(map(_nbytes, jax.tree.leaves(node)))
+    return held
+
+
+def _owner(path: tuple, names: Mapping[tuple, str]) -> tuple | None:
+    return next((path[i:] for i in range(len(path) + 1) if path[i:] in names), None)
+
+
+def _nbytes(x: Any) -> int:
+    return int(np.prod(x.shape)) * x.dtype.itemsize
+
+
+def _ratio(a: int, b: int) -> str:
+    return f"{a / b:.3f}" if b else "-"
+
+
+def human_bytes(n: int | float) -> str:
+    """`36872` as `36.0 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            break
+        n /= 1024
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+
+
+def table(rows: list[tuple[str, ...]], numbers: int) -> str:
+    """Plain text in columns, the last `numbers` of them flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    flush = len(widths) - numbers
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i >= flush else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
