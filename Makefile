@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OPENBLAS_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all lint
+.PHONY: help train test test-all mutants lint
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; \
@@ -23,6 +23,9 @@ test: $(VENV)/.test ## run the tests, without the slow ones
 
 test-all: $(VENV)/.test ## run all tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+mutants: $(VENV)/.test ## plant faults, see that the quick tests notice; ARGS="engine" for one room
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check

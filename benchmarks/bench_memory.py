@@ -31,6 +31,10 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
         "galore": natgalore.galore(1.0, rank),
         "natural_galore": natgalore.natural_galore(1.0, rank),
         "natural_galore, window": natgalore.natural_galore(1.0, rank, fisher="window"),
+        "natural_galore, window, both": natgalore.natural_galore(
+            1.0, rank, fisher="window", side="both"
+        ),
+        "galore, random": natgalore.galore(1.0, rank, basis="random"),
     }
 
 

@@ -1,0 +1,361 @@
+"""Plants faults in the library, one at a time, and sees whether the quick tests notice.
+
+    make mutants                         all of them; writes docs/mutants.md
+    make mutants ARGS="transport gate"   those whose room or name has one of these words
+
+Each fault is one replacement of text in a copy of the repository. A fault that the tests let pass
+is a survivor, and a test is missing. `tests/test_mutants.py` sees that each still applies.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "docs" / "mutants.md"
+
+
+class Mutant(NamedTuple):
+    """A fault: in `room`, `old`, which stands there once, becomes `new`."""
+
+    room: str
+    name: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant("basis", "ignores the gradient", "Y = matmul(G, matmul(G.mT, P))", "Y = P"),
+    Mutant("basis", "no shift", "SHIFT = 1e-6", "SHIFT = 0.0"),
+    Mutant("basis", "svd of the other sign", "largest < 0, -1.0, 1.0", "largest < 0, 1.0, -1.0"),
+    Mutant(
+        "basis",
+        "trailing singular vectors",
+        "full_matrices=False)[0][:, : P.shape[-1]]",
+        "full_matrices=False)[0][:, -P.shape[-1] :]",
+    ),
+    Mutant("basis", "one turn at the start", "first, self.first_turns, 1)", "first, 1, 1)"),
+    Mutant("basis", "units matter", "G / jnp.where(usable, largest, 1.0)", "G"),
+    Mutant(
+        "basis", "Q has P's key", "for part in (side, index, times)", "for part in (index, times)"
+    ),
+    Mutant(
+        "basis", "random without signs", "signs[:, None] * size", "jnp.abs(signs)[:, None] * size"
+    ),
+    Mutant("basis", "phase loses its high part", "((high << 8) + odd", "(odd"),
+    Mutant(
+        "basis",
+        "constant column too long",
+        "jnp.sqrt(1 / m), jnp.sqrt",
+        "jnp.sqrt(2 / m), jnp.sqrt",
+    ),
+    Mutant("basis", "same columns for every key", "jax.random.permutation(columns_key, ", "("),
+    Mutant(
+        "linalg",
+        "QR of any sign",
+        "< 0, -1.0, 1.0).astype(Q.dtype)",
+        "< 0, 1.0, 1.0).astype(Q.dtype)",
+    ),
+    Mutant(
+        "refresh",
+        "a step late",
+        "(count % self.every == phases)",
+        "((count + 1) % self.every == phases)",
+    ),
+    Mutant("refresh", "waits for its turn from cold", " | ((times == 0) & usable).reshape(-1)", ""),
+    Mutant(
+        "refresh",
+        "core of the stale basis",
+        "spec.put(Rs, i, to_core(gradient, *bases))",
+        "spec.put(Rs, i, to_core(gradient, *olds))",
+    ),
+    Mutant("refresh", "C transposed", "matmul(new.mT, P) for", "matmul(P.mT, new) for"),
+    Mutant(
+        "refresh",
+        "state turned by a bad gradient",
+        "spec.put(x, i, keep(new, part))",
+        "spec.put(x, i, new)",
+    ),
+    Mutant("refresh", "basis of a bad gradient", "keep(new, spec.take(x, i))", "new"),
+    Mutant(
+        "refresh",
+        "Q never refreshed",
+        "self.method.next(unit.mT if side else unit, P, key, n == 0)",
+        "P if side else self.method.next(unit, P, key, n == 0)",
+    ),
+    Mutant(
+        "refresh", "one key for a stack", "spec.index + i, n + 1, side", "spec.index, n + 1, side"
+    ),
+    Mutant(
+        "refresh",
+        "the same random basis again",
+        "spec.index + i, n + 1, side",
+        "spec.index + i, 1, side",
+    ),
+    Mutant("refresh", "matrices, not groups", "index * groups // max(total, 1) *", "index *"),
+    Mutant(
+        "engine", "gate open", "x.replace(jnp.where(ok.value[..., None, None], x.value, 0))", "x"
+    ),
+    Mutant(
+        "engine",
+        "gate open for other leaves",
+        "return jnp.where(ok, x, jnp.zeros_like(x))",
+        "return x",
+    ),
+    Mutant(
+        "engine",
+        "inner's answer not gated",
+        "answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)",
+        "pass",
+    ),
+    Mutant(
+        "engine",
+        "stale basis at lifting",
+        "self.lift(answer, decay, finite, bases, updates",
+        "self.lift(answer, decay, finite, [state.basis, state.right_basis], updates",
+    ),
+    Mutant("engine", "scale twice", "self.scale * U.value", "self.scale * self.scale * U.value"),
+    Mutant("engine", "decay doubled", "a * weight, 0)", "2 * a * weight, 0)"),
+    Mutant(
+        "engine",
+        "decay passes the gate",
+        "jnp.where(ok.value[..., None, None], a * weight, 0)",
+        "a * weight",
+    ),
+    Mutant(
+        "engine",
+        "count stands still",
+        "count = optax.safe_increment(state.count)",
+        "count = state.count",
+    ),
+    Mutant("engine", "counts the good steps", "n + (~ok).astype", "n + ok.astype"),
+    Mutant(
+        "engine", "state in the leaf's dtype", "jnp.promote_types(x.dtype, jnp.float32)", "x.dtype"
+    ),
+    Mutant("engine", "seed ignored", "basis_key(self.refresh.seed, i", "basis_key(0, i"),
+    Mutant("fisher_window", "slot off by one", "slot = count % size", "slot = (count + 1) % size"),
+    Mutant(
+        "fisher_window",
+        "K row not replaced",
+        "gram = jnp.where(here[..., :, None], row[..., None, :], gram)",
+        "pass",
+    ),
+    Mutant(
+        "fisher_window",
+        "answers for the oldest",
+        "one_hot((count - 1) % size",
+        "one_hot(count % size",
+    ),
+    Mutant(
+        "fisher_window",
+        "slot keeps its old scale",
+        "scale = jnp.where(here, unit[..., None], scale)",
+        "pass",
+    ),
+    Mutant(
+        "fisher_window",
+        "damping of other units",
+        "damping / largest / largest",
+        "damping / largest",
+    ),
+    Mutant("fisher_window", "damping by the sum", "1.0) / filled", "1.0)"),
+    Mutant("fisher_window", "unit of another power", "largest ** (1 - 2 * power)", "largest**-1.0"),
+    Mutant(
+        "fisher_window",
+        "exact column beside rounded ones",
+        "newest.astype(gram.dtype)\n",
+        "(R / unit[..., None, None])\n",
+    ),
+    Mutant(
+        "fisher_window",
+        "a zero core takes a slot",
+        "count + accepted.astype(count.dtype)",
+        "count + 1",
+    ),
+    Mutant(
+        "fisher_window", "no way out of rounding", "jnp.where(solved, weights, parallel)", "weights"
+    ),
+    Mutant(
+        "fisher_core",
+        "count not bias-corrected",
+        "fisher / jnp.where(known, weight, 1.0)[..., None, None]",
+        "fisher",
+    ),
+    Mutant("fisher_core", "a spike passes", "(in_turn | (s > OUTGROWN * root_scale))", "in_turn"),
+    Mutant("fisher_core", "a sum, not a mean", "((1 - beta) * jnp.square", "(1.0 * jnp.square"),
+    Mutant(
+        "fisher_core", "unit of another power", "unit ** (1 - 2 * power)", "unit ** (1 - power)"
+    ),
+    Mutant(
+        "fisher_core",
+        "roots out of turn",
+        "state.count % root_every == 0",
+        "state.count % root_every == 1",
+    ),
+    Mutant(
+        "fisher_core",
+        "damping not by the mean",
+        "trace(L, axis1=-2, axis2=-1) / r",
+        "trace(L, axis1=-2, axis2=-1)",
+    ),
+    Mutant(
+        "transport",
+        "energy lost",
+        "matmul(squares, v) + lost * v.mean",
+        "matmul(squares, v) + 0 * v.mean",
+    ),
+    Mutant(
+        "transport",
+        "squares turned as momentum",
+        "return matmul(squares, v)",
+        "return matmul(C, v)",
+    ),
+    Mutant("transport", "K not renewed", "x = gram(rotated[-1].astype(x.dtype))", "pass"),
+    Mutant("transport", "L turned on one side", "matmul(matmul(C, x), C.mT)", "matmul(C, x)"),
+    Mutant(
+        "transport",
+        "root not renewed",
+        '            case "root":\n                x = jnp.zeros_like(x)',
+        '            case "root":\n                pass',
+    ),
+    Mutant(
+        "transport", "columns left behind", "matmul(turned, D[0].mT) if D else turned", "turned"
+    ),
+    Mutant("transport", "D transposed", "D[0].mT) if D", "D[0]) if D"),
+    Mutant("transport", "columns of squares left behind", "for d in D:", "for d in ():"),
+    Mutant("transport", "reset of squares too", 'if role == "square"', 'if role == "none"'),
+    Mutant(
+        "project",
+        "stages fall out of the subspace",
+        "(outside if opened is None else inside)",
+        "outside",
+    ),
+    Mutant(
+        "project",
+        "always staggered",
+        "TRANSPORTS[transport], stagger, seed)",
+        "TRANSPORTS[transport], True, seed)",
+    ),
+    Mutant(
+        "project", "chain forgets refresh_every", "            refresh_every=refresh_every,\n", ""
+    ),
+    Mutant("project", "chain forgets the side", "            side=side,\n", ""),
+    Mutant("project", "chain forgets the transport", "            transport=transport,\n", ""),
+    Mutant(
+        "select", "long side for the short", '"short": spec.m > spec.n', '"short": spec.m < spec.n'
+    ),
+    Mutant(
+        "spec",
+        "another matrix of the stack",
+        "dict(zip(self.batch, self._place(i), strict=True))",
+        "dict(zip(self.batch, self._place(0 * i), strict=True))",
+    ),
+]
+
+FIRST = {  # where a room's faults show soonest; all other quick tests follow
+    "basis": ["test_basis", "test_engine", "test_trajectory"],
+    "linalg": ["test_linalg", "test_basis"],
+    "refresh": ["test_trajectory", "test_engine"],
+    "engine": ["test_trajectory", "test_engine", "test_contract"],
+    "fisher_window": ["test_fisher", "test_trajectory"],
+    "fisher_core": ["test_fisher", "test_trajectory"],
+    "transport": ["test_transport", "test_trajectory"],
+    "project": ["test_project", "test_trajectory"],
+    "select": ["test_select"],
+    "spec": ["test_spec", "test_trajectory"],
+}
+
+
+def planted(mutant: Mutant, text: str) -> str:
+    """The room's text with the fault in it."""
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.room}, {mutant.name}: its text stands there not exactly once")
+    return text.replace(mutant.old, mutant.new)
+
+
+def quick_tests(mutant: Mutant) -> list[list[str]]:
+    """Test files in two rounds: where the fault should show, and the others."""
+    first = [f"tests/{name}.py" for name in FIRST[mutant.room]]
+    every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+    skipped = {"tests/test_examples.py", "tests/test_readme.py", "tests/test_mutants.py"}
+    return [first, [name for name in every if name not in {*first, *skipped}]]
+
+
+def verdict(mutant: Mutant) -> tuple[str, float]:
+    """The test that killed the mutant, or `survived`, or what went wrong; and seconds."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("natgalore_jax", "tests", "examples", "docs", "benchmarks"):
+            ignore = shutil.ignore_patterns("__pycache__", "runs")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        room = copy / "natgalore_jax" / f"{mutant.room}.py"
+        room.write_text(planted(mutant, room.read_text()))
+        for files in quick_tests(mutant):
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow"]
+            command += ["-p", "no:cacheprovider", "--tb=no", *files]
+            environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+            run = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+            )
+            if run.returncode:
+                killer = re.search(r"^FAILED (\S+)", run.stdout, re.MULTILINE)
+                # Anything but a failed test is no verdict: the fault should be one that runs.
+                said = killer[1] if killer else f"error: {run.stdout.strip().splitlines()[-1:]}"
+                return said, time.perf_counter() - started
+    return "survived", time.perf_counter() - started
+
+
+def write_report(verdicts: dict[Mutant, str]) -> None:
+    survivors = sum(said == "survived" for said in verdicts.values())
+    lines = [
+        "# Planted faults",
+        "",
+        f"{len(verdicts)} faults, one at a time, each run against the quick tests until one fails "
+        f"(`make mutants`). Killed: {len(verdicts) - survivors}. Survived: {survivors}.",
+        "",
+        "| room | fault | killed by |",
+        "|---|---|---|",
+    ]
+    for mutant, said in verdicts.items():
+        name = said.replace("tests/", "").split("[")[0].replace("::", ", ")
+        lines.append(f"| {mutant.room} | {mutant.name} | {name} |")
+    REPORT.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="only faults whose room or name has one of them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
+    args = parser.parse_args()
+    wanted = [
+        m for m in MUTANTS if not args.words or any(w in f"{m.room} {m.name}" for w in args.words)
+    ]
+    verdicts: dict[Mutant, str] = {}
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(verdict, mutant): mutant for mutant in wanted}
+        for future in concurrent.futures.as_completed(futures):
+            mutant, (said, seconds) = futures[future], future.result()
+            verdicts[mutant] = said
+            done = f"{len(verdicts)}/{len(wanted)}"
+            print(f"{done}  {mutant.room}: {mutant.name}  {said}  {seconds:.0f} s", flush=True)
+    if not args.words:
+        write_report({mutant: verdicts[mutant] for mutant in MUTANTS})
+    bad = [m for m, said in verdicts.items() if said == "survived" or said.startswith("error")]
+    sys.exit(f"{len(bad)} of {len(wanted)} were not killed" if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
