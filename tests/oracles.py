@@ -4,8 +4,8 @@ Slow, dense and literal, so that a reader who knows arXiv:2410.16029 sees it her
 matrix of a core is built and solved whole, an inverse root is an eigendecomposition, a stack of
 layers is a list of matrices. Nothing here may import jax or natgalore_jax.
 
-A matrix is seen with its short side first: G is (m, n) with m <= n, P is (m, r), the core
-R = PᵀG is (r, n).
+A matrix is seen with its projected side first: G is (m, n), P is (m, r), the core R = PᵀG is
+(r, n). Projected on both sides it is seen as it is, and with Q (n, r) the core PᵀG Q is (r, r).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
-def short_side_first(matrix):
-    """The matrix as (m, n), m <= n. Its own inverse, unless the matrix is square: then as is."""
-    return matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+def projected_side_first(matrix, side="short"):
+    """The matrix, or its transpose: a view, so that writing to it writes to the matrix.
+
+    Of a square matrix the left side is both the short and the long one.
+    """
+    rows, columns = matrix.shape
+    turned = {
+        "short": rows > columns,
+        "long": rows < columns,
+        "left": False,
+        "right": True,
+        "both": False,
+    }
+    return matrix.T if turned[side] else matrix
 
 
 # --- Basis: G -> P ----------------------------------------------------------------------------
@@ -37,64 +48,105 @@ def power_basis(g, p, turns):
     return p
 
 
+def largest_positive(p):
+    """The columns with signs such that the largest entry of each is positive."""
+    largest = np.take_along_axis(p, np.abs(p).argmax(axis=0)[None], axis=0)
+    return p * np.sign(largest)
+
+
 def svd_basis(g, p, turns):
     """The leading left singular vectors of G, the largest entry of each positive."""
     del turns
     left, _, _ = np.linalg.svd(g / np.abs(g).max(), full_matrices=False)
-    left = left[:, : p.shape[1]]
-    largest = np.take_along_axis(left, np.abs(left).argmax(axis=0)[None], axis=0)
-    return left * np.sign(largest)
+    return largest_positive(left[:, : p.shape[1]])
 
 
-# --- Transport: what a state in the old basis becomes in the new one, C = P_newᵀ P_old ---------
+def float32_svd_basis(g, p, turns):
+    """The same by a float32 SVD, which the torch programs make of a float64 gradient too."""
+    del turns
+    left, _, _ = np.linalg.svd(np.float32(g), full_matrices=False)
+    return largest_positive(np.float64(left[:, : p.shape[1]]))
 
 
-def rotated_linear(c, x):
-    """What is linear in the core goes where the core goes: C x."""
-    return c @ x
+# --- Transport: what a state in the old bases becomes in the new ones --------------------------
+# C = P_newᵀ P_old turns the rows of a core; D = Q_newᵀ Q_old its columns, if they have a basis.
 
 
-def rotated_square(c, v):
-    """(C∘C) v, and for the share of a direction that the old basis missed, the column's mean."""
+def rotated_linear(c, x, d=None):
+    """What is linear in the core goes where the core goes: C x, or C x Dᵀ."""
+    return c @ x if d is None else c @ x @ d.T
+
+
+def rotated_square(c, v, d=None):
+    """(C∘C) v, and for the share of a direction that the old basis missed, the column's mean.
+
+    Then the same of the rows, by D.
+    """
     squares = c * c
     known = squares.sum(axis=1, keepdims=True)
-    return squares @ v + (1 - known) * v.mean(axis=0, keepdims=True)
+    v = squares @ v + (1 - known) * v.mean(axis=0, keepdims=True)
+    return v if d is None else rotated_square(d, v.T).T
 
 
 def rotated_fisher(c, fisher):
-    """What is quadratic in the core, R Rᵀ: C L Cᵀ."""
+    """What is quadratic in the core, R Rᵀ: C L Cᵀ. Of the columns it has forgotten the names."""
     return c @ fisher @ c.T
+
+
+def reset_square(v, two_sided):
+    """The mean over the directions that have lost their meaning, for each of them."""
+    return np.full_like(v, v.mean()) if two_sided else np.tile(v.mean(axis=0), (len(v), 1))
 
 
 # --- Fisher, window form (section 3.4): F = Σ h hᵀ over the last s cores -----------------------
 
 
-def natural_gradient(cores, damping):
-    """(λ I + Σ_i h_i h_iᵀ)⁻¹ g, where g is the newest of `cores` and h_i is one of them as a
-    vector."""
+def natural_gradient(cores, damping, power=1.0, relative=False):
+    """(λ I + Σ_i h_i h_iᵀ)⁻ᵖ g, where g is the newest of `cores` and h_i is one of them as a
+    vector. λ is the damping, or is relative to the mean of |h_i|²."""
     columns = [core.ravel() for core in cores]
+    if relative:
+        damping = damping * np.mean([h @ h for h in columns])
     fisher = sum(np.outer(h, h) for h in columns)
-    solution = np.linalg.solve(damping * np.eye(len(fisher)) + fisher, columns[-1])
+    damped = damping * np.eye(len(fisher)) + fisher
+    if power == 1:
+        solution = np.linalg.solve(damped, columns[-1])
+    else:
+        values, vectors = np.linalg.eigh(damped)
+        solution = vectors @ (values**-power * (vectors.T @ columns[-1]))
     return solution.reshape(cores[-1].shape)
 
 
 @dataclass
 class WindowFisher:
-    """One matrix's window of the last s cores that were not zero."""
+    """One matrix's window of the last s cores that were not zero, kept in `dtype` if it is given.
+
+    A type of few digits and a wide range, such as bfloat16: no units are needed here.
+    """
 
     window: int = 20
     damping: float = 1e-3
+    power: float = 1.0
+    relative: bool = False
+    dtype: type | None = None
     cores: list = field(default_factory=list)
+
+    def stored(self, core):
+        return core if self.dtype is None else core.astype(self.dtype).astype(np.float64)
 
     def precondition(self, core, count):
         del count
         if not core.any():
             return np.zeros_like(core)
-        self.cores = [*self.cores, core][-self.window :]
-        return natural_gradient(self.cores, self.damping)
+        self.cores = [*self.cores, self.stored(core)][-self.window :]
+        return natural_gradient(self.cores, self.damping, self.power, self.relative)
 
-    def rotate(self, c):
-        self.cores = [rotated_linear(c, core) for core in self.cores]
+    def rotate(self, c, d=None):
+        self.cores = [self.stored(rotated_linear(c, core, d)) for core in self.cores]
+
+    def reset(self, two_sided):
+        del two_sided
+        self.cores = []
 
 
 # --- Fisher, core form (section 3.2): L = decayed mean of R Rᵀ ---------------------------------
@@ -138,10 +190,15 @@ class CoreFisher:
             self.stale = False
         return self.root @ core
 
-    def rotate(self, c):
+    def rotate(self, c, d=None):
+        del d
         if self.weight:
             self.fisher = rotated_fisher(c, self.fisher)
         self.stale = True
+
+    def reset(self, two_sided):
+        del two_sided
+        self.fisher, self.weight, self.root, self.unit_of_root = 0.0, 0.0, None, 0.0
 
 
 # --- Adam, as optax.scale_by_adam has it --------------------------------------------------------
@@ -165,10 +222,27 @@ class Adam:
         v_hat = self.v / (1 - self.b2 ** (count + 1))
         return m_hat / (np.sqrt(v_hat) + self.eps)
 
-    def rotate(self, c):
+    def rotate(self, c, d=None):
         if np.ndim(self.m):  # before the first step there is nothing to carry over
-            self.m = rotated_linear(c, self.m)
-            self.v = rotated_square(c, self.v)
+            self.m = rotated_linear(c, self.m, d)
+            self.v = rotated_square(c, self.v, d)
+
+    def reset(self, two_sided):
+        """The count goes on, so v, whose bias it takes out, cannot start over: Adam would leap."""
+        if np.ndim(self.m):
+            self.m = np.zeros_like(self.m)
+            self.v = reset_square(self.v, two_sided)
+
+
+class TorchAdam(Adam):
+    """Adam as the torch programs of both papers have it: ε is added where the bias still is."""
+
+    def step(self, g, count):
+        """m̂ / ((√v + ε) / √(1 − b2ᵗ))."""
+        self.m = self.b1 * self.m + (1 - self.b1) * g
+        self.v = self.b2 * self.v + (1 - self.b2) * g * g
+        m_hat = self.m / (1 - self.b1 ** (count + 1))
+        return m_hat * np.sqrt(1 - self.b2 ** (count + 1)) / (np.sqrt(self.v) + self.eps)
 
 
 # --- The whole optimizer ------------------------------------------------------------------------
@@ -179,7 +253,7 @@ class Matrix:
     """One matrix weight, in the orientation of its owner, and what is remembered for it."""
 
     weight: np.ndarray
-    basis: np.ndarray
+    bases: list[np.ndarray]  # P, or P and Q
     adam: Adam
     fisher: WindowFisher | CoreFisher | None
     skipped: int = 0
@@ -204,11 +278,15 @@ class NaturalGaLore:
     Args:
       matrices: the projected weights, each two-dimensional, a stack unrolled.
       others: the other weights, of any shape.
-      bases: the initial P of each matrix.
+      bases: what each matrix starts with: P, or [P, Q] where `side` is "both".
       due: `due(index, count, refresh_every, total)`, whether matrix `index` of `total` is refreshed
         at step `count`, counted from 0.
       fisher: makes the Fisher form of one matrix, or is None.
-      basis: a name, or a function `(G, P, turns) -> P`.
+      basis: a name, or a function `(G, P, turns) -> P`; for Q it is given Gᵀ and Q.
+      side: which side of a matrix is projected: "short", "long", "left", "right" or "both".
+      transport: "rotate", "keep" or "reset".
+      adam: the kind of Adam.
+      decay_after: whether weights decay after they have moved, as in the torch programs.
     """
 
     def __init__(
@@ -222,7 +300,10 @@ class NaturalGaLore:
         refresh_every: int = 200,
         fisher: Callable[[], WindowFisher | CoreFisher] | None = None,
         basis: str | Callable = "power",
+        side: str = "short",
         transport: str = "rotate",
+        adam: type[Adam] = Adam,
+        decay_after: bool = False,
         scale: float = 1.0,
         b1: float = 0.9,
         b2: float = 0.999,
@@ -235,17 +316,24 @@ class NaturalGaLore:
         self.learning_rate, self.scale, self.weight_decay = learning_rate, scale, weight_decay
         self.due, self.refresh_every, self.transport = due, refresh_every, transport
         self.new_basis = BASES.get(basis, basis)
+        self.side, self.decay_after = side, decay_after
         self.count = 0
+        starts = bases if side == "both" else [[p] for p in bases]
         self.matrices = [
-            Matrix(float64(w), float64(p), Adam(b1, b2, eps), fisher() if fisher else None)
-            for w, p in zip(matrices, bases, strict=True)
+            Matrix(
+                float64(w),
+                [float64(p) for p in start],
+                adam(b1, b2, eps),
+                fisher() if fisher else None,
+            )
+            for w, start in zip(matrices, starts, strict=True)
         ]
-        self.others = [Other(float64(w), Adam(b1, b2, eps)) for w in others]
+        self.others = [Other(float64(w), adam(b1, b2, eps)) for w in others]
 
     def step(self, matrix_gradients, other_gradients):
         """Moves every weight once."""
         for index, (matrix, g) in enumerate(zip(self.matrices, matrix_gradients, strict=True)):
-            g = short_side_first(np.asarray(g, np.float64))
+            g = projected_side_first(np.asarray(g, np.float64), self.side)
             is_due = self.due(index, self.count, self.refresh_every, len(self.matrices))
             if (is_due or matrix.cold) and np.isfinite(g).all() and g.any():
                 self.refresh(matrix, g)
@@ -255,34 +343,46 @@ class NaturalGaLore:
         self.count += 1
 
     def refresh(self, matrix, g):
-        """A new P from this step's gradient, and the state carried over to it."""
-        old = matrix.basis
-        matrix.basis = self.new_basis(g, old, 4 if matrix.cold else 1)
+        """New bases from this step's gradient, each by itself, and the state carried over."""
+        old = matrix.bases
+        turns = 4 if matrix.cold else 1
+        matrix.bases = [
+            self.new_basis(view, p, turns) for view, p in zip((g, g.T), old, strict=False)
+        ]
         matrix.cold = False
-        if self.transport == "rotate":
-            c = matrix.basis.T @ old
-            matrix.adam.rotate(c)
-            if matrix.fisher is not None:
-                matrix.fisher.rotate(c)
+        for state in (matrix.adam, matrix.fisher):
+            if state is None or self.transport == "keep":
+                continue
+            if self.transport == "rotate":
+                state.rotate(*[new.T @ p for new, p in zip(matrix.bases, old, strict=True)])
+            else:
+                state.reset(two_sided=len(old) == 2)
 
     def step_matrix(self, matrix, g):
         """Project, precondition, Adam, lift."""
         finite = np.isfinite(g).all()
         matrix.skipped += not finite
-        p = matrix.basis
+        p, *right = matrix.bases
         core = p.T @ (g if finite else np.zeros_like(g))
+        for q in right:
+            core = core @ q
         if matrix.fisher is not None:
             core = matrix.fisher.precondition(core, self.count)
         lifted = p @ matrix.adam.step(core, self.count) * finite
-        view = short_side_first(matrix.weight)  # a view: it writes the weight itself
-        view += self.decayed(self.scale * lifted, view)
+        for q in right:
+            lifted = lifted @ q.T
+        self.move(projected_side_first(matrix.weight, self.side), self.scale * lifted)
 
     def step_other(self, other, g):
         finite = np.isfinite(g).all()
         other.skipped += not finite
         direction = other.adam.step(g if finite else np.zeros_like(g), self.count) * finite
-        other.weight += self.decayed(direction, other.weight)
+        self.move(other.weight, direction)
 
-    def decayed(self, direction, weight):
-        """−lr (direction + decay · W): the decay is decoupled, and acts on the whole weight."""
-        return -self.learning_rate * (direction + self.weight_decay * weight)
+    def move(self, weight, direction):
+        """W ← W − lr (direction + decay · W): the decay is decoupled, and acts on all of W."""
+        if self.decay_after:
+            weight -= self.learning_rate * direction
+            weight *= 1 - self.learning_rate * self.weight_decay
+        else:
+            weight -= self.learning_rate * (direction + self.weight_decay * weight)
