@@ -1,7 +1,7 @@
-"""The README's training table: examples/pretrain.py at its defaults, once for each optimizer.
+"""The README's training table: `examples/pretrain.py --compare` of all optimizers, at its defaults.
 
-Runs them one after the other, each in a process of its own, writes the final losses, state bytes
-and times, and draws all of them in one figure. A run that has its figure already is not repeated.
+Writes the final losses, state bytes and times, and draws them in one figure. What the folder --runs
+holds already is not repeated: a comparison that was cut off goes on.
 
     python benchmarks/bench_pretrain.py [--runs runs/bench] [--out benchmarks/results/pretrain.json]
                                         [--figure docs/pretrain.png] [-- --steps 100 ...]
@@ -33,19 +33,16 @@ def main():
     parser.add_argument("settings", nargs="*", help="for pretrain.py, after --")
     args = parser.parse_args()
 
-    runs = []
-    for optimizer in OPTIMIZERS:
-        folder = args.runs / optimizer
-        if not (folder / "loss.png").exists():  # drawn last: a run without it was cut off
-            command = [sys.executable, PRETRAIN, "--optimizer", optimizer]
-            command += ["--out", folder, "--overwrite", *args.settings]
-            subprocess.run(command, check=True)
-        runs.append(report.read(folder / "log.jsonl"))
+    begun = (args.runs / "log.jsonl").exists()
+    what = ["--resume"] if begun else ["--compare", ",".join(OPTIMIZERS)]
+    subprocess.run(
+        [sys.executable, PRETRAIN, "--out", args.runs, *what, *args.settings], check=True
+    )
+    runs = [report.read(args.runs / optimizer / "log.jsonl") for optimizer in OPTIMIZERS]
 
-    report.show_table(runs)
     results = {
         "environment": runs[0].header["environment"],
-        "config": {k: v for k, v in runs[0].header["config"].items() if k != "out"},
+        "config": runs[0].header["config"],
         "data": runs[0].header["data"],
     }
     for run in runs:
@@ -60,7 +57,7 @@ def main():
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.figure:
-        report.plot(runs, args.figure)
+        report.plot(runs).savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

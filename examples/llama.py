@@ -205,6 +205,11 @@ def next_token_loss(model: Llama, tokens: Int[Array, "batch length"]) -> Float[A
     return -jnp.mean(log_likelihood)
 
 
+def structure(config: LlamaConfig) -> nnx.GraphDef:
+    """The model without its parameters, for `nnx.merge`."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))[0]
+
+
 def abstract_params(config: LlamaConfig) -> dict[str, Any]:
     """The parameters of a config as a nested dict of shapes and dtypes, without their memory."""
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))

@@ -8,17 +8,17 @@ several side by side.
 import importlib.metadata
 import itertools
 import json
-import math
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import jax
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import EngFormatter, FixedLocator
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -68,12 +68,12 @@ class Run(NamedTuple):
         return self.header["config"]["optimizer"]
 
     def losses(self, kind: str) -> tuple[list[int], list[float]]:
-        """Steps and values of `train_loss` or `validation_loss`."""
+        """Tokens seen and values of `train_loss` or `validation_loss`."""
         measured = [record for record in self.records if kind in record]
-        return [record["step"] for record in measured], [record[kind] for record in measured]
+        return [record["tokens"] for record in measured], [record[kind] for record in measured]
 
     def tokens_per_second(self) -> float:
-        """Mean speed of training, without its first step, which compiles."""
+        """Mean speed of training, without its first step, which warms up."""
         records = [record for record in self.records if "train_loss" in record]
         tokens, seconds = 0, 0.0
         for before, record in itertools.pairwise(records):
@@ -83,21 +83,10 @@ class Run(NamedTuple):
         return tokens / seconds if tokens else records[0]["tokens_per_second"]
 
 
-def open_log(name: str, folder: Path | None, *, overwrite: bool) -> TextIO:
-    """Opens the log of a new run in `folder`, by default in a free one in `runs/` called `name`.
-
-    Raises:
-        OSError: the folder cannot be written to, or holds a run that is not to be overwritten.
-    """
-    if folder is None:
-        names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        folders = (Path("runs", name) for name in names)
-        folder = next(f for f in folders if overwrite or not (f / "log.jsonl").exists())
-    log = folder / "log.jsonl"
-    if log.exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds a run: choose another --out, or --overwrite it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return log.open("w", buffering=1)
+def read_header(log: Path) -> dict[str, Any]:
+    """Reads the first line of a log."""
+    with log.open() as lines:
+        return json.loads(lines.readline())
 
 
 def read(log: Path) -> Run:
@@ -115,19 +104,26 @@ def duration(seconds: float) -> str:
     return f"{minutes}:{seconds:02}"
 
 
+def say(text: str) -> None:
+    """Prints a line, broken between words where a terminal is narrow."""
+    console = Console()
+    console.print(text, soft_wrap=not console.is_terminal, markup=False, highlight=False)
+
+
 class Display:
     """Shows a run while it runs: a bar and a status line, or plain lines where no terminal is."""
 
-    def __init__(self, steps: int, state_bytes: int):
+    def __init__(self, first: int, steps: int, state_bytes: int):
+        self.first = first
         self.steps = steps
         self.state_bytes = state_bytes
         self.started = time.perf_counter()
-        self.validation_loss = math.nan
+        self.validation: list[str] = []
         self.console = Console()
         self.bar = Progress(
             BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), expand=True
         )
-        self.task = self.bar.add_task("", total=steps)
+        self.task = self.bar.add_task("", total=steps, completed=first)
         self.live = Live(self.bar, console=self.console)
 
     def __enter__(self):
@@ -143,26 +139,40 @@ class Display:
 
     def show(self, record: dict[str, Any]) -> None:
         """Shows a record of the log."""
-        self.validation_loss = record.get("validation_loss", self.validation_loss)
-        step, status = record["step"], [f"validation {self.validation_loss:.3f}"]
+        if "validation_loss" in record:
+            self.validation = [f"validation {record['validation_loss']:.3f}"]
+        step, status = record["step"], self.validation
         if "train_loss" in record:
-            left = (time.perf_counter() - self.started) * (self.steps / step - 1)
+            per_step = (time.perf_counter() - self.started) / (step - self.first)
             status = [
                 f"loss {record['train_loss']:.3f}",
-                *status,
+                *self.validation,
                 f"{record['tokens_per_second']:,.0f} tokens/s",
                 f"optimizer state {megabytes(self.state_bytes)}",
-                f"{duration(left)} left",
+                f"{duration(per_step * (self.steps - step))} left",
             ]
         if self.console.is_interactive:
-            self.live.update(Group(self.bar, Text("  ".join(status), style="dim")))
+            text = Text(fill(status, self.console.width), style="dim")
+            self.live.update(Group(self.bar, text))
         else:
             line = f"step {step:>{len(str(self.steps))}}/{self.steps}  " + "  ".join(status)
             self.console.print(line, soft_wrap=True, highlight=False)
 
 
+def fill(parts: Sequence[str], width: int) -> str:
+    """The parts in lines of at most `width`, none of them broken.
+
+    Example:
+        >>> print(fill(["loss 2.5", "3 tokens/s", "0:01 left"], 20))
+        loss 2.5  3 tokens/s
+        0:01 left
+    """
+    joined = "  ".join(part.replace(" ", "\xa0") for part in parts)  # textwrap keeps these
+    return textwrap.fill(joined, width).replace("\xa0", " ")
+
+
 def show_table(runs: Sequence[Run]) -> None:
-    """Prints the results, one column for each run."""
+    """Prints the results, one column for each run; several tables where the terminal is narrow."""
     rows = {
         "training loss": lambda run: f"{run.losses('train_loss')[1][-1]:.3f}",
         "validation loss": lambda run: f"{run.losses('validation_loss')[1][-1]:.3f}",
@@ -176,27 +186,35 @@ def show_table(runs: Sequence[Run]) -> None:
         table.add_column(run.name, justify="right")
     for name, cell in rows.items():
         table.add_row(name, *map(cell, runs))
-    Console().print(table)
+    console = Console()
+    unbound = console.options.update(max_width=1000)
+    half = len(runs) // 2
+    if half and console.measure(table, options=unbound).maximum > console.width:
+        show_table(runs[:half])
+        show_table(runs[half:])
+    else:
+        console.print(table)
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draws training (thin) and validation loss (with dots) of each run against steps.
+def plot(runs: Sequence[Run]) -> Figure:
+    """Draws training (thin) and validation loss (with dots) of each run against tokens.
 
     The loss is on a logarithmic axis: the runs differ in their last tenths.
     """
     header = runs[0].header
-    config = header["config"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, run in enumerate(runs):
         axes.plot(*run.losses("train_loss"), color=f"C{i}", linewidth=1, alpha=0.4)
-        steps, losses = run.losses("validation_loss")
+        tokens, losses = run.losses("validation_loss")
         label = f"{run.name}: {losses[-1]:.3f}, state {megabytes(run.header['state_bytes'])}"
-        axes.plot(steps, losses, color=f"C{i}", marker="o", markersize=4, label=label)
+        axes.plot(tokens, losses, color=f"C{i}", marker="o", markersize=4, label=label)
     axes.set_title(
-        f"Llama {config['size']} ({header['parameters'] / 1e6:,.2f} M parameters)", loc="left"
+        f"Llama {header['config']['size']} ({header['parameters'] / 1e6:,.2f} M parameters)",
+        loc="left",
     )
-    axes.set_xlabel(f"step ({config['batch_size'] * config['seq_len']:,} tokens each)")
+    axes.set_xlabel("tokens (bytes of text)")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_ylabel("loss (nats per byte)")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(
@@ -208,4 +226,4 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, title="validation (dots), training (thin)", alignment="left")
-    figure.savefig(path, dpi=150)
+    return figure

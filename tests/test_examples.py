@@ -1,25 +1,38 @@
 """The example: its model is a Llama, its data is deterministic, its command line is robust."""
 
+import contextlib
+import doctest
+import functools
 import json
 import math
+import os
+import re
+import shutil
+import signal
 import string
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
+import checkpoint
 import data
 import llama
 import pretrain
 import report
+import sample
+import settings
 
 
 SMALL = llama.LlamaConfig(hidden=16, intermediate=44, heads=2, layers=2, vocabulary=50)
@@ -33,7 +46,7 @@ class Net:
     """A Llama's parameters, its logits and its loss, compiled: quicker here than op by op."""
 
     def __init__(self, config: llama.LlamaConfig):
-        self.structure = nnx.split(nnx.eval_shape(lambda: llama.Llama(config, nnx.Rngs(0))))[0]
+        self.structure = llama.structure(config)
         self.logits = jax.jit(lambda params, tokens: self.model(params)(tokens))
         self.loss = jax.jit(
             lambda params, tokens: llama.next_token_loss(self.model(params), tokens)
@@ -257,22 +270,42 @@ class TestData:
             data.check_length(corpus._replace(validation=np.zeros(9, np.uint8)), 2, 10)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "text").write_text("To be, or not to be, that is the question.\n" * 50)
-    return tmp_path / "text"
+EXAMPLES = Path(pretrain.__file__).parent
+TEXT = "To be, or not to be, that is the question.\n" * 50
+
+
+make_functions = functools.cache(pretrain.make_functions)
+
+
+def make_functions_once(config: settings.Config):
+    """Compiles once for all runs that compute the same."""
+    return make_functions(settings.Config(**config.fixed()))
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, text):
+def quick_compiler():
+    """Compiling is most of what these small runs do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, quick_compiler):
     """Runs the command line, small, in a folder of its own, and returns its exit status."""
     monkeypatch.chdir(tmp_path)
+    Path("text").write_text(TEXT)
     tiny = replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
     monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
-    small = ["--text", str(text), "--steps", "2", "--batch-size", "2", "--seq-len", "16"]
+    monkeypatch.setattr(pretrain, "LOG_EVERY", 2)
+    monkeypatch.setattr(pretrain, "SAMPLE_BYTES", 20)
+    monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 2)
+    monkeypatch.setattr(pretrain, "make_functions", make_functions_once)
+    small = ["--text", "text", "--steps", "2", "--batch-size", "2", "--seq-len", "16"]
 
     def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *small, *arguments])
+        given = arguments if "--resume" in arguments else (*small, *arguments)
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
         try:
             pretrain.main()
         except SystemExit as end:
@@ -282,13 +315,83 @@ def run(monkeypatch, tmp_path, text):
     return run
 
 
+def contents(folder: Path = Path()) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def log_without_times(folder: str) -> list[dict]:
+    lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
+
+
+def saved_state(folder: str) -> tuple[int, list[np.ndarray]]:
+    """The step and the arrays of the checkpoint in a folder, as Orbax finds them."""
+    with ocp.CheckpointManager(Path(folder, "checkpoints").absolute()) as manager:
+        step = manager.latest_step()
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return step, [
+            np.asarray(x) for x in jax.tree.leaves(manager.restore(step, args=items).state)
+        ]
+
+
+def assert_same_run(folder: str, other: str) -> None:
+    """Params, optimizer state, losses, picture and sample, all to the last bit."""
+    step, state = saved_state(folder)
+    other_step, other_state = saved_state(other)
+    assert step == other_step
+    assert len(state) == len(other_state)
+    for x, y in zip(state, other_state, strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert x.dtype == y.dtype
+    assert log_without_times(folder) == log_without_times(other)
+    for name in ("sample.txt", "loss.png"):
+        assert Path(folder, name).read_bytes() == Path(other, name).read_bytes()
+
+
+def refused(capsys) -> str:
+    """What was said of bad input, after checking that it is one line and nothing else."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+class Killed(BaseException):
+    """Ends a run as a crash does: nothing catches it."""
+
+
+def stop_at(monkeypatch, step: int, how) -> None:
+    """Has `how` called when the batch of a step is made, once."""
+    batch = data.training_batch
+    left = [how]
+
+    def stopping(*args, **kwargs):
+        if kwargs["step"] == step and left:
+            left.pop()()
+        return batch(*args, **kwargs)
+
+    monkeypatch.setattr(data, "training_batch", stopping)
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def crash() -> None:
+    raise Killed
+
+
 class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments",
         [["natural_galore", "--scan"], ["contrib_galore"]],
         ids=" ".join,
     )
-    def test_a_run_leaves_a_log_and_a_figure(self, run, capsys, arguments):
+    def test_a_run_leaves_a_log_a_figure_and_a_sample(self, run, capsys, arguments):
         assert run("--optimizer", *arguments, "--rank", "4", "--out", "here") == 0
         log = [json.loads(line) for line in Path("here/log.jsonl").read_text().splitlines()]
         header, *records = log
@@ -302,73 +405,395 @@ class TestCommandLine:
         assert records[0]["validation_loss"] == pytest.approx(math.log(256), abs=0.1)
         assert records[-1]["train_loss"] < math.log(256) + 0.1
         assert Path("here/loss.png").read_bytes().startswith(b"\x89PNG")
-        assert "validation loss" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "validation loss" in out
+        assert Path("here/sample.txt").read_text().startswith("def ")
+        assert Path("here/sample.txt").read_text() in out
+        assert all(c.isprintable() or c in "\n\t" for c in out)  # no terminal, no control codes
 
     def test_a_run_is_not_overwritten_unasked(self, run, capsys):
         assert run("--optimizer", "adamw", "--out", "here") == 0
-        log = Path("here/log.jsonl")
-        written = log.read_bytes()
-        header = report.read(log).header
+        header = report.read(Path("here/log.jsonl")).header
         # The difference is the step count of the learning-rate schedule.
         assert header["state_bytes"] == header["adamw_state_bytes"] + 4
+        before = contents()
         capsys.readouterr()
-        assert run("--out", "here") == 2
-        assert capsys.readouterr().err.startswith("error: here holds a run")
-        assert run("--out", "here", "--overwrite", "--rank", "0") == 2
-        assert log.read_bytes() == written
-        report.open_log("name", Path("here"), overwrite=True).close()
-        assert log.read_bytes() == b""
+        for arguments in ("--out here", "--out here --overwrite --rank 0", "--compare galore"):
+            assert run("--out", "here", *arguments.split()) == 2
+            refused(capsys)
+        assert contents() == before
+        Path("here/checkpoints/9").mkdir()  # a later step than the new run will reach
+        assert run("--optimizer", "adamw", "--out", "here", "--overwrite", "--prompt", "if") == 0
+        header, *records = log_without_times("here")
+        assert header["config"]["prompt"] == "if"
+        assert [record["step"] for record in records] == [0, 1, 2]
+        assert saved_state("here")[0] == 2
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ("--optimizer sgd", "--optimizer must be one of natural_galore, galore, adamw"),
+            ("--compare adamw,sgd", "each name in --compare must be one of natural_galore, galore"),
+            ("--compare adamw,", "adamw, contrib_galore, got ''"),
+            ("--compare adamw,adamw", "--compare names an optimizer twice: adamw,adamw"),
+            ("--compare galore --optimizer adamw", "--optimizer and --compare cannot be used"),
+            ("--compare adamw,contrib_galore --scan", "cannot project stacked layers"),
+            ("--optimizer contrib_galore --scan", "cannot project stacked layers"),
             ("--size 3b", "--size must be one of tiny, 60m"),
             ("--rank 0", "--rank must be at least 1 and below 2**31, got 0"),
             ("--steps 0", "--steps must be at least 1 and below 2**31, got 0"),
+            ("--save-every 0", "--save-every must be at least 1 and below 2**31, got 0"),
             ("--seq-len -1", "--seq-len must be at least 1 and below 2**31, got -1"),
             ("--seed -1", "--seed must be at least 0 and below 2**31, got -1"),
             ("--refresh-every 1000000000000", "--refresh-every must be at least 1 and below"),
             ("--lr nan", "--lr must be above 0 and finite, got nan"),
             ("--weight-decay -3", "--weight-decay must not be negative, got -3"),
+            ("--prompt=", "--prompt must not be empty"),
             ("--text nowhere", "no file or folder at nowhere"),
             ("--text empty", "the text is empty: empty"),
             ("--text short", "the text is too short: 4 bytes for training, but 34 are needed"),
             ("--out text", "text"),
             ("--out text/below", "text"),
-            ("--optimizer contrib_galore --scan", "cannot project stacked layers"),
+            ("--compare adamw,galore --out text/below", "text"),
+            ("--resume", "--resume needs --out"),
+            ("--resume --out here --overwrite", "--resume and --overwrite cannot be used together"),
+            ("--resume --out here", "here holds no run to resume"),
+            ("--resume --out text", "text holds no run to resume"),
         ],
     )
     def test_bad_input_ends_with_one_line(self, run, capsys, arguments, message):
         Path("empty").touch()
         Path("short").write_text("short")
-        before = sorted(Path().rglob("*"))
+        before = contents()
         assert run(*arguments.split()) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert message in err
-        assert err.count("\n") == 1
-        assert sorted(Path().rglob("*")) == before
+        assert message in refused(capsys)
+        assert contents() == before
 
     def test_the_default_folder_is_a_new_one(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         for expected in ("a", "a-2", "a-3"):
-            with report.open_log("a", None, overwrite=False) as log:
-                assert Path(log.name) == Path("runs", expected, "log.jsonl")
-        with report.open_log("a", None, overwrite=True) as log:
-            assert Path(log.name) == Path("runs", "a", "log.jsonl")
+            folder = checkpoint.free_folder("a", overwrite=False)
+            assert folder == Path("runs", expected)
+            checkpoint.clear([folder], overwrite=False)
+            (folder / "log.jsonl").touch()
+        assert checkpoint.free_folder("a", overwrite=True) == Path("runs", "a")
 
-    def test_a_loss_that_is_not_finite_ends_the_run(self, run, monkeypatch):
-        def functions(config, tx):
+    def test_a_loss_that_is_not_finite_ends_the_run_unsaved(self, run, monkeypatch):
+        def functions(config):
             state = pretrain.TrainState({"w": jnp.zeros(2)}, ())
-            return lambda key: state, lambda state, _: (state, jnp.nan), lambda params, _: 5.5
+            step = jax.jit(lambda state, tokens: (state, jnp.nan))
+            return lambda key: state, step, lambda params, tokens: 5.5
 
         monkeypatch.setattr(pretrain, "make_functions", functions)
-        assert run("--out", "here") == (
+        assert run("--out", "here", "--save-every", "1") == (
             "stopped: the loss is not finite at step 1: try a lower --lr; the log so far is in here"
         )
         assert len(report.read(Path("here/log.jsonl")).records) == 1
+        assert list(Path("here/checkpoints").iterdir()) == []
+
+
+def shorten(path: str):
+    return lambda: [
+        os.truncate(file, file.stat().st_size // 2)
+        for file in Path("here").glob(path)
+        if file.is_file()
+    ]
+
+
+def swap():
+    shutil.rmtree("here/checkpoints")
+    shutil.copytree("wider/checkpoints", "here/checkpoints")
+
+
+class TestResume:
+    """Long enough for two refreshes on either side of the stop, and for records at even steps."""
+
+    SETTINGS = "--steps 8 --refresh-every 2 --validate-every 4 --save-every 3 --rank 4"
+
+    @pytest.mark.parametrize("arguments", [["natural_galore"], ["contrib_galore"]], ids=" ".join)
+    def test_a_stopped_run_goes_on_to_the_last_bit(self, run, monkeypatch, capsys, arguments):
+        arguments = ["--optimizer", *arguments, *self.SETTINGS.split()]
+        assert run(*arguments, "--out", "whole") == 0
+
+        with monkeypatch.context() as patch:
+            stop_at(patch, 5, interrupt)
+            capsys.readouterr()
+            assert run(*arguments, "--out", "interrupted") == 130
+        assert capsys.readouterr().err == (
+            f"interrupted at step 5 of {arguments[1]}; "
+            "to go on: python pretrain.py --out interrupted --resume\n"
+        )
+        assert saved_state("interrupted")[0] == 5
+        assert run("--out", "interrupted", "--resume") == 0
+        assert_same_run("interrupted", "whole")
+
+        with monkeypatch.context() as patch:
+            stop_at(patch, 6, crash)
+            with pytest.raises(Killed):
+                run(*arguments, "--out", "crashed")
+        log = Path("crashed/log.jsonl")
+        assert saved_state("crashed")[0] == 3
+        assert log_without_times("crashed")[-1]["step"] == 4  # after the checkpoint
+        with log.open("a") as file:
+            file.write('{"step": 5, "tok')
+        assert run("--out", "crashed", "--resume") == 0
+        assert_same_run("crashed", "whole")
+
+    def test_a_finished_run_shows_itself_again_with_another_prompt(self, finished, run, capsys):
+        before = contents()
+        assert run("--out", "here", "--resume") == 0
+        written = Path("here/sample.txt").read_text()
+        assert "validation loss" in capsys.readouterr().out
+        assert contents() == before
+        assert run("--out", "here", "--resume", "--prompt", "class ") == 0
+        assert Path("here/sample.txt").read_text().startswith("class ")
+        Path("here/sample.txt").write_text(written)
+        assert contents() == before
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def template(cls, tmp_path_factory):
+        """Folders of runs that are expensive to make; filled by `finished`."""
+        return tmp_path_factory.mktemp("template")
+
+    @pytest.fixture
+    def finished(self, run, template, capsys):
+        """A finished run in the folder `here` and another of its kind in `wider`."""
+        if not (template / "here").exists():
+            for arguments in ("--out here", "--out wider --scan"):
+                assert run("--optimizer", "adamw", *arguments.split()) == 0
+            for name in ("here", "wider"):
+                shutil.copytree(name, template / name)
+        for name in ("here", "wider"):
+            shutil.copytree(template / name, name, dirs_exist_ok=True)
+        capsys.readouterr()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("--steps 700", "the run in here began with --steps 2, not 700: leave the flag out"),
+            ("--size 60m", "the run in here began with --size tiny, not 60m"),
+            ("--optimizer galore", "the run in here began with --optimizer adamw, not galore"),
+            ("--compare adamw", "the run in here began with --compare None, not adamw"),
+            ("--lr 1", "the run in here began with --lr 0.002, not 1.0"),
+            ("--scan", "the run in here began with --scan False, not True"),
+            ("--text other", "the text is not the one that the run in here read"),
+            ("--text nowhere", "no file or folder at nowhere"),
+            ("--save-every 0", "--save-every must be at least 1"),
+        ],
+    )
+    def test_what_contradicts_the_run_is_refused(self, finished, run, capsys, arguments, message):
+        Path("other").write_text(TEXT + "!")
+        before = contents()
+        assert run("--out", "here", "--resume", *arguments.split()) == 2
+        assert message in refused(capsys)
+        assert contents() == before
+
+    def test_what_agrees_with_the_run_is_accepted(self, finished, run):
+        Path("moved").mkdir()
+        Path("text").rename("moved/text")
+        again = "--resume --steps 2 --optimizer adamw --lr 0.002 --text moved/text --save-every 7"
+        assert run("--out", "here", *again.split()) == 0
+        assert run("--out", "wider", "--resume", "--scan", "--text", "moved/text") == 0
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (shorten("checkpoints/2/state/**/*"), "the checkpoint in here is damaged"),
+            (shorten("checkpoints/2/notes/**/*"), "the checkpoint in here is damaged"),
+            (lambda: shutil.rmtree("here/checkpoints/2/state"), "the checkpoint in here is dam"),
+            (lambda: shutil.rmtree("here/checkpoints"), "here holds no checkpoint to resume from"),
+            (lambda: shutil.rmtree("here/checkpoints/2"), "here holds no checkpoint to resume"),
+            (swap, "the checkpoint in here is of another run: --scan True, not False"),
+            (shorten("log.jsonl"), "here/log.jsonl is damaged or from another version"),
+            (lambda: Path("here/log.jsonl").write_text("{}\n"), "here/log.jsonl is damaged or"),
+            (lambda: Path("here/log.jsonl").unlink(), "here holds no run to resume"),
+        ],
+        ids=range(9),
+    )
+    def test_a_damaged_run_is_refused_and_left_alone(self, finished, run, capsys, damage, message):
+        damage()
+        before = contents()
+        assert run("--out", "here", "--resume") == 2
+        assert message in refused(capsys)
+        assert contents() == before
+
+    def test_a_log_that_misses_records_is_refused(self, finished, run, capsys):
+        log = Path("here/log.jsonl")
+        log.write_text(log.read_text()[:-20])
+        before = contents()
+        assert run("--out", "here", "--resume") == 2
+        assert "here/log.jsonl is shorter than when the checkpoint was saved" in refused(capsys)
+        assert contents() == before
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("FORMAT", "its notes have format 1, these examples read 99"),
+            ("FORMAT_VERSION", "its optimizer states have format 1, these examples read 99"),
+        ],
+    )
+    def test_another_version_is_refused(self, finished, run, capsys, monkeypatch, name, message):
+        before = contents()
+        monkeypatch.setattr(checkpoint, name, 99)
+        assert run("--out", "here", "--resume") == 2
+        assert message in refused(capsys)
+        assert contents() == before
+
+    def test_the_first_signal_is_noted_and_the_second_one_kills(self):
+        handler = signal.getsignal(signal.SIGINT)
+        with pretrain.Interrupts() as interrupts:
+            assert not interrupts.signal
+            interrupt()
+            assert interrupts.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+        assert signal.getsignal(signal.SIGINT) is handler
+        with pretrain.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupts.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_process_that_gets_a_signal_saves_and_goes_on(self, tmp_path, number):
+        (tmp_path / "text").write_text(TEXT)
+        settings = f"--text text {self.SETTINGS} --steps 500 --seq-len 16".split()
+
+        def command(*arguments: str) -> list[str]:
+            return [sys.executable, str(EXAMPLES / "pretrain.py"), *arguments]
+
+        log = tmp_path / "here" / "log.jsonl"
+        process = subprocess.Popen(
+            command(*settings, "--out", "here"),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert "--out here --resume" in process.communicate()[1]
+        assert process.returncode == 128 + number
+        assert 10 <= saved_state(str(tmp_path / "here"))[0] < 500
+        subprocess.run(
+            command("--out", "here", "--resume"), cwd=tmp_path, check=True, capture_output=True
+        )
+        subprocess.run(
+            command(*settings, "--out", "whole"), cwd=tmp_path, check=True, capture_output=True
+        )
+        with contextlib.chdir(tmp_path):
+            assert_same_run("here", "whole")
+
+
+class TestCompare:
+    def test_an_interrupted_comparison_goes_on(self, run, monkeypatch, capsys):
+        arguments = ["--compare", "adamw,galore", "--rank", "4"]
+        assert run(*arguments, "--out", "whole") == 0
+        out = capsys.readouterr().out
+        assert "adamw at learning rate 0.002" in out
+        assert "galore at learning rate 0.0025" in out
+        with monkeypatch.context() as patch:
+            stop_at(patch, 1, lambda: stop_at(patch, 1, interrupt))  # the second run's first step
+            assert run(*arguments, "--out", "parts") == 130
+        assert not Path("parts/loss.png").exists()
+        first = Path("parts/adamw/log.jsonl").read_bytes()
+        capsys.readouterr()
+        assert run("--out", "parts", "--resume", "--compare", "adamw,galore") == 0
+        assert Path("parts/adamw/log.jsonl").read_bytes() == first
+        for name in ("adamw", "galore"):
+            (Path("whole", name) / "loss.png").touch()  # the picture is of both, above
+            (Path("parts", name) / "loss.png").touch()
+            assert_same_run(f"parts/{name}", f"whole/{name}")
+        assert Path("parts/loss.png").read_bytes() == Path("whole/loss.png").read_bytes()
+        assert re.search("optimizer .* adamw .* galore ", capsys.readouterr().out)
+
+        # Another comparison in the folder begins anew, and does not take up what is left there.
+        before = contents()
+        assert run(*arguments, "--out", "parts") == 2
+        assert contents() == before
+        with monkeypatch.context() as patch:
+            stop_at(patch, 1, crash)
+            with pytest.raises(Killed):
+                run(*arguments, "--out", "parts", "--overwrite", "--seed", "1")
+        assert not checkpoint.holds_run(Path("parts/galore"))
+        before = contents()
+        Path("parts/log.jsonl").write_text("")
+        capsys.readouterr()
+        assert run("--out", "parts", "--resume") == 2
+        assert "damaged" in refused(capsys)
+
+    def test_each_gets_its_own_learning_rate_and_all_a_given_one(self):
+        config = settings.Config(compare="galore,adamw", out=Path("here"))
+        galore, adamw = config.runs()
+        assert (galore.lr, adamw.lr) == (0.0025, 0.002)
+        assert (galore.out, adamw.out) == (Path("here/galore"), Path("here/adamw"))
+        assert {run.lr for run in replace(config, lr=0.1).runs()} == {0.1}
+
+    def test_the_picture_shows_loss_against_tokens(self):
+        header = {"parameters": 1e6, "state_bytes": 1_500_000}
+        records = [
+            {"step": 0, "tokens": 0, "validation_loss": 5.5},
+            {"step": 1, "tokens": 2048, "train_loss": 5.0},
+            {"step": 2, "tokens": 4096, "train_loss": 4.0, "validation_loss": 4.5},
+        ]
+        runs = [
+            report.Run(header | {"config": {"size": "tiny", "optimizer": name}}, records)
+            for name in ("galore", "adamw")
+        ]
+        (axes,) = report.plot(runs).axes
+        assert axes.get_xlabel() == "tokens (bytes of text)"
+        assert axes.get_ylabel() == "loss (nats per byte)"
+        train, validation, *other = axes.lines
+        np.testing.assert_array_equal(train.get_xydata(), [[2048, 5.0], [4096, 4.0]])
+        np.testing.assert_array_equal(validation.get_xydata(), [[0, 5.5], [4096, 4.5]])
+        assert len(other) == 2
+        assert train.get_color() == validation.get_color() != other[0].get_color()
+        assert [label.get_text() for label in axes.get_legend().get_texts()] == [
+            "galore: 4.500, state 1.50 MB",
+            "adamw: 4.500, state 1.50 MB",
+        ]
+
+
+class TestSample:
+    @pytest.mark.parametrize("given", [3, 8, 11], ids="{} bytes".format)
+    def test_it_is_what_the_model_says_of_the_last_bytes(self, net, params, given):
+        prompt = bytes(range(given))
+        # So cold that the likeliest token is drawn each time.
+        written = sample.generate(
+            SMALL, params, prompt, count=9, length=8, seed=0, temperature=1e-6
+        )
+        text = prompt
+        for _ in range(9):
+            seen = np.frombuffer(text[-8:], np.uint8).astype(np.int32)
+            text += bytes([int(net.logits(params, seen[None])[0, -1].argmax())])
+        assert written == text[given:]
+
+    def test_it_is_a_function_of_the_seed(self, params):
+        def written(seed):
+            return sample.generate(SMALL, params, b"!", count=30, length=8, seed=seed)
+
+        assert written(0) == written(0) != written(1)
+        assert len(set(written(0))) > 5
+
+    def test_nothing_in_it_steers_the_terminal(self):
+        assert doctest.testmod(sample).failed == 0
+        assert doctest.testmod(report).failed == 0
+        escaped = sample.printable(b"a\tb\nc\r\x00\xe2\x80\xae\xc2\x9b")
+        assert escaped == "a\tb\nc\\r\\x00\\u202e\\x9b"
+        assert sample.printable("naïve 日本".encode()) == "naïve 日本"
+
+
+RECORD = {
+    "step": 50,
+    "tokens": 100,
+    "train_loss": 2.5,
+    "validation_loss": 2.75,
+    "tokens_per_second": 12345.6,
+    "seconds": 61.0,
+}
 
 
 class TestReport:
@@ -383,15 +808,44 @@ class TestReport:
         assert report.Run({}, records).tokens_per_second() == pytest.approx(130 / 4)
         assert report.Run({}, records[:2]).tokens_per_second() == 1.0
 
-    def test_the_display_fits_a_narrow_terminal(self, monkeypatch, capsys):
-        for name, value in {"COLUMNS": "30", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}.items():
+    PARTS = ("loss 2.500", "validation 2.750", "12,346 tokens/s", "optimizer state 1.50 MB")
+
+    @pytest.mark.parametrize(("columns", "lines"), [(30, 3), (40, 2)])
+    def test_the_display_fits_a_narrow_terminal(self, monkeypatch, capsys, columns, lines):
+        terminal = {"COLUMNS": str(columns), "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}
+        for name, value in terminal.items():
             monkeypatch.setenv(name, value)
-        record = {"step": 50, "train_loss": 2.5, "tokens_per_second": 12345.6}
-        with report.Display(100, 1_500_000) as display:
+        with report.Display(0, 100, 1_500_000) as display:
             display.advance(50)
-            display.show(record | {"validation_loss": 2.75})
+            display.show(RECORD)
             display.live.refresh()
         out = capsys.readouterr().out
         assert "50/100" in out
-        for part in ("loss 2.500", "validation 2.750", "12,346 tokens/s", "1.50 MB"):
-            assert part in out
+        for part in self.PARTS:
+            assert part in out  # in one piece
+
+        filled = report.fill(self.PARTS, columns).splitlines()
+        assert max(map(len, filled)) <= columns
+        assert len(filled) == lines
+
+    def test_no_terminal_gets_plain_lines(self, monkeypatch, capsys):
+        monkeypatch.setenv("COLUMNS", "40")
+        with report.Display(0, 100, 1_500_000) as display:
+            display.advance(50)
+            display.show(RECORD)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.isprintable()
+        assert line.startswith("step  50/100  " + "  ".join(self.PARTS))
+
+    @pytest.mark.parametrize(("columns", "tables"), [(100, 1), (50, 2), (40, 4)])
+    def test_the_table_fits_the_terminal(self, monkeypatch, capsys, columns, tables):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        header = {"state_bytes": 1_500_000, "adamw_state_bytes": 2_000_000}
+        names = ("natural_galore", "galore", "adamw", "contrib_galore")
+        report.show_table(
+            [report.Run(header | {"config": {"optimizer": name}}, [RECORD]) for name in names]
+        )
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= columns
+        assert out.count("validation loss") == tables
+        assert all(name in out for name in names)

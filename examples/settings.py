@@ -1,0 +1,245 @@
+"""The settings of a run: what the command line can say, and what becomes of it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import data
+import jax
+import jax.numpy as jnp
+import llama
+import optax
+import report
+import tyro
+
+import natgalore_jax as natgalore
+
+
+class Recipe(NamedTuple):
+    """An optimizer as a function of its schedule and the config, and its usual learning rate."""
+
+    learning_rate: float
+    make: Callable[[optax.Schedule, "Config"], optax.GradientTransformation]
+
+
+def low_rank(recipe: Callable[..., optax.GradientTransformation]):
+    """One of natgalore's recipes, with the settings of the config."""
+    return lambda schedule, config: recipe(
+        schedule,
+        rank=config.rank,
+        refresh_every=config.refresh_every,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+
+
+def contrib_galore(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
+    """Optax's own GaLore, on the matrices that natgalore projects: those of the layers."""
+    matrix = optax.contrib.GaLoreDimensionNumbers()
+
+    def matrices(params):
+        return jax.tree.map_with_path(
+            lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params
+        )
+
+    return optax.contrib.galore(
+        schedule,
+        rank=config.rank,
+        update_proj_gap=config.refresh_every,
+        weight_decay=config.weight_decay,
+        weight_dimension_numbers=matrices,
+    )
+
+
+OPTIMIZERS = {
+    "natural_galore": Recipe(5e-3, low_rank(natgalore.natural_galore)),
+    "galore": Recipe(2.5e-3, low_rank(natgalore.galore)),
+    "adamw": Recipe(2e-3, lambda schedule, c: optax.adamw(schedule, weight_decay=c.weight_decay)),
+    "contrib_galore": Recipe(5e-3, contrib_galore),
+}
+ABOUT_THE_CALL = ("out", "overwrite", "resume")  # the rest is about the run, and kept in its log
+CHANGEABLE = ("text", "save_every", "prompt")  # on resuming: the text may move, but not change
+
+
+def one_of(names) -> Any:
+    return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Pre-train a Llama on text, byte by byte."""
+
+    size: Annotated[str, one_of(llama.CONFIGS)] = "tiny"
+    """Size of the model."""
+    optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
+    """Which optimizer; contrib_galore is Optax's own GaLore. Default: natural_galore."""
+    compare: Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")] = None
+    """Train each of these optimizers in turn instead, and draw them in one picture."""
+    lr: float | None = None
+    """Peak learning rate, after a linear warm-up and before a cosine decay to a tenth of it.
+    Default: one that suits the optimizer."""
+    rank: int | None = None
+    """Rank of the projected gradients. Default: a quarter of the model's width."""
+    refresh_every: int = 50
+    """Steps between two refreshes of the projections."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    steps: int = 700
+    """Number of training steps."""
+    batch_size: int = 16
+    """Sequences in a batch."""
+    seq_len: int = 128
+    """Bytes in a sequence."""
+    seed: int = 0
+    """Seed of the initial weights, of the batches, of the first projections and of the sample."""
+    text: Path | None = None
+    """A text file or a folder of them. Default: the sources of the Python standard library."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations and matmuls; the weights are float32."""
+    scan: bool = False
+    """Stack the layers and scan over them: compiles faster when the model is deep."""
+    remat: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    prompt: str = "def "
+    """What the sample at the end begins with."""
+    out: Path | None = None
+    """Folder for log, checkpoint, figure and sample. Default: a new folder in runs/."""
+    overwrite: bool = False
+    """Replace the run that is in the folder already."""
+    resume: bool = False
+    """Continue the run in the folder --out where its checkpoint is, with the same settings."""
+    validate_every: int = 50
+    """Steps between two validations."""
+    save_every: int = 100
+    """Steps between two checkpoints; there is one at the end and at an interruption too."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names the first argument that makes no sense."""
+        if self.size not in llama.CONFIGS:
+            raise ValueError(f"--size must be one of {', '.join(llama.CONFIGS)}, got {self.size!r}")
+        if self.optimizer is not None and self.compare is not None:
+            raise ValueError("--optimizer and --compare cannot be used together")
+        names = self.optimizers
+        for name in names:
+            if name not in OPTIMIZERS:
+                known = ", ".join(OPTIMIZERS)
+                which = "--optimizer" if self.compare is None else "each name in --compare"
+                raise ValueError(f"{which} must be one of {known}, got {name!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"--compare names an optimizer twice: {self.compare}")
+        if self.scan and "contrib_galore" in names:
+            raise ValueError("optimizer contrib_galore cannot project stacked layers (--scan)")
+        counts = ("refresh_every", "steps", "batch_size", "seq_len", "validate_every", "save_every")
+        for name, least in (*((name, 1) for name in counts), ("rank", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < 2**31:
+                raise ValueError(
+                    f"{flag(name)} must be at least {least} and below 2**31, got {value}"
+                )
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr must be above 0 and finite, got {self.lr}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}")
+        if not self.prompt:
+            raise ValueError("--prompt must not be empty")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite cannot be used together")
+        if self.resume and self.out is None:
+            raise ValueError("--resume needs --out, the folder of the run to continue")
+
+    @property
+    def optimizers(self) -> list[str]:
+        if self.compare is not None:
+            return self.compare.split(",")
+        return [self.optimizer or "natural_galore"]
+
+    @property
+    def model(self) -> llama.LlamaConfig:
+        return replace(
+            llama.CONFIGS[self.size],
+            vocabulary=data.VOCABULARY,
+            scan=self.scan,
+            remat=self.remat,
+            dtype=jnp.dtype(self.dtype),
+        )
+
+    def runs(self) -> list["Config"]:
+        """One config for each optimizer, with everything filled in that depends on it."""
+        return [
+            replace(
+                self,
+                optimizer=name,
+                compare=None,
+                lr=OPTIMIZERS[name].learning_rate if self.lr is None else self.lr,
+                rank=self.model.hidden // 4 if self.rank is None else self.rank,
+                out=self.out / name if self.compare and self.out else self.out,
+            )
+            for name in self.optimizers
+        ]
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of one of the `runs`."""
+        schedule = optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=self.lr,
+            warmup_steps=self.steps // 10,
+            decay_steps=self.steps,
+            end_value=self.lr / 10,
+        )
+        return OPTIMIZERS[self.optimizer].make(schedule, self)
+
+    def saved(self, without: tuple[str, ...] = ABOUT_THE_CALL) -> dict[str, Any]:
+        """The settings as JSON knows them."""
+        settings = {k: v for k, v in asdict(self).items() if k not in without}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
+
+    def fixed(self) -> dict[str, Any]:
+        """Those that a resumed run must share with the run that it continues."""
+        return self.saved(without=(*ABOUT_THE_CALL, *CHANGEABLE))
+
+
+def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """The first setting that is not the same in both, in words."""
+    for name in {**begun, **wanted}:
+        before, after = begun.get(name), wanted.get(name)
+        if before != after:
+            return f"{flag(name)} {before}, not {after}"
+    return None
+
+
+def begun_with(folder: Path) -> Config:
+    """The config that the run in `folder` began with, from its log."""
+    try:
+        settings = report.read_header(folder / "log.jsonl")["config"]
+        text = settings["text"] and Path(settings["text"])
+        return Config(**settings | {"text": text, "out": folder})
+    except OSError as error:
+        raise ValueError(f"{folder} holds no run to resume") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'log.jsonl'} is damaged or from another version: cannot resume"
+        ) from error
+
+
+def from_command_line() -> Config:
+    """Reads the command line; with --resume, what it leaves open is as the run began.
+
+    Raises:
+        ValueError: something makes no sense, or contradicts the run that is to be resumed.
+    """
+    config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
+    config.check()
+    if config.resume:
+        begun = begun_with(config.out)
+        config = tyro.cli(Config, default=begun)
+        if differs := difference(begun.fixed(), config.fixed()):
+            raise ValueError(f"the run in {config.out} began with {differs}: leave the flag out")
+        config.check()
+    for run in config.runs():
+        run.make_optimizer()  # natgalore checks its arguments too
+    return config
