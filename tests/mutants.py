@@ -290,6 +290,16 @@ def quick_tests(mutant: Mutant) -> list[list[str]]:
     return [first, [name for name in every if name not in {*first, *skipped}]]
 
 
+def failing_without_a_fault(jobs: int) -> str:
+    """The quick tests that fail as the library is, a line each."""
+    files = [name for some in quick_tests(MUTANTS[0]) for name in some]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--tb=no"]
+    command += ["-n", str(jobs), *files]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    failed = re.findall(r"^(?:FAILED|ERROR) .*", run.stdout, re.MULTILINE)
+    return "\n".join(failed or run.stdout.splitlines()[-1:]) if run.returncode else ""
+
+
 def verdict(mutant: Mutant) -> tuple[str, float]:
     """The test that killed the mutant, or `survived`, or what went wrong; and seconds."""
     started = time.perf_counter()
@@ -343,6 +353,9 @@ def main() -> None:
     wanted = [
         m for m in MUTANTS if not args.words or any(w in f"{m.room} {m.name}" for w in args.words)
     ]
+    print(f"the quick tests without a fault, then {len(wanted)} faults", flush=True)
+    if failed := failing_without_a_fault(args.jobs):
+        sys.exit(f"tests fail without a fault, so they would tell nothing:\n{failed}")
     verdicts: dict[Mutant, str] = {}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(verdict, mutant): mutant for mutant in wanted}
