@@ -640,7 +640,10 @@ class TestResume:
         assert message in refused(capsys)
         assert contents() == before
 
-    def test_the_first_signal_is_noted_and_the_second_one_kills(self):
+    def test_the_first_signal_is_noted_and_the_second_one_kills(self, request):
+        # A shell that starts a job in the background has SIGINT ignored in it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         handler = signal.getsignal(signal.SIGINT)
         with pretrain.Interrupts() as interrupts:
             assert not interrupts.signal
