@@ -3,6 +3,7 @@
 from .spec import register_state as register_state
 
 
+from .select import MatrixView as MatrixView  # isort: skip
 from .project import chain as chain, project as project, project_back as project_back  # isort: skip
 from .fisher_core import scale_by_core_fisher as scale_by_core_fisher  # isort: skip
 from .fisher_window import scale_by_fisher as scale_by_fisher  # isort: skip

@@ -14,7 +14,7 @@ from .basis import METHODS, Tracked, Turn
 from .checks import Scalar, check_choice, check_int, check_number
 from .engine import Engine, SubspaceState
 from .refresh import Refresh
-from .select import SIDES, select
+from .select import SIDES, Rank, Select, check_rank, select as select_leaves
 from .spec import LeafSpec
 from .transport import TRANSPORTS
 
@@ -26,7 +26,7 @@ class Projection(optax.GradientTransformationExtraArgs):
 
 
 def project(
-    rank: int = 128,
+    rank: Rank = 128,
     inner: optax.GradientTransformation | None = None,
     *,
     refresh_every: int = 200,
@@ -34,6 +34,7 @@ def project(
     basis: str | Turn = "power",
     side: str = "short",
     transport: str = "rotate",
+    select: Select = None,
     stagger: bool = True,
     seed: int = 0,
 ) -> Projection:
@@ -53,7 +54,8 @@ def project(
     Args:
       rank: r, columns of P; a leaf whose short side is shorter gets that side, as `describe` says.
         State per weight is r·m for P and r·n for each moment. 128 to 512 are GaLore's choices for
-        Llama 60m to 1b.
+        Llama 60m to 1b. A float in (0, 1] is a fraction of each matrix's short side. Different
+        ranks for different leaves are spelled as in `select`: `[("mlp", 256), ("", 0.25)]`.
       inner: an Optax transformation; :func:`chain` fills it in.
       refresh_every: T, steps between new bases of a matrix. 200 is GaLore's.
       scale: α, what P U is multiplied by. GaLore's 0.25 at its learning rate 1e-2 does to these
@@ -70,6 +72,13 @@ def project(
       transport: what inner's state becomes when P turns. `"rotate"` carries it to the new
         coordinates, `"keep"` leaves it as GaLore and the paper's code do, `"reset"` starts over,
         but for Adam's squares, which become their mean (its count goes on).
+      select: which leaves are projected, and as which matrices. None reads names and shapes, which
+        is right for most models (`describe` says what it made of yours). Else a list of
+        (pattern, view), of which the first whose pattern `re.search` finds in the leaf's name
+        counts, and the rest is read; or one view for all leaves; or a tree of views like the
+        params, or a prefix of one; or a function from the params to such a tree. A view is a
+        :class:`MatrixView`, one of Optax's `GaLoreDimensionNumbers` and `MuonDimensionNumbers`,
+        None for a leaf to be left whole, or `"auto"`.
       stagger: refresh matrices in at most 20 groups spread over T, so that no step pays for all.
         False refreshes all at once.
       seed: of random bases, which all are before the first refresh.
@@ -81,8 +90,9 @@ def project(
       above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
-      TypeError, ValueError: if an argument is out of range, or, at init, if `transport` is not
-        "keep" and no role is known for something `inner` remembers (see `register_state`).
+      TypeError, ValueError: if an argument is out of range, or, at init, if a rule of `select` or
+        `rank` fits no leaf or a view does not fit its leaf, or if `transport` is not "keep" and no
+        role is known for something `inner` remembers (see `register_state`).
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -93,7 +103,7 @@ def project(
 
     Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2.
     """
-    check_int("rank", rank, minimum=1)
+    check_rank(rank)
     check_int("refresh_every", refresh_every, minimum=1)
     check_number("scale", scale, above=0.0)
     method = Tracked(basis) if callable(basis) else None
@@ -113,7 +123,7 @@ def project(
     )
 
     def init(params: PyTree) -> SubspaceState:
-        specs, reasons = select(params, rank, side)
+        specs, reasons = select_leaves(params, rank, side, select)
         chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
         if reasons and not chosen:
             _warn_unprojected(reasons)
@@ -132,6 +142,7 @@ def project(
             basis=basis,
             side=side,
             transport=transport,
+            select=select,
             stagger=stagger,
             seed=seed,
         )

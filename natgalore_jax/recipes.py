@@ -10,6 +10,7 @@ from .checks import Scalar
 from .fisher_core import scale_by_core_fisher
 from .fisher_window import scale_by_fisher
 from .project import project
+from .select import Rank, Select
 
 
 FISHERS = {"core": scale_by_core_fisher, "window": scale_by_fisher, None: optax.identity}
@@ -17,7 +18,7 @@ FISHERS = {"core": scale_by_core_fisher, "window": scale_by_fisher, None: optax.
 
 def natural_galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 128,
     *,
     fisher: str | optax.GradientTransformation | None = "core",
     refresh_every: int = 200,
@@ -25,6 +26,7 @@ def natural_galore(
     basis: str | Turn = "power",
     side: str = "short",
     transport: str = "rotate",
+    select: Select = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
@@ -44,7 +46,7 @@ def natural_galore(
       rank: r of the subspace, see :func:`project`.
       fisher: `"core"` (:func:`scale_by_core_fisher`, r x r), `"window"` (:func:`scale_by_fisher`,
         the paper's form, more state than AdamW), None, or a transformation of your own on cores.
-      refresh_every, scale, basis, side, transport, stagger, seed: see :func:`project`.
+      refresh_every, scale, basis, side, transport, select, stagger, seed: see :func:`project`.
       b1, b2, eps: Adam's.
       weight_decay: decoupled, on the whole weight, as in `optax.adamw`.
       mask: a tree or callable as in `optax.add_decayed_weights`: which leaves decay.
@@ -82,6 +84,7 @@ def natural_galore(
             basis=basis,
             side=side,
             transport=transport,
+            select=select,
             stagger=stagger,
             seed=seed,
         ),
@@ -92,13 +95,14 @@ def natural_galore(
 
 def galore(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 128,
     *,
     refresh_every: int = 200,
     scale: Scalar = 1.0,
     basis: str | Turn = "power",
     side: str = "short",
     transport: str = "rotate",
+    select: Select = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
@@ -127,6 +131,7 @@ def galore(
         basis=basis,
         side=side,
         transport=transport,
+        select=select,
         b1=b1,
         b2=b2,
         eps=eps,

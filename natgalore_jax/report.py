@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +14,8 @@ from jaxtyping import PyTree
 from .diagnostics import explained_energy, fisher_condition, skipped_steps
 from .engine import SubspaceState
 from .memory import bytes_by_leaf, human_bytes, table
-from .select import select
-from .spec import Basis, LeafSpec, path_name
+from .select import decisions
+from .spec import LeafSpec, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +48,36 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What :func:`describe` found; prints as a table.
+    """What :func:`describe` found; a table when printed, which fits the screen with `rich.print`.
 
     Attributes:
-      rows: one for each leaf. Printed, leaves that differ by a number in their path alone share a
-        line: `layers/*/mlp/up/kernel (24)`, with the bytes of all of them.
+      rows: one for each leaf. In the table, leaves that differ by a number in their path alone
+        share a line: `layers/*/mlp/up/kernel (24)`, with the bytes of all of them.
     """
 
     rows: list[Row]
 
     def __str__(self) -> str:
+        head, *body = self._cells()
+        return table([head, *body], numbers=len(head) - 4)
+
+    def __rich__(self) -> Any:
+        """What `rich.print` and its consoles show, where rich is installed."""
+        from rich import box
+        from rich.table import Table
+
+        head, *body, total = self._cells()
+        shown = Table(box=box.SIMPLE, show_footer=True, padding=0)
+        for i, (name, sum_of) in enumerate(zip(head, total, strict=True)):
+            breaks = i in (0, 2)  # the leaf's name, and the reason
+            numeric = "right" if i > 3 else "left"
+            shown.add_column(name, sum_of, justify=numeric, overflow="fold", no_wrap=not breaks)
+        for row in body:
+            shown.add_row(*row, style=None if row[4] else "dim")  # no rank: left whole
+        return shown
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The table's head, its lines and the line of totals."""
         head = (
             "leaf",
             "shape",
@@ -91,7 +112,7 @@ class Description:
         total = ("total", "", "", "", "", human_bytes(before), human_bytes(after))
         rows = [head, *body, (*total, *[""] * len(MEASURED))]
         shown = [i for i, name in enumerate(head) if name not in MEASURED or self._has(name)]
-        return table([tuple(row[i] for i in shown) for row in rows], numbers=len(shown) - 4)
+        return [tuple(row[i] for i in shown) for row in rows]
 
     def _has(self, name: str) -> bool:
         return any(name in row.measured for row in self.rows)
@@ -124,7 +145,7 @@ def describe(
 ) -> Description:
     """Says of every leaf whether `tx` projects it, as which matrices, and what that saves.
 
-    Reads the specs out of the state that `tx` itself would make, so it cannot disagree with it.
+    Listens to `tx` while it makes its state, so it cannot disagree with it.
 
     Args:
       tx: an optimizer with a `natgalore.project` somewhere in it.
@@ -155,17 +176,13 @@ def describe(
         measured["skipped"] = skipped_steps(state)
     if grads is not None:
         measured["energy"] = explained_energy(state, grads)
-    state = jax.eval_shape(tx.init, params)
-    found = [
-        node
-        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SubspaceState))
-        if isinstance(node, SubspaceState)
-    ]
-    if not found:
+    with warnings.catch_warnings(), decisions() as made:
+        warnings.filterwarnings("ignore", "natgalore projects none")  # the table says why
+        state = jax.eval_shape(tx.init, params)
+    is_subspace = lambda x: isinstance(x, SubspaceState)
+    if not any(map(is_subspace, jax.tree.leaves(state, is_leaf=is_subspace))):
         raise ValueError("`tx` has no natgalore.project in it: there is nothing to describe.")
-    bases = jax.tree.leaves([node.basis for node in found], is_leaf=lambda x: isinstance(x, Basis))
-    specs = {path_name(basis.spec.path): basis.spec for basis in bases}
-    _, reasons = select(params, rank=1)
+    axes = _axis_names(params)
     held, own = (
         bytes_by_leaf(state, params),
         bytes_by_leaf(jax.eval_shape(optax.adamw(0.0).init, params), params),
@@ -173,12 +190,13 @@ def describe(
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        spec = specs.get(name)
+        decision = made.get(name, "not given to natgalore")
+        spec = decision if isinstance(decision, LeafSpec) else None
         rows.append(
             Row(
                 path=name,
                 shape=tuple(leaf.shape),
-                view=reasons.get(name, "not given to natgalore") if spec is None else _view(spec),
+                view=decision if spec is None else _view(spec, axes.get(name)),
                 side="" if spec is None else _side(spec),
                 rank=None if spec is None else spec.rank,
                 full=spec is not None and spec.rank == min(spec.m, spec.n),
@@ -190,9 +208,32 @@ def describe(
     return Description(rows)
 
 
-def _view(spec: LeafSpec) -> str:
-    matrix = f"{spec.m} x {spec.n}"
-    return matrix if spec.matrices == 1 else f"{spec.matrices} x ({matrix})"
+def _axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
+    """The names that a box around a leaf gives its axes: Linen's `with_partitioning`, NNX's own."""
+
+    def names(box):
+        for field in ("names", "out_sharding", "sharding_names"):
+            found = getattr(box, field, None)
+            if isinstance(found, tuple) and all(isinstance(x, str | None) for x in found):
+                return found
+        return None
+
+    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: names(x) is not None)
+    return {path_name(path): found for path, box in boxes if (found := names(box))}
+
+
+def _view(spec: LeafSpec, names: Sequence[str | None] | None) -> str:
+    """`24 x (2048 x 16·128)`, each axis with its name where it has one."""
+    if not names or spec.split or len(names) != len(spec.shape):
+        names = [None] * len(spec.sizes)
+    one = lambda axis: f"{names[axis]} {spec.sizes[axis]}" if names[axis] else f"{spec.sizes[axis]}"
+    several = lambda axes: "·".join(
+        one(axis) for axis in axes if spec.sizes[axis] > 1 or names[axis]
+    )
+    matrix = f"{several(spec.rows) or 1} x {several(spec.cols) or 1}"
+    stack = several(spec.batch)
+    view = f"{stack} x ({matrix})" if stack else matrix
+    return f"{view}, a guess" if spec.guess else view
 
 
 def _side(spec: LeafSpec) -> str:

@@ -1,186 +1,234 @@
-"""Which leaves are projected, and as which matrices they are seen.
+"""Which leaves are projected, as which matrices, on which side, at which rank: all in one LeafSpec.
 
-The last words of a leaf's path and its shape decide. Embeddings, heads, norms, biases, routers,
-position tables and convolutions keep their inner optimizer's full state, and so does what is too
-small to have a subspace. What is left is one matrix (2-D), a stack of matrices (a scanned layer's
-leaf, experts) or an attention kernel of Flax: (d, heads, width) into the heads, (heads, width, d)
-out of them. Which side of a matrix is projected, `side` says: GaLore's is the short one.
+What the user says comes first; of the rest, `layout.py` reads names, siblings and sizes.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+import optax.contrib
 from jaxtyping import PyTree
 
+from .checks import INT32_MAX, check_int
+from .layout import Reading, read
+from .rules import Argument
 from .spec import LeafSpec, path_name
 
 
-SMALLEST_SIDE = 8  # below it a matrix has no subspace worth the name
-
-NEVER = {
-    "an embedding": {
-        *("embed", "embeds", "emb", "embedding", "embeddings", "embedder"),
-        *("wte", "wpe", "vocab", "shared", "codebook"),
-    },
-    "an output head": {"head", "lmhead", "logits", "unembed", "unembedding", "classifier"},
-    "a norm": {
-        *("norm", "norms", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "ln", "bn"),
-        *("scale", "gamma", "beta"),
-    },
-    "a bias": {"bias", "biases"},
-    "a router": {"router", "routers", "gating", "switch"},
-    "a position table": {"pos", "posemb", "pe", "position", "positional", "positions"},
-    "a convolution": {"conv", "convs"},
-}
-# They name a module around, and a dense kernel further in is something else: PreNorm/fn/Dense.
-OUTER = {"a norm", "a position table", "a convolution"}
-DENSE = {"dense", "linear", "fc", "fn", "mlp", "ffn"}
-INTO_HEADS = {"query", "key", "value", "q", "k", "v", "qkv"}
-OUT_OF_HEADS = {"out", "o", "output"}
-ATTENTION = ("attention", "attn", "mha", "mhsa", "multihead", "selfattn")
-STACKS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
-
-
+Axes = int | Sequence[int]
 SIDES = ("short", "long", "left", "right", "both")
+AUTO = "auto"
 
 
-def select(params: PyTree, rank: int, side: str = "short") -> tuple[PyTree, dict[str, str]]:
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """A leaf as a matrix, or a stack of matrices.
+
+    Attributes:
+      rows: the axis or axes that make up one side. Negative ones count from the last, so that one
+        view fits a layer and a scanned stack of layers.
+      cols: those that make up the other.
+      batch: those that count matrices (layers, experts), by default all that are left.
+      blocks: {axis: k} for an axis that holds k matrices of one size side by side, as a fused
+        query, key and value kernel does: `MatrixView(0, 1, blocks={1: 3})` sees (d, 3 d) as three
+        d x d matrices, each with a basis of its own.
+
+    Example:
+      >>> import jax, natgalore_jax as natgalore
+      >>> params = {"qkv": jax.ShapeDtypeStruct((64, 192), "float32")}
+      >>> view = natgalore.MatrixView(rows=0, cols=1, blocks={1: 3})
+      >>> print(natgalore.describe(natgalore.galore(1e-3, 16, select=view), params))
+      leaf   shape      matrix view, or why not projected  side  rank     AdamW      here
+      qkv    (64, 192)  3 x (64 x 64)                      left    16  96.0 KiB  36.0 KiB
+      total                                                            96.0 KiB  36.0 KiB
+    """
+
+    rows: Axes
+    cols: Axes
+    batch: Axes | None = None
+    blocks: Mapping[int, int] | tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        blocks = self.blocks.items() if isinstance(self.blocks, Mapping) else self.blocks
+        for name in ("rows", "cols", "batch"):
+            axes = getattr(self, name)
+            if axes is not None:
+                object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+        object.__setattr__(self, "blocks", tuple(sorted(blocks)))
+
+
+VIEWS = (MatrixView, optax.contrib.GaLoreDimensionNumbers, optax.contrib.MuonDimensionNumbers)
+View = MatrixView | optax.contrib.GaLoreDimensionNumbers | optax.contrib.MuonDimensionNumbers
+Rules = Sequence[tuple[str, Any]]
+Select = View | Rules | PyTree | Callable[[PyTree], PyTree] | None
+Rank = int | float | Rules | PyTree | Callable[[PyTree], PyTree]
+
+
+def _is_view(x: Any) -> bool:
+    return x is None or isinstance(x, VIEWS) or (isinstance(x, str) and x == AUTO)
+
+
+def _is_rank(x: Any) -> bool:
+    if isinstance(x, float):
+        return 0 < x <= 1
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= INT32_MAX
+
+
+SELECT = Argument(
+    "select",
+    _is_view,
+    "a MatrixView, Optax's GaLoreDimensionNumbers or MuonDimensionNumbers, None (left whole) or "
+    "'auto'",
+    default=AUTO,
+)
+RANK = Argument("rank", _is_rank, "an int of at least 1 or a fraction in (0, 1]", default=None)
+
+
+def check_rank(rank: Any) -> None:
+    """Raises if `rank` is one number and out of range; the rest is checked against the params."""
+    if isinstance(rank, float):
+        RANK.checked(rank)
+    elif rank is None or (not callable(rank) and jax.tree_util.all_leaves([rank])):
+        check_int("rank", rank, minimum=1)
+
+
+def select(
+    params: PyTree, rank: Rank, side: str = "short", chosen: Select = None
+) -> tuple[PyTree, dict[str, str]]:
     """The LeafSpec of every leaf that is projected, and why the others are not.
 
     Args:
       params: a tree of arrays, or of anything with a shape and a dtype.
-      rank: r; a matrix whose short side is shorter has no more, and gets a basis as wide as that.
+      rank: see :func:`project`.
       side: one of `SIDES`.
+      chosen: `select` of :func:`project`.
 
     Returns:
       A tree like `params` with a LeafSpec at each projected leaf and None elsewhere, and a dict
       from the name of each other leaf to the reason.
+
+    Raises:
+      ValueError: if a rule fits no leaf, or a view does not fit its leaf.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    stacked = _stacks(leaves)
+    asked = SELECT.per_leaf(AUTO if chosen is None else chosen, params)
+    ranks = RANK.per_leaf(rank, params)
+    automatic = read([(path, tuple(leaf.shape)) for path, leaf in leaves])
     specs: list[LeafSpec | None] = []
     reasons: dict[str, str] = {}
     index = 0
-    for path, leaf in leaves:
-        spec = _decide(path, leaf, stacked)
+    for (path, leaf), said, r, reading in zip(leaves, asked, ranks, automatic, strict=True):
+        spec = _spec(path, leaf, said, reading)
         if isinstance(spec, LeafSpec):
-            specs.append(_oriented(spec, rank, side, index))
+            spec = _oriented(spec, r, side, index)
             index += spec.matrices
         else:
             reasons[path_name(path)] = spec
-            specs.append(None)
+        specs.append(spec if isinstance(spec, LeafSpec) else None)
+        _note(path, spec)
     return treedef.unflatten(specs), reasons
 
 
-def _decide(path: tuple, leaf: Any, stacked: set[tuple]) -> LeafSpec | str:
+_decisions: contextvars.ContextVar[dict[str, LeafSpec | str] | None] = contextvars.ContextVar(
+    "decisions", default=None
+)
+
+
+@contextlib.contextmanager
+def decisions() -> Iterator[dict[str, LeafSpec | str]]:
+    """Within it, what becomes of each leaf is noted, by its name: its spec, or why it has none."""
+    made: dict[str, LeafSpec | str] = {}
+    token = _decisions.set(made)
+    try:
+        yield made
+    finally:
+        _decisions.reset(token)
+
+
+def _note(path: tuple, decision: LeafSpec | str) -> None:
+    made = _decisions.get()
+    if made is not None:
+        made[path_name(path)] = decision
+
+
+def _spec(path: tuple, leaf: Any, said: Any, reading: Reading | str) -> LeafSpec | str:
     """The leaf as matrices with rows left and columns right, as wide as they are; or why not."""
     shape = tuple(leaf.shape)
+    if said is None:
+        return "left whole by `select`"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"not real floating point ({leaf.dtype})"
+    if said != AUTO:
+        return _viewed(path, shape, said)
+    if isinstance(reading, str):
+        return reading
+    batch, rows, cols, guess = reading
+    return LeafSpec(path, shape, batch, rows, cols, rank=0, guess=guess)
+
+
+def _viewed(path: tuple, shape: tuple[int, ...], said: View) -> LeafSpec:
+    """The leaf as the user said."""
+    if not isinstance(said, MatrixView):
+        said = MatrixView(said.reduction_axis, said.output_axis)
+    refuse = lambda why: ValueError(
+        f"`select` sees {path_name(path)!r}, of shape {shape}, as {said}, but {why}."
+    )
+    place = lambda axes: tuple(range(len(shape))[axis] for axis in axes)
+    try:
+        rows, cols = place(said.rows), place(said.cols)
+        batch = None if said.batch is None else place(said.batch)
+        blocks = {place((axis,))[0]: count for axis, count in said.blocks}
+    except IndexError:
+        raise refuse(f"it has {len(shape)} axes") from None
+    named = (*rows, *cols, *(batch or ()))
+    left = tuple(axis for axis in range(len(shape)) if axis not in named)
+    if len(set(named)) < len(named) or not rows or not cols or (batch is not None and left):
+        raise refuse("each axis must be named once, and both sides have at least one")
     if 0 in shape:
-        return f"empty {shape}"
-    if reason := _never(path):
-        return reason
-    batch = (0,) if _in_stack(path, len(shape), stacked) else ()
-    rest = tuple(axis for axis in range(len(shape)) if axis not in batch)
-    into_rows = 1
-    if len(rest) == 3:
-        words = _words(path)
-        near = words[-3:]  # of a kernel, its module and the module around
-        attention = any(word.startswith(ATTENTION) for word in words)
-        role = next((w for w in reversed(near) if w in INTO_HEADS | OUT_OF_HEADS), None)
-        if role in OUT_OF_HEADS and attention:
-            into_rows = 2
-        elif not (
-            role in INTO_HEADS and (attention or near[-2:-1] in (["query"], ["key"], ["value"]))
-        ):
-            rest, batch = rest[1:], (*batch, rest[0])  # experts, or a stack nothing else betrays
-    elif len(rest) != 2:
-        return f"not a matrix ({len(rest)}-D)"
-    spec = LeafSpec(path, shape, batch, rest[:into_rows], rest[into_rows:], rank=0)
-    if min(spec.m, spec.n) < SMALLEST_SIDE:
-        return f"too small ({min(spec.m, spec.n)} x {max(spec.m, spec.n)})"
-    return spec
+        raise refuse("it is empty")
+    batch = left if batch is None else batch
+    for axis, count in blocks.items():
+        if axis in batch or count < 1 or shape[axis] % count:
+            raise refuse(f"axis {axis} cannot be cut into {count} blocks of one size")
+    return _cut(LeafSpec(path, shape, batch, rows, cols, rank=0), blocks)
 
 
-def _oriented(spec: LeafSpec, rank: int, side: str, index: int) -> LeafSpec:
+def _cut(spec: LeafSpec, blocks: dict[int, int]) -> LeafSpec:
+    """The spec with each axis of `blocks` as two, of which the first counts matrices."""
+    sizes: list[int] = []
+    at: dict[int, int] = {}
+    counting: list[int] = []
+    for axis, size in enumerate(spec.shape):
+        if axis in blocks:
+            counting.append(len(sizes))
+            sizes.append(blocks[axis])
+        at[axis] = len(sizes)
+        sizes.append(size // blocks.get(axis, 1))
+    moved = lambda axes: tuple(at[axis] for axis in axes)
+    return dataclasses.replace(
+        spec,
+        batch=(*moved(spec.batch), *counting),
+        rows=moved(spec.rows),
+        cols=moved(spec.cols),
+        split=tuple(sizes) if counting else (),
+    )
+
+
+def _oriented(spec: LeafSpec, rank: int | float | None, side: str, index: int) -> LeafSpec:
     """The spec with the projected side first. A square has no short side: it stays as it is."""
+    if rank is None:
+        raise ValueError(
+            f"`rank` has no rule for {spec.name!r}: let the last one be a pattern that fits all, "
+            "such as ('', 128)."
+        )
     turn = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
     spec = spec.turned if turn else spec
-    rank = min(rank, spec.m, spec.n)
+    short = min(spec.m, spec.n)
+    rank = max(1, round(rank * short)) if isinstance(rank, float) else min(rank, short)
     return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")
-
-
-def _never(path: tuple) -> str | None:
-    """Why a leaf with such a name is never projected: the innermost telling word decides."""
-    words = _words(path)
-    if words[-1:] == ["b"]:
-        return "a bias"
-    if words[:1] == ["output"] and len(path) <= 2:
-        return "an output head"
-    if "gate" in words and any("moe" in word or word == "experts" for word in words):
-        return "a router"
-    for i in reversed(range(len(words))):
-        for reason, names in NEVER.items():
-            if words[i] not in names:
-                continue
-            if reason in OUTER and DENSE & set(words[i + 1 :]):
-                continue
-            if words[i] == "head" and _is_attention(words):
-                continue  # a head of attention: MultiHeadDotProductAttention, head_0/query
-            return reason
-    return None
-
-
-def _is_attention(words: list[str]) -> bool:
-    return any(word.startswith(ATTENTION) for word in words) or bool(INTO_HEADS & set(words[-3:]))
-
-
-def _stacks(leaves: list[tuple[tuple, Any]]) -> set[tuple]:
-    """The paths below which every leaf carries a layer axis in front.
-
-    A subtree is such a stack where its leaves agree on the size of their first axis and even its
-    norms and biases, vectors by nature, have two.
-    """
-    below: dict[tuple, list[tuple[tuple, Any]]] = {}
-    for path, leaf in leaves:
-        for depth in range(len(path)):
-            below.setdefault(path[:depth], []).append((path, leaf))
-    stacks = set()
-    for prefix, members in below.items():
-        vectors = [leaf for path, leaf in members if _never(path) in ("a norm", "a bias")]
-        if (
-            vectors
-            and all(len(leaf.shape) == 2 for leaf in vectors)
-            and all(len(leaf.shape) >= 2 for _, leaf in members)
-            and len({leaf.shape[0] for _, leaf in members}) == 1
-        ):
-            stacks.add(prefix)
-    return stacks
-
-
-def _in_stack(path: tuple, ndim: int, stacks: set[tuple]) -> bool:
-    """Whether the leaf's first axis counts layers: siblings say so, or the path's own words.
-
-    `layers/mlp/up` of three axes without a number is a scanned stack, `layers/0/mlp/up` and
-    `blocks/block1/up` are each one of a list.
-    """
-    if any(path[:depth] in stacks for depth in range(len(path))):
-        return True
-    numbered = re.search(r"\d(/|_|$)", path_name(path))
-    return ndim >= 3 and bool(STACKS & set(_words(path))) and not numbered
-
-
-def _words(path: tuple) -> list[str]:
-    """`Block_0/selfAttention/conv1/kernel` -> block self attention conv kernel.
-
-    The `value` in which Flax boxes an array is no word, nor are numbers.
-    """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", path_name(path))
-    words = [word.lower().rstrip("0123456789") for word in re.split(r"[^A-Za-z0-9]+", spaced)]
-    return [word for word in words if word]

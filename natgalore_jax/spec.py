@@ -41,6 +41,9 @@ class LeafSpec:
       rank: r, columns of the basis.
       index: the place of its first matrix in the refresh order.
       both: whether the n side is projected too, on a second basis Q (n x r).
+      split: the shape with each axis that holds several matrices side by side as two, (blocks,
+        size); () where no axis does. `batch`, `rows` and `cols` are axes of it.
+      guess: whether the last two axes were taken as the matrix for want of evidence.
     """
 
     path: tuple[Any, ...]
@@ -51,6 +54,13 @@ class LeafSpec:
     rank: int
     index: int = 0
     both: bool = False
+    split: tuple[int, ...] = ()
+    guess: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the axes that `batch`, `rows` and `cols` speak of."""
+        return self.split or self.shape
 
     @property
     def name(self) -> str:
@@ -59,7 +69,7 @@ class LeafSpec:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        return tuple(self.shape[axis] for axis in self.batch)
+        return tuple(self.sizes[axis] for axis in self.batch)
 
     @property
     def matrices(self) -> int:
@@ -68,11 +78,11 @@ class LeafSpec:
 
     @property
     def m(self) -> int:
-        return math.prod(self.shape[axis] for axis in self.rows)
+        return math.prod(self.sizes[axis] for axis in self.rows)
 
     @property
     def n(self) -> int:
-        return math.prod(self.shape[axis] for axis in self.cols)
+        return math.prod(self.sizes[axis] for axis in self.cols)
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -90,21 +100,22 @@ class LeafSpec:
     def to_view(self, x: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
         """The leaf as its matrices."""
         axes = (*self.batch, *self.rows, *self.cols)
-        return x.transpose(axes).reshape(*self.batch_shape, self.m, self.n)
+        return x.reshape(self.sizes).transpose(axes).reshape(*self.batch_shape, self.m, self.n)
 
     def from_view(self, x: Float[Array, "*batch m n"]) -> Float[Array, "..."]:
         """The inverse of `to_view`."""
         axes = (*self.batch, *self.rows, *self.cols)
         inverse = tuple(axes.index(axis) for axis in range(len(axes)))
-        return x.reshape(tuple(self.shape[axis] for axis in axes)).transpose(inverse)
+        return x.reshape([self.sizes[axis] for axis in axes]).transpose(inverse).reshape(self.shape)
 
     def matrix(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "m n"]:
         """The i-th matrix of the leaf, cut out before it is turned: the others are not touched."""
         place = dict(zip(self.batch, self._place(i), strict=True))
-        starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.shape))]
-        sizes = [1 if axis in self.batch else size for axis, size in enumerate(self.shape)]
-        one = dataclasses.replace(self, shape=tuple(sizes))
-        return one.to_view(lax.dynamic_slice(x, starts, sizes)).reshape(self.m, self.n)
+        starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
+        sizes = tuple(1 if axis in self.batch else n for axis, n in enumerate(self.sizes))
+        one = dataclasses.replace(self, shape=sizes, split=())
+        cut = lax.dynamic_slice(x.reshape(self.sizes), starts, sizes)
+        return one.to_view(cut).reshape(self.m, self.n)
 
     def take(self, x: Array, i: Int[Array, ""]) -> Array:
         """The i-th matrix's part of a state array, whose batch axes come first."""
@@ -231,8 +242,14 @@ def subspace_only(name: str, params: PyTree) -> None:
         )
 
 
+def unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path without the `.value` in which Flax boxes an array."""
+    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+
+
 def path_name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """The path as people write it: `layers/0/attention/query/kernel`."""
+    return jax.tree_util.keystr(unboxed(path), simple=True, separator="/")
 
 
 class Undeclared(str):

@@ -10,6 +10,8 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "spec"},
+    {"kinds", "rules"},
+    {"layout"},
     {"select", "basis", "fisher_core", "fisher_window", "decay"},
     {"transport"},
     {"refresh"},

@@ -145,7 +145,7 @@ class TestNothingProjected:
 
 REFUSED = [
     ({"rank": 0}, ValueError),
-    ({"rank": 2.0}, TypeError),
+    ({"rank": 2.0}, ValueError),
     ({"rank": True}, TypeError),
     ({"refresh_every": 0}, ValueError),
     ({"refresh_every": 10**12}, ValueError),

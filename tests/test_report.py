@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen
+from rich.console import Console
 
 import natgalore_jax as natgalore
 from natgalore_jax.memory import bytes_by_leaf, human_bytes
@@ -150,3 +152,56 @@ def test_llama_1b_at_rank_512_keeps_what_is_promised():
 )
 def test_bytes_read_as_people_write_them(n, text):
     assert human_bytes(n) == text
+
+
+class TestViews:
+    """The column that says as which matrices a leaf is seen, or why it is not."""
+
+    def view(self, shape, path=("w", "kernel"), **settings):
+        leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+        tx = natgalore.galore(1.0, 4, **settings)
+        (row,) = natgalore.describe(tx, {path[0]: {path[1]: leaf}}).rows
+        return row.view
+
+    def test_it_shows_what_is_folded_and_what_is_stacked(self):
+        assert self.view((16, 40)) == "16 x 40"
+        assert self.view((16, 4, 12), ("query", "kernel")) == "16 x 4·12"
+        assert self.view((16, 1, 40)) == "16 x 40"
+        whole = natgalore.MatrixView((2, 3), 0)
+        assert self.view((40, 6, 4, 5), select=whole) == "6 x (4·5 x 40)"
+        qkv = natgalore.MatrixView(0, 1, blocks={1: 3})
+        assert self.view((16, 48), select=qkv) == "3 x (16 x 16)"
+
+    def test_it_says_what_is_a_guess(self):
+        assert self.view((5, 16, 40)) == "5 x (16 x 40), a guess"
+        assert self.view((5, 16, 40), ("experts", "up")) == "5 x (16 x 40)"
+        assert self.view((5, 16, 40), select=natgalore.MatrixView(1, 2)) == "5 x (16 x 40)"
+
+    def test_reasons_are_those_of_the_optimizer_itself(self):
+        assert self.view((16, 40), select=[("", None)]) == "left whole by `select`"
+        assert self.view((99, 16), ("wte", "embedding")) == "an embedding"
+        both = natgalore.MatrixView(0, 1)
+        assert self.view((99, 16), ("wte", "embedding"), select=both) == "16 x 99"
+
+    def test_boxes_name_the_axes(self):
+        """Linen's boxes do, of a whole leaf or of a stacked one; holes are no names."""
+        kernel = jax.ShapeDtypeStruct((3, 16, 4, 12), jnp.float32)
+        box = linen.LogicallyPartitioned(kernel, ("layers", "embed", None, "kv"))
+        tx = natgalore.galore(1.0, 4)
+        params = {"layers": {"query": {"kernel": box, "bias": jnp.ones((3, 4, 12))}}}
+        rows = {row.path: row for row in natgalore.describe(tx, params).rows}
+        assert rows["layers/query/kernel"].view == "layers 3 x (embed 16 x 4·kv 12)"
+
+
+def test_rich_shows_the_same_table():
+    described = natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT)
+    console = Console(width=200, color_system=None)
+    with console.capture() as captured:
+        console.print(described)
+    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
+    for line in str(described).splitlines():
+        assert " ".join(line.split()) in lines
+    narrow = Console(width=60, color_system=None)
+    with narrow.capture() as captured:
+        narrow.print(described)
+    assert max(map(len, captured.get().splitlines())) <= 60
