@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .basis import normalised, to_core
+from .boxes import unbox
 from .engine import SubspaceState, expanded
 from .fisher_core import CoreFisherState
 from .fisher_window import FisherState
@@ -38,7 +39,7 @@ def explained_energy(state: PyTree, grads: PyTree) -> dict[str, Array]:
       >>> round(float(explained_energy(state, grads)["kernel"]), 4)  # 4 of 8 equal directions
       0.5
     """
-    leaves = {path_name(path): G for path, G in jax.tree_util.tree_leaves_with_path(grads)}
+    leaves = {path_name(path): G for path, G in jax.tree_util.tree_leaves_with_path(unbox(grads))}
 
     def energy(G, *bases):
         unit, usable = normalised(G)
@@ -138,7 +139,7 @@ def _condition(A: Array, known: Array) -> Array:
 
 def _find(state: PyTree, kind: type) -> list:
     is_kind = lambda x: isinstance(x, kind)
-    return [x for x in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(x)]
+    return [x for x in jax.tree.leaves(unbox(state), is_leaf=is_kind) if is_kind(x)]
 
 
 def _bases(state: PyTree) -> list[tuple[Basis, Basis | None]]:

@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from .basis import basis_key, expand, from_core, to_core
+from .boxes import boxed, rebox, unbox
 from .decay import update_with_decay
 from .refresh import Refresh
 from .spec import Basis, Core, LeafSpec, Undeclared, cores, is_core, subspace, walk
@@ -70,7 +71,8 @@ class Engine:
         self.scale = scale
 
     def init(self, params: PyTree, specs: PyTree) -> SubspaceState:
-        """The state for `params` seen as `specs`: a LeafSpec or None for each leaf."""
+        """The state for `params`, out of their boxes seen as `specs`: LeafSpecs, or None."""
+        inner, params = boxed(self.inner, params), unbox(params)
 
         def proxy(x, spec):
             if spec is None:
@@ -92,7 +94,7 @@ class Engine:
             return jnp.zeros([], jnp.int32) if spec is None else refreshed(x, spec)
 
         with subspace():
-            inner_state = self.inner.init(jax.tree.map(proxy, params, specs))
+            inner_state = inner.init(jax.tree.map(proxy, params, specs))
         if self.refresh.transport is not None:
             walk(inner_state, _refuse_undeclared)
         return SubspaceState(
@@ -109,11 +111,13 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SubspaceState]:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
+        inner, boxes = boxed(self.inner, updates), updates
+        updates, params = unbox(updates), unbox(params)
         projected = jax.tree.map(project, updates, state.basis, state.right_basis)
         *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state)
         projected, finite = gate(projected)
         if params is None:
-            answer, inner_state = self.inner.update(projected, inner_state, None, **extra_args)
+            answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
             decay: list[Any] = [None] * len(cores(projected))
         else:
             proxies = jax.tree.map(
@@ -123,14 +127,14 @@ class Engine:
                 is_leaf=is_core,
             )
             answer, decay, inner_state = update_with_decay(
-                self.inner, projected, inner_state, proxies, **extra_args
+                inner, projected, inner_state, proxies, **extra_args
             )
         answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)
         lifted = self.lift(answer, decay, finite, bases, updates, params)
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
         new = SubspaceState(count, *bases, refreshed, skipped, inner_state, state.version)
-        return lifted, new
+        return rebox(lifted, boxes), new
 
     def lift(
         self,

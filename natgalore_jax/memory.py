@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from .boxes import unbox
 from .spec import Basis, Core, path_name
 
 
@@ -86,6 +87,7 @@ def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
 
     A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own.
     """
+    state, params = unbox(state), unbox(params)
     names = {path: path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     held = dict.fromkeys(names.values(), 0)
     marked = lambda x: isinstance(x, Core | Basis)

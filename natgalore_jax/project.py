@@ -11,6 +11,7 @@ import optax
 from jaxtyping import PyTree
 
 from .basis import METHODS, Tracked, Turn
+from .boxes import unbox
 from .checks import Scalar, check_choice, check_int, check_number
 from .engine import Engine, SubspaceState
 from .refresh import Refresh
@@ -123,7 +124,7 @@ def project(
     )
 
     def init(params: PyTree) -> SubspaceState:
-        specs, reasons = select_leaves(params, rank, side, select)
+        specs, reasons = select_leaves(unbox(params), unbox(rank), side, unbox(select))
         chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
         if reasons and not chosen:
             _warn_unprojected(reasons)

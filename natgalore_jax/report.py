@@ -212,7 +212,7 @@ def _axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
     """The names that a box around a leaf gives its axes: Linen's `with_partitioning`, NNX's own."""
 
     def names(box):
-        for field in ("names", "out_sharding", "sharding_names"):
+        for field in ("names", "out_sharding"):
             found = getattr(box, field, None)
             if isinstance(found, tuple) and all(isinstance(x, str | None) for x in found):
                 return found

@@ -12,7 +12,7 @@ ROOMS = [
     {"checks", "control", "linalg", "spec"},
     {"kinds", "rules"},
     {"layout"},
-    {"select", "basis", "fisher_core", "fisher_window", "decay"},
+    {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
     {"transport"},
     {"refresh"},
     {"engine"},
