@@ -32,7 +32,9 @@ FORMAT_VERSION = 1  # of the state; a new one comes with a way to read the old
 
 
 class SubspaceState(NamedTuple):
-    """What :func:`project` remembers.
+    """What :func:`project` remembers: arrays, float32 whatever the params are (float64 for such).
+
+    A checkpoint of it fits params of any narrower dtype: a run may go on in bfloat16.
 
     Attributes:
       count: steps taken, one int32.
@@ -113,6 +115,7 @@ class Engine:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
         inner, boxes = boxed(self.inner, updates), updates
         updates, params = unbox(updates), unbox(params)
+        walk(state, _refuse_misfit)
         projected = jax.tree.map(project, updates, state.basis, state.right_basis)
         *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state)
         projected, finite = gate(projected)
@@ -166,6 +169,10 @@ def project(G: Array, P: Basis | None, Q: Basis | None) -> Any:
     """The core of a projected leaf, in the dtype of its state; the leaf itself for another."""
     if P is None:
         return _working(G)
+    if G.shape != P.spec.shape:
+        raise ValueError(
+            f"the gradient of `{P.spec.name}` has shape {G.shape}, its state is for {P.spec.shape}."
+        )
     kept = P.value.dtype  # of a random basis that of its key, which says nothing of the core's
     dtype = kept if jnp.issubdtype(kept, jnp.floating) else _working_dtype(G)
     return Core(to_core(P.spec.to_view(G).astype(dtype), *expanded(dtype, P, Q)), P.spec)
@@ -209,6 +216,28 @@ def _working(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, _working_dtype(x))
     return jnp.asarray(x, _working_dtype(x))
+
+
+def _refuse_misfit(x: Any, role: Any, spec: LeafSpec | None) -> Any:
+    """A checkpoint of another rank, restored as it is, would train on while its shapes agree."""
+    if spec is None:
+        return x
+    per_matrix = x.shape[len(spec.batch) :]
+    match role:
+        case "linear" | "square":
+            fits = per_matrix[:1] == (spec.rank,)
+        case "window":
+            fits = per_matrix[1:2] == (spec.rank,)
+        case "basis" if jnp.issubdtype(x.dtype, jnp.floating):  # else it is a key
+            fits = x.shape == spec.basis_shape
+        case _:
+            fits = True
+    if not fits:
+        raise ValueError(
+            f"the state of `{spec.name}`, {spec.m} x {spec.n} at rank {spec.rank}, holds an array "
+            f"of shape {x.shape} ({role}): it comes from a run with another `rank` or `side`."
+        )
+    return x
 
 
 def _refuse_undeclared(x: Any, role: Any, spec: LeafSpec | None) -> Any:

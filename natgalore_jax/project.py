@@ -93,7 +93,8 @@ def project(
     Raises:
       TypeError, ValueError: if an argument is out of range, or, at init, if a rule of `select` or
         `rank` fits no leaf or a view does not fit its leaf, or if `transport` is not "keep" and no
-        role is known for something `inner` remembers (see `register_state`).
+        role is known for something `inner` remembers (see `register_state`), or, at
+        update, if the state was saved by a run of another `rank`, `side` or shape of a weight.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
