@@ -32,9 +32,10 @@ FORMAT_VERSION = 1  # of the state; a new one comes with a way to read the old
 
 
 class SubspaceState(NamedTuple):
-    """What :func:`project` remembers: arrays, float32 whatever the params are (float64 for such).
+    """What :func:`project` remembers.
 
-    A checkpoint of it fits params of any narrower dtype: a run may go on in bfloat16.
+    Its arrays are float32 whatever the dtype of the params (float64 where a leaf is), so a
+    checkpoint of it goes on with weights that have become bfloat16.
 
     Attributes:
       count: steps taken, one int32.
