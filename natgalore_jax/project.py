@@ -67,9 +67,10 @@ def project(
         a pure function (G, P, key) -> P, called once a refresh on each matrix with G (m x n)
         divided by its largest entry, the basis before, and a key of this matrix and refresh. Its
         columns should be orthonormal. A result that is not finite leaves P as it was.
-      side: which side of a matrix is projected: `"short"` (GaLore's, the least state for its rank),
-        `"long"`, `"left"` (the leading axes of the weight), `"right"`, or `"both"`, with one more
-        basis Q (n x r), as the paper's code does. A square matrix's short and long are its left.
+      side: which side of a matrix is projected: `"short"` (GaLore's), `"long"` (Optax's GaLore's:
+        less state under Adam, since the moments have the length of the other side), `"left"` (the
+        leading axes of the weight), `"right"`, or `"both"`, with one more basis Q (n x r), as the
+        paper's code does. A square matrix's short and long are its left.
       transport: what inner's state becomes when P turns. `"rotate"` carries it to the new
         coordinates, `"keep"` leaves it as GaLore and the paper's code do, `"reset"` starts over,
         but for Adam's squares, which become their mean (its count goes on).
