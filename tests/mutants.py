@@ -141,6 +141,22 @@ MUTANTS = [
     Mutant(
         "engine", "state in the leaf's dtype", "jnp.promote_types(x.dtype, jnp.float32)", "x.dtype"
     ),
+    Mutant("engine", "takes a state of any rank", "walk(state, _refuse_misfit)", "pass"),
+    Mutant("engine", "another format's number", "FORMAT_VERSION = 1", "FORMAT_VERSION = 2"),
+    Mutant("engine", "takes a gradient of any shape", "G.shape != P.spec.shape", "False"),
+    Mutant(
+        "engine",
+        "inner never sees a box",
+        "inner, params = boxed(self.inner, params), unbox(params)",
+        "inner, params = self.inner, unbox(params)",
+    ),
+    Mutant("boxes", "cores in boxes", "is_core(x) or not is_box(box)", "not is_box(box)"),
+    Mutant("boxes", "any tuple a box", "tuple | Core | Basis", "Core | Basis"),
+    Mutant("boxes", "a module a box", " and _is_single(children[0][1])", ""),
+    Mutant(
+        "boxes", "inner's answer in boxes", "return unbox(updates), state", "return updates, state"
+    ),
+    Mutant("project", "selects in boxes", "select_leaves(unbox(params)", "select_leaves(params"),
     Mutant("engine", "seed ignored", "basis_key(self.refresh.seed, i", "basis_key(0, i"),
     Mutant("fisher_window", "slot off by one", "slot = count % size", "slot = (count + 1) % size"),
     Mutant(
@@ -266,6 +282,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "linalg": ["test_linalg", "test_basis"],
     "refresh": ["test_trajectory", "test_engine"],
     "engine": ["test_trajectory", "test_engine", "test_contract"],
+    "boxes": ["test_boxes", "test_flax"],
     "fisher_window": ["test_fisher", "test_trajectory"],
     "fisher_core": ["test_fisher", "test_trajectory"],
     "transport": ["test_transport", "test_trajectory"],
@@ -286,7 +303,9 @@ def quick_tests(mutant: Mutant) -> list[list[str]]:
     """Test files in two rounds: where the fault should show, and the others."""
     first = [f"tests/{name}.py" for name in FIRST[mutant.room]]
     every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
-    skipped = {"tests/test_examples.py", "tests/test_readme.py", "tests/test_mutants.py"}
+    skipped = {
+        f"tests/test_{name}.py" for name in ("examples", "examples_small", "readme", "mutants")
+    }
     return [first, [name for name in every if name not in {*first, *skipped}]]
 
 
