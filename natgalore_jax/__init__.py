@@ -7,7 +7,11 @@ from .select import MatrixView as MatrixView  # isort: skip
 from .project import chain as chain, project as project, project_back as project_back  # isort: skip
 from .fisher_core import scale_by_core_fisher as scale_by_core_fisher  # isort: skip
 from .fisher_window import scale_by_fisher as scale_by_fisher  # isort: skip
-from .recipes import galore as galore, natural_galore as natural_galore  # isort: skip
+from .recipes import (  # isort: skip
+    STATIC_ARGS as STATIC_ARGS,
+    galore as galore,
+    natural_galore as natural_galore,
+)
 from .diagnostics import (  # isort: skip
     basis_drift as basis_drift,
     explained_energy as explained_energy,

@@ -17,6 +17,7 @@ def check_int(name: str, value: Any, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{name}` must be an int known when the transformation is built, got {value!r}."
+            f"{_if_injected(value)}"
         )
     if not minimum <= value <= INT32_MAX:
         raise ValueError(f"`{name}` must be in [{minimum}, {INT32_MAX}], got {value}.")
@@ -43,9 +44,31 @@ def check_number(
     return value
 
 
+def check_decay(name: str, value: Any) -> Any:
+    """`value`, if it is what a mean decays by: a number in [0, 1), not rounded to half precision.
+
+    `optax.inject_hyperparams` gives numbers the dtype of the params: in bfloat16, 0.999 is 1.
+    """
+    if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
+        raise TypeError(
+            f"`{name}` is given in {value.dtype}, in which 0.999 is 1: pass "
+            "`hyperparam_dtype=jnp.float32` to optax.inject_hyperparams."
+        )
+    return check_number(name, value, above=0.0, below=1.0, inclusive=True)
+
+
 def check_choice(name: str, value: Any, choices: Collection[Any], *others: str) -> Any:
     """`value`, if it is one of `choices`; `others` describes what else is allowed."""
-    if value not in list(choices):
+    if isinstance(value, jax.Array) or value not in list(choices):
         allowed = ", ".join([*map(repr, choices), *others])
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.{_if_injected(value)}")
     return value
+
+
+def _if_injected(value: Any) -> str:
+    if not isinstance(value, jax.Array):
+        return ""
+    return (
+        " What cannot change while training is listed for each function in "
+        "`natgalore.STATIC_ARGS`: pass that as `static_args` to optax.inject_hyperparams."
+    )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .checks import Scalar, check_choice, check_int, check_number
+from .checks import Scalar, check_choice, check_decay, check_int, check_number
 from .control import when
 from .linalg import POWERS, eye_like, inverse_root, matmul, power_of_two
 from .spec import at_cores, core_arrays, register_state, replace_cores, subspace_only
@@ -58,6 +58,7 @@ register_state(
     root_scale="root",
 )
 
+LEAST_DAMPING = 1e-3
 OUTGROWN = 16.0  # a root serves until L's scale exceeds its own by this: no spike passes it
 
 
@@ -95,11 +96,11 @@ def scale_by_core_fisher(
     Reference: Das, arXiv:2410.16029, section 3.2. Differs from it: g is the r x n core rather than
     its vec, so F is r x r, and p = ½ by default.
     """
-    check_number("decay", decay, above=0.0, below=1.0, inclusive=True)
-    check_number("damping", damping, above=1e-3, inclusive=True)
+    check_decay("decay", decay)
+    check_number("damping", damping, above=LEAST_DAMPING, inclusive=True)
     check_choice("power", power, POWERS)
     check_int("root_every", root_every, minimum=1)
-    least_damping = 1e-3 if isinstance(damping, jax.core.Tracer) else float(damping)
+    least_damping = LEAST_DAMPING if isinstance(damping, jax.core.Tracer) else float(damping)
 
     def init(params: PyTree) -> CoreFisherState:
         subspace_only("scale_by_core_fisher", params)
@@ -189,7 +190,8 @@ def damped(
     r, dtype = fisher.shape[-1], fisher.dtype
     known = weight > 0
     L = fisher / jnp.where(known, weight, 1.0)[..., None, None]
-    shift = jnp.asarray(damping, dtype) * jnp.trace(L, axis1=-2, axis2=-1) / r
+    damping = jnp.maximum(jnp.asarray(damping, dtype), LEAST_DAMPING)  # a traced one is unchecked
+    shift = damping * jnp.trace(L, axis1=-2, axis2=-1) / r
     return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)
 
 

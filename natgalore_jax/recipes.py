@@ -1,12 +1,13 @@
 """natural_galore() and galore(): the algorithm, in one call, in place of `optax.adamw`."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import optax
 
 from .basis import Turn
-from .checks import Scalar
+from .checks import Scalar, check_choice, check_decay
 from .fisher_core import scale_by_core_fisher
 from .fisher_window import scale_by_fisher
 from .project import project
@@ -52,7 +53,10 @@ def natural_galore(
       mask: a tree or callable as in `optax.add_decayed_weights`: which leaves decay.
 
     Returns:
-      A transformation to use as `optax.adamw(learning_rate)` is.
+      A transformation to use as `optax.adamw(learning_rate)` is. To change numbers while training
+      build it with `optax.inject_hyperparams(natgalore.natural_galore,
+      static_args=natgalore.STATIC_ARGS["natural_galore"])`; for bfloat16 params give that
+      `hyperparam_dtype=jnp.float32` too, or b2 = 0.999 would be 1 (refused).
 
     Raises:
       TypeError, ValueError: if an argument is out of range; the message names it.
@@ -67,14 +71,13 @@ def natural_galore(
 
     Reference: Das, "Natural GaLore", arXiv:2410.16029, algorithm 1.
     """
+    check_decay("b1", b1)
+    check_decay("b2", b2)
     if isinstance(fisher, optax.GradientTransformation):
         precondition = fisher
-    elif fisher in FISHERS:
-        precondition = FISHERS[fisher]()
     else:
-        raise ValueError(
-            f"`fisher` must be 'core', 'window', None or a transformation, got {fisher!r}."
-        )
+        check_choice("fisher", fisher, FISHERS, "a transformation")
+        precondition = FISHERS[fisher]()
     return optax.chain(
         project(
             rank,
@@ -140,3 +143,15 @@ def galore(
         stagger=stagger,
         seed=seed,
     )
+
+
+# What cannot change while training, by function: the rest is annotated as a number.
+#     optax.inject_hyperparams(natgalore.galore, static_args=natgalore.STATIC_ARGS["galore"])
+STATIC_ARGS: dict[str, tuple[str, ...]] = {
+    function.__name__: tuple(
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation not in (Scalar, optax.ScalarOrSchedule)
+    )
+    for function in (project, scale_by_core_fisher, scale_by_fisher, natural_galore, galore)
+}
