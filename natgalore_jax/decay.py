@@ -1,17 +1,17 @@
-"""Decay that an inner optimizer puts on weights it never sees.
+"""Decay that an inner optimizer puts on weights it never sees, and inners that would misread them.
 
 Inner works on cores, but `optax.adamw` also decays weights, and decay belongs on the whole weight.
-So inner is given core-shaped weights w = 0 and asked, by forward-mode differentiation, how its
-answer depends on them. Decoupled decay answers
+So inner is given core-shaped weights w = 0, and its program is read for what becomes of them.
+Decoupled decay answers
 
     u(w) = u(0) + a w,    a a number (−lr · weight_decay, 0 where masked)                       (1)
 
 and the engine adds a W for the whole weight W. An inner for which (1) does not hold (LAMB's trust
-ratio, coupled L2, clipping after decay, a state that averages weights) is refused: it would read
-weights that are not there.
+ratio, coupled L2, clipping after decay), or whose state holds weights (schedule-free, MADGRAD), is
+refused: it would read weights that are not there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,32 @@ from jaxtyping import Array, Float, PyTree
 from .spec import cores, is_core, replace_cores
 
 
-WEIGHT, ARRAY = 1, 2  # what a value was computed from, as bits; from scalars alone: 0
+# What a value was computed from, as bits. Numbers, and arrays of one number throughout, have none.
+WEIGHT = 1  # a core's weights times a number
+READ = 2  # a core's weights in any other way
+VARIES = 4  # its elements differ
+CORE = 8  # they are those of a core's gradient or state
+
+# Primitives whose result is linear in all their inputs, element by element.
+LINEAR = {
+    *("add", "add_any", "sub", "neg", "copy", "copy_p", "convert_element_type"),
+    *("broadcast_in_dim", "reshape", "squeeze"),
+}
+CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint"}
+
+
+class Misread(ValueError):
+    """The inner transformation asks for what it cannot have on cores."""
+
+
+def refuse(reason: str) -> None:
+    raise Misread(
+        f"the inner transformation cannot work on cores: {reason}. Decoupled weight decay as in "
+        "optax.adamw is carried to the whole weight, and optax.adafactor works with "
+        "multiply_by_parameter_scale=False. What reads weights in any other way belongs outside of "
+        "`natgalore.project`: as a stage after `natgalore.project_back()`, or, as "
+        "optax.contrib.schedule_free and other wrappers, around the whole optimizer."
+    )
 
 
 def update_with_decay(
@@ -46,58 +71,133 @@ def update_with_decay(
     Raises:
       ValueError: if (1) does not hold for `inner`.
     """
-
-    def linearised(updates, state, params, ones):
-        along = replace_cores(jax.tree.map(_no_direction, params), ones)
-        primals, (slopes, drift) = jax.jvp(
-            lambda w: inner.update(updates, state, w, **extra_args), (params,), (along,)
+    try:
+        closed, outputs, origins = _read_update(inner, updates, state, params, (), **extra_args)
+    except Misread:
+        raise
+    except Exception as error:
+        error.add_note(
+            "natgalore.project: this is from its `inner`, which is given cores, arrays of r x n, "
+            "and zeros in place of their weights. What needs whole weights belongs outside of it."
         )
-        others = jax.tree.leaves(jax.tree.map(_hide_core, slopes, is_leaf=is_core))
-        return (
-            primals,
-            [x.value for x in cores(slopes)],
-            _real(others),
-            _real(jax.tree.leaves(drift)),
-        )
+        raise
+    arguments, treedef = jax.tree.flatten((updates, state, params))
+    program = jax_core.jaxpr_as_fun(closed)
+    decays = [at & WEIGHT for at in _held(origins[0])]
+    if not any(decays):
+        answer, new_state = outputs.unflatten(program(*arguments))
+        return answer, [None] * len(decays), new_state
 
-    arguments = (updates, state, params, [jnp.ones_like(x.value) for x in cores(params)])
-    closed, shapes = jax.make_jaxpr(linearised, return_shape=True)(*arguments)
-    origins = [ARRAY if x.ndim else 0 for x in jax.tree.leaves(arguments[:3])]
-    origins += [WEIGHT] * len(arguments[3])
+    def of_weights(values):
+        at_values = (updates, state, replace_cores(params, values))
+        answer, new_state = outputs.unflatten(program(*treedef.flatten_up_to(at_values)))
+        return _held(answer), (answer, new_state)
+
+    zeros = _held(params)
+    ones = [jnp.ones_like(x) for x in zeros]
+    _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
+    decay = [x.ravel()[0] if at else None for x, at in zip(slopes, decays, strict=True)]
+    return answer, decay, new_state
+
+
+def inspect(
+    inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree
+) -> PyTree | None:
+    """Refuses an inner that misreads weights as soon as its state is made.
+
+    Args:
+      inner: the transformation.
+      params: what it was initialised with: Cores and other leaves; shapes suffice.
+      state: its state.
+
+    Returns:
+      A tree like `state` of the origins of what the first update makes of it. None where inner
+      asks for extra arguments that are not among Optax's own: then its first update is read.
+
+    Raises:
+      ValueError: if `inner` misreads weights.
+    """
+    closed = jax.make_jaxpr(inner.init)(params)
+    memory = _origins(closed, [WEIGHT if of_core else 0 for of_core in _of_cores(params)])
+
+    def evaluated(*args, **kwargs):
+        refuse("it evaluates the loss or its gradients, at weights that it is not given")
+
+    value = jnp.zeros([], jnp.float32)
+    for extra_args in (
+        {},
+        {"value": value},
+        {"value": value, "grad": params, "value_fn": evaluated},
+        {"obj_fn": evaluated},
+        {"grad_fn": evaluated},
+    ):
+        try:
+            _, _, origins = _read_update(inner, params, state, params, memory, **extra_args)
+        except Misread:
+            raise
+        except Exception:  # whatever it is, the first update raises it again
+            continue
+        return origins[1]
+    _refuse_memory(memory)
+    return None
+
+
+def _read_update(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    memory: Sequence[int],
+    **extra_args: Any,
+) -> tuple[Any, Any, PyTree]:
+    """The program of an update, the structure of what it returns, the origins of all of that.
+
+    `memory` holds the origins of the state's arrays, where they are known.
+    """
+    run = lambda *args: inner.update(*args, **extra_args)
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(updates, state, params)
+    inputs = [
+        (VARIES if np.ndim(x) else 0) | (CORE if of_core else 0)
+        for tree in (updates, state)
+        for x, of_core in zip(jax.tree.leaves(tree), _of_cores(tree), strict=True)
+    ]
+    for place, bits in enumerate(memory, start=len(inputs) - len(memory)):
+        inputs[place] |= bits & (WEIGHT | READ)
+    inputs += [WEIGHT if of_core else VARIES for of_core in _of_cores(params)]
     outputs = jax.tree.structure(shapes)
-    _, slopes, others, drift = outputs.unflatten(_origins(closed, origins))
-    if any(drift):
-        _refuse("its state would remember weights")
-    if any(x & WEIGHT for x in others):
-        _refuse("the update of one leaf depends on the weights of another")
-    if WEIGHT | ARRAY in slopes:
-        _refuse("what it adds is not a number times the weight")
-    (updates, state), values, _, _ = outputs.unflatten(
-        jax_core.jaxpr_as_fun(closed)(*jax.tree.leaves(arguments))
-    )
-    decay = [x.ravel()[0] if at & WEIGHT else None for x, at in zip(values, slopes, strict=True)]
-    return updates, decay, state
+    origins = outputs.unflatten(_origins(closed, inputs))
+    _refuse_other_shapes(updates, shapes[0])
+    _refuse_memory(origins[1])
+    if any(bits & READ for bits in _held(origins[0])):
+        refuse("what it adds is not a number times the weight")
+    others = jax.tree.map(lambda x: None if is_core(x) else x, origins[0], is_leaf=is_core)
+    if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(others)):
+        refuse("the update of one leaf depends on the weights of another")
+    return closed, outputs, origins
 
 
-def _refuse(reason: str) -> None:
-    raise ValueError(
-        f"the inner transformation cannot work on cores: {reason}. Decoupled weight decay as in "
-        "optax.adamw is carried to the whole weight; what reads weights in any other way belongs "
-        "outside of `natgalore.project`, after `natgalore.project_back()`."
-    )
+def _refuse_memory(state_origins: PyTree) -> None:
+    if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(state_origins)):
+        refuse("its state would remember weights")
 
 
-def _no_direction(x: Array) -> Array | np.ndarray:
-    real = jnp.issubdtype(x.dtype, jnp.inexact)
-    return jnp.zeros_like(x) if real else np.zeros(x.shape, jax.dtypes.float0)
+def _refuse_other_shapes(updates: PyTree, answer: PyTree) -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(answer):
+        refuse("its answer has not the structure of its input")
+    for x, u in zip(jax.tree.leaves(updates), jax.tree.leaves(answer), strict=True):
+        if x.shape != u.shape:
+            refuse(f"it answers a gradient of shape {x.shape} with one of shape {u.shape}")
 
 
-def _hide_core(x: Any) -> Any:
-    return None if is_core(x) else x
+def _held(tree: PyTree) -> list[Any]:
+    """What the Cores of a tree hold, in order: arrays, or what is known of them."""
+    return [core.value for core in cores(tree)]
 
 
-def _real(tangents: list[Any]) -> list[Array]:
-    return [x for x in tangents if x.dtype != jax.dtypes.float0]
+def _of_cores(tree: PyTree) -> list[bool]:
+    """Whether each array of a tree is a Core's."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_core)
+    return [is_core(node) for node in nodes for _ in jax.tree.leaves(node)]
 
 
 def _origins(closed: jax_core.ClosedJaxpr, origins: Sequence[int]) -> list[int]:
@@ -105,26 +205,75 @@ def _origins(closed: jax_core.ClosedJaxpr, origins: Sequence[int]) -> list[int]:
     jaxpr = closed.jaxpr
     known = dict(zip(jaxpr.invars, origins, strict=True))
     known |= {
-        var: ARRAY if np.ndim(x) else 0
+        var: VARIES if np.ndim(x) else 0
         for var, x in zip(jaxpr.constvars, closed.consts, strict=True)
     }
     of = lambda var: 0 if isinstance(var, jax_core.Literal) else known[var]
     for eqn in jaxpr.eqns:
-        inputs = [of(var) for var in eqn.invars]
-        known |= zip(eqn.outvars, _through(eqn, inputs), strict=True)
+        known |= zip(eqn.outvars, _through(eqn, [of(var) for var in eqn.invars]), strict=True)
     return [of(var) for var in jaxpr.outvars]
 
 
 def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
-    """One equation of it: inside calls and branches when they are understood, else all from all."""
-    call = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    if eqn.primitive.name == "cond":
+    """One equation of it."""
+    name = eqn.primitive.name
+    if name == "cond":
         branches = [_origins(branch, inputs[1:]) for branch in eqn.params["branches"]]
-        return [_union([inputs[0], *origins]) for origins in zip(*branches, strict=True)]
-    if eqn.primitive.name in ("jit", "pjit", "closed_call") and call is not None:
-        return _origins(call, inputs)
-    return [_union(inputs)] * len(eqn.outvars)
+        outputs = [_chosen(inputs[0], list(cases)) for cases in zip(*branches, strict=True)]
+    elif name in CALLS:
+        outputs = _origins(_called(eqn), inputs)
+    elif name in RULES:
+        outputs = [RULES[name](eqn, inputs)]
+    else:
+        outputs = [_misread(inputs) | VARIES] * len(eqn.outvars)
+    # One number, however it came about, differs from element to element no more.
+    return [
+        bits if var.aval.shape else bits & (WEIGHT | READ)
+        for var, bits in zip(eqn.outvars, outputs, strict=True)
+    ]
 
 
-def _union(origins: Sequence[int]) -> int:
-    return int(np.bitwise_or.reduce(list(origins))) if origins else 0
+def _called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr:
+    call = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
+    return call if isinstance(call, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(call, ())
+
+
+def _union(inputs: Sequence[int]) -> int:
+    return int(np.bitwise_or.reduce(list(inputs))) if inputs else 0
+
+
+def _misread(inputs: Sequence[int]) -> int:
+    bits = _union(inputs)
+    return bits | READ if bits & WEIGHT else bits
+
+
+def _chosen(index: int, cases: list[int]) -> int:
+    """What a condition hands on: its cases, if it is the same for all their elements."""
+    return _misread([index, *cases]) if index else _union(cases)
+
+
+def _linear(eqn: jax_core.JaxprEqn, inputs: list[int]) -> int:
+    real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    return _union(inputs) if real else _misread(inputs)
+
+
+def _product(eqn: jax_core.JaxprEqn, inputs: list[int]) -> int:
+    if any(_is_zero(var) for var in eqn.invars):
+        return 0  # a weight decay of zero, say
+    return _union(inputs) if 0 in inputs else _misread(inputs)
+
+
+def _quotient(eqn: jax_core.JaxprEqn, inputs: list[int]) -> int:
+    return _union(inputs) if inputs[1] == 0 else _misread(inputs)
+
+
+def _is_zero(var: Any) -> bool:
+    return isinstance(var, jax_core.Literal) and np.ndim(var.val) == 0 and bool(var.val == 0)
+
+
+RULES: dict[str, Callable[[jax_core.JaxprEqn, list[int]], int]] = {
+    **{name: _linear for name in LINEAR},
+    "mul": _product,
+    "div": _quotient,
+    "select_n": lambda eqn, inputs: _chosen(inputs[0], inputs[1:]),
+}

@@ -23,9 +23,10 @@ from jaxtyping import Array, Int, PyTree
 
 from .basis import basis_key, expand, from_core, to_core
 from .boxes import boxed, rebox, unbox
-from .decay import update_with_decay
+from .decay import inspect, update_with_decay
 from .refresh import Refresh
-from .spec import Basis, Core, LeafSpec, Undeclared, cores, is_core, subspace, walk
+from .spec import Basis, Core, LeafSpec, cores, is_core, subspace, walk
+from .transport import check_roles
 
 
 FORMAT_VERSION = 1  # of the state; a new one comes with a way to read the old
@@ -96,10 +97,12 @@ class Engine:
         def skipped(x, spec):
             return jnp.zeros([], jnp.int32) if spec is None else refreshed(x, spec)
 
+        proxies = jax.tree.map(proxy, params, specs)
         with subspace():
-            inner_state = inner.init(jax.tree.map(proxy, params, specs))
+            inner_state = inner.init(proxies)
+            origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
         if self.refresh.transport is not None:
-            walk(inner_state, _refuse_undeclared)
+            check_roles(inner_state, origins)
         return SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
@@ -237,15 +240,5 @@ def _refuse_misfit(x: Any, role: Any, spec: LeafSpec | None) -> Any:
         raise ValueError(
             f"the state of `{spec.name}`, {spec.m} x {spec.n} at rank {spec.rank}, holds an array "
             f"of shape {x.shape} ({role}): it comes from a run with another `rank` or `side`."
-        )
-    return x
-
-
-def _refuse_undeclared(x: Any, role: Any, spec: LeafSpec | None) -> Any:
-    if spec is not None and (role is None or isinstance(role, Undeclared)):
-        raise TypeError(
-            f"nothing is known of how the state {role or 'of the inner transformation'} depends on "
-            "the basis, so it cannot be carried to a new one. Declare its roles with "
-            '`natgalore.register_state`, or pass `transport="keep"` to leave states as they are.'
         )
     return x

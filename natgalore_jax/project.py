@@ -28,7 +28,7 @@ class Projection(optax.GradientTransformationExtraArgs):
 
 def project(
     rank: Rank = 128,
-    inner: optax.GradientTransformation | None = None,
+    inner: optax.GradientTransformation | optax.MultiSteps | None = None,
     *,
     refresh_every: int = 200,
     scale: Scalar = 1.0,
@@ -57,7 +57,8 @@ def project(
         State per weight is r·m for P and r·n for each moment. 128 to 512 are GaLore's choices for
         Llama 60m to 1b. A float in (0, 1] is a fraction of each matrix's short side. Different
         ranks for different leaves are spelled as in `select`: `[("mlp", 256), ("", 0.25)]`.
-      inner: an Optax transformation; :func:`chain` fills it in.
+      inner: an Optax transformation; :func:`chain` fills it in. `docs/partners.md` lists those of
+        Optax. It is traced at init, so that it is refused there if it misreads weights.
       refresh_every: T, steps between new bases of a matrix. 200 is GaLore's.
       scale: α, what P U is multiplied by. GaLore's 0.25 at its learning rate 1e-2 does to these
         leaves what 1.0 does at 2.5e-3.
@@ -92,10 +93,12 @@ def project(
       above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
-      TypeError, ValueError: if an argument is out of range, or, at init, if a rule of `select` or
-        `rank` fits no leaf or a view does not fit its leaf, or if `transport` is not "keep" and no
-        role is known for something `inner` remembers (see `register_state`), or, at
-        update, if the state was saved by a run of another `rank`, `side` or shape of a weight.
+      TypeError, ValueError: if an argument is out of range; or, at init, if a rule of `select` or
+        `rank` fits no leaf, a view does not fit its leaf, `inner` reads weights in any way but
+        decoupled decay (at the first update, if it asks for extra arguments that are none of
+        Optax's), or `transport` is not "keep" and no role is known for something it remembers (see
+        `register_state`); or, at update, if the state was saved by a run of another `rank`, `side`
+        or shape of a weight.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -117,6 +120,8 @@ def project(
     check_choice("transport", transport, TRANSPORTS)
     check_choice("stagger", stagger, (True, False))
     check_int("seed", seed, minimum=0)
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
     if inner is not None and not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
     engine = Engine(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .basis import Method, basis_key, expand, normalised, to_core
 from .control import when
 from .linalg import matmul
-from .spec import Basis, Core, LeafSpec, cores, replace_cores, walk
+from .spec import Basis, Core, LeafSpec, cores, per_matrix, replace_cores, walk
 from .transport import Transport
 
 
@@ -114,7 +114,11 @@ class Refresh:
             new = [None if x is None else x.replace(next(values)) for x in old]
             trees.append(treedef.unflatten(new))
         left = {P.spec: iter(x) for P, x in zip(bases, new_arrays, strict=True)}
-        put_back = lambda x, role, spec: x if spec is None else next(left[spec], x)
+
+        def put_back(x, role, spec):
+            carried = self.transport is not None and spec is not None and per_matrix(x, role, spec)
+            return next(left[spec]) if carried else x
+
         return (
             *trees,
             replace_cores(projected, new_R),
@@ -130,7 +134,7 @@ class Refresh:
         arrays: dict[LeafSpec, list[Array]] = {P.spec: [] for P in bases}
 
         def collect(x, role, spec):
-            if spec is not None:
+            if spec is not None and per_matrix(x, role, spec):
                 roles[spec].append(role)
                 arrays[spec].append(x)
             return x

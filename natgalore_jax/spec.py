@@ -11,6 +11,7 @@ the gradient, or its square?) is declared where the state is defined, with :func
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -23,7 +24,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 
-Role = Literal["basis", "linear", "square", "window", "gram", "fisher", "root", "scalar"]
+Role = Literal[
+    "basis",
+    "linear",
+    "square",
+    "square_rows",
+    "square_cols",
+    "window",
+    "gram",
+    "fisher",
+    "root",
+    "scalar",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,15 +276,24 @@ def register_state(state_type: type, **roles: str) -> None:
 
     Args:
       state_type: a NamedTuple, or any other pytree whose children have names.
-      **roles: for each field that holds something per core, one of `"linear"` (a combination of
-        cores: momentum), `"square"` (of their elementwise squares: Adam's nu), `"window"`
-        (*batch, s, r, n), `"gram"` (*batch, s, s; recomputed from the window declared before
-        it), `"fisher"` (*batch, r, r), `"root"` (derived from the Fisher; cleared, and the
-        transformation computes it anew) or `"scalar"` (numbers that no basis enters). Transport
-        `"reset"` makes all of them zero but squares, so zero must mean that nothing has come in.
+      **roles: for each field that holds something per core, one of
+
+        - `"linear"`, (*batch, r, n): a combination of cores, as momentum is.
+        - `"square"`, (*batch, r, n): one of their elementwise squares, as Adam's nu is, or of other
+          sizes that have no sign. One number for a whole leaf is left as it is.
+        - `"square_rows"`, (*batch, r), and the field after it `"square_cols"`, (*batch, n): the
+          factors of squares v ≈ row colᵀ / mean(row), as Adafactor's are.
+        - `"window"`, (*batch, s, r, n): cores; and after it `"gram"`, (*batch, s, s).
+        - `"fisher"`, (*batch, r, r): a mean of R Rᵀ.
+        - `"root"`: derived from the Fisher; cleared, and the transformation computes it anew.
+        - `"scalar"`: what no basis enters.
+
+        Transport `"reset"` makes all of them zero but squares, so zero must mean that nothing has
+        come in.
 
     Raises:
-      ValueError: if a role is none of these, or the state has no such field.
+      ValueError: if a role is none of these, the state has no such field, or `"square_cols"` or
+        `"gram"` does not come right after the field it goes with.
 
     Example:
       >>> from typing import NamedTuple
@@ -288,6 +309,13 @@ def register_state(state_type: type, **roles: str) -> None:
         if field not in getattr(state_type, "_fields", (field,)):
             raise ValueError(
                 f"`{field}` is no field of {state_type.__name__}: {state_type._fields}."
+            )
+    partners = {"square_cols": "square_rows", "gram": "window"}
+    order = [roles.get(field) for field in getattr(state_type, "_fields", roles)]
+    for before, role in itertools.pairwise([None, *order]):
+        if partners.get(role, before) != before:
+            raise ValueError(
+                f"a field of role {role!r} must come right after one of {partners[role]!r}."
             )
     ROLES[state_type] = roles
 
@@ -326,16 +354,56 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
     return visit(state, None, None)
 
 
+def per_matrix(x: Any, role: Any, spec: LeafSpec) -> bool:
+    """Whether x has a part for each matrix of its leaf, which another basis may change."""
+    return not one_number(x, role) and x.shape[: len(spec.batch)] == spec.batch_shape
+
+
+def one_number(x: Any, role: Any) -> bool:
+    """Whether x, in place of squares, is one number for a whole leaf, which no basis enters.
+
+    NovoGrad's norm is, and what Adafactor puts where it does not factor, or does.
+    """
+    return role in SQUARES and x.shape in ((), (1,))
+
+
+def part_shape(role: str, spec: LeafSpec) -> tuple[int, ...] | None:
+    """The shape of one matrix's part of a state array in `role`; None where it has a say in it."""
+    r, n = spec.core_shape[-2:]
+    shapes = {"square_rows": (r,), "square_cols": (n,), "fisher": (r, r)}
+    return (r, n) if role in ("linear", "square") else shapes.get(role)
+
+
+SQUARES = ("square", "square_rows", "square_cols")
+
 # What Optax's own states hold of the gradients they have seen.
-register_state(optax.ScaleByAdamState, mu="linear", nu="square")
+register_state(optax.ScaleByAdamState, mu="linear", nu="square")  # of its kin too, ADOPT and AdaMax
 register_state(optax.ScaleByAmsgradState, mu="linear", nu="square", nu_max="square")
 register_state(optax.ScaleByLionState, mu="linear")
 register_state(optax.ScaleByAdanState, m="linear", v="linear", n="square", g="linear")
 register_state(optax.ScaleByBeliefState, mu="linear", nu="square")
+register_state(optax.ScaleByAdaDeltaState, e_g="square", e_x="square")
+register_state(optax.ScaleByNovogradState, mu="linear", nu="square")
+register_state(optax.ScaleByRpropState, step_sizes="square", prev_updates="linear")
 register_state(optax.ScaleByRmsState, nu="square")
 register_state(optax.ScaleByRStdDevState, mu="linear", nu="square")
 register_state(optax.ScaleByRssState, sum_of_squares="square")
+register_state(optax.FactoredState, v_row="square_rows", v_col="square_cols", v="square")
 register_state(optax.TraceState, trace="linear")
 register_state(optax.EmaState, ema="linear")
+register_state(optax.ApplyEvery, grad_acc="linear")
 register_state(optax.MultiStepsState, acc_grads="linear")
+register_state(optax.ZeroNansState, found_nan="scalar")
+register_state(optax.SnapshotState, measurement="scalar")  # written anew at every step
+register_state(optax.MonitorState, measurements="scalar")
 register_state(optax.contrib.MuonState, mu="linear")
+register_state(optax.contrib.ScaleByAdemamixState, m1="linear", m2="linear", nu="square")
+register_state(optax.contrib.ScaleBySimplifiedAdEMAMixState, m="linear", n="square")
+
+# Optax names these states nowhere public.
+for tx, roles in (
+    (optax.scale_by_rms(bias_correction=True), {"nu": "square"}),
+    (optax.scale_by_stddev(bias_correction=True), {"mu": "linear", "nu": "square"}),
+    (optax.scale_by_optimistic_gradient(), {"previous_gradient": "linear"}),
+):
+    register_state(type(jax.eval_shape(tx.init, ())), **roles)

@@ -247,8 +247,57 @@ MUTANTS = [
         "transport", "columns left behind", "matmul(turned, D[0].mT) if D else turned", "turned"
     ),
     Mutant("transport", "D transposed", "D[0].mT) if D", "D[0]) if D"),
-    Mutant("transport", "columns of squares left behind", "for d in D:", "for d in ():"),
-    Mutant("transport", "reset of squares too", 'if role == "square"', 'if role == "none"'),
+    Mutant(
+        "transport",
+        "columns of squares left behind",
+        "for d in D:\n                    x =",
+        "for d in ():\n                    x =",
+    ),
+    Mutant(
+        "transport",
+        "reset of squares too",
+        "x = jnp.broadcast_to(x.mean(axis=(0, 1) if D else 0, keepdims=True), x.shape)",
+        "x = jnp.zeros_like(x)",
+    ),
+    Mutant(
+        "transport",
+        "other factor not rescaled",
+        "return new, other * jnp.where(",
+        "return new, other + 0 * jnp.where(",
+    ),
+    Mutant(
+        "transport",
+        "columns' factor left behind",
+        "    for d in D:\n        col, row",
+        "    for d in ():\n        col, row",
+    ),
+    Mutant("transport", "packed cores pass", "if packed and role", "if False and role"),
+    Mutant("transport", "any shape passes", "    if not fits:", "    if False:"),
+    Mutant("decay", "memories of init pass", "inputs[place] |= bits & (WEIGHT | READ)", "pass"),
+    Mutant(
+        "decay",
+        "a transpose is linear",
+        '"reshape", "squeeze"',
+        '"reshape", "squeeze", "transpose"',
+    ),
+    Mutant("decay", "by elements is by a number", "if 0 in inputs else _misread(inputs)", ""),
+    Mutant(
+        "decay",
+        "a decay of zero remembers",
+        "        return 0  # a weight decay",
+        "        pass  # a weight decay",
+    ),
+    Mutant("decay", "branches unread", "list(cases)) for cases", "[0]) for cases"),
+    Mutant("recipes", "b2 unchecked", '    check_decay("b2", b2)\n', ""),
+    Mutant(
+        "checks", "half precision passes", "value.dtype.itemsize < 4", "value.dtype.itemsize < 2"
+    ),
+    Mutant(
+        "spec",
+        "one number turned",
+        "return role in SQUARES and x.shape",
+        "return False and x.shape",
+    ),
     Mutant(
         "project",
         "stages fall out of the subspace",
@@ -285,10 +334,13 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "boxes": ["test_boxes", "test_flax"],
     "fisher_window": ["test_fisher", "test_trajectory"],
     "fisher_core": ["test_fisher", "test_trajectory"],
-    "transport": ["test_transport", "test_trajectory"],
+    "transport": ["test_transport", "test_trajectory", "test_partners"],
+    "decay": ["test_decay", "test_partners"],
+    "recipes": ["test_trajectory", "test_injection"],
+    "checks": ["test_project", "test_injection"],
     "project": ["test_project", "test_trajectory"],
     "select": ["test_select"],
-    "spec": ["test_spec", "test_trajectory"],
+    "spec": ["test_spec", "test_trajectory", "test_partners"],
 }
 
 

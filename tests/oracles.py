@@ -88,6 +88,13 @@ def rotated_square(c, v, d=None):
     return v if d is None else rotated_square(d, v.T).T
 
 
+def rotated_factors(c, row, col, d=None):
+    """Squares kept as row colᵀ / mean(row): turned as what they stand for, and factored anew."""
+    mean = row.mean()
+    dense = rotated_square(c, np.outer(row, col) / (mean if mean else 1.0), d)
+    return dense.mean(axis=1), dense.mean(axis=0)
+
+
 def rotated_fisher(c, fisher):
     """What is quadratic in the core, R Rᵀ: C L Cᵀ. Of the columns it has forgotten the names."""
     return c @ fisher @ c.T

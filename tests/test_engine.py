@@ -336,9 +336,9 @@ class TestProgram:
 
 class TestTransport:
     def test_an_undeclared_state_is_refused_at_init(self, key):
-        strange = optax.scale_by_factored_rms(min_dim_size_to_factor=1)
+        strange = optax.scale_by_sm3()
         with pytest.raises(
-            TypeError, match=r"FactoredState\.\w+.*register_state.*transport=\"keep\""
+            TypeError, match=r"ScaleBySM3State\.mu.*register_state.*transport=\"keep\""
         ):
             natgalore.project(RANK, strange).init(tree(key))
         natgalore.project(RANK, strange, transport="keep").init(tree(key))

@@ -141,3 +141,15 @@ def test_register_state_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match="`speed` is no field of Momentum"):
         register_state(Momentum, speed="linear")
     assert Momentum not in ROLES
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("square_cols", "square_rows"), ("gram", "window"), ("linear", "gram")]
+)
+def test_what_depends_on_another_field_comes_right_after_it(first, second):
+    class Two(NamedTuple):
+        a: object
+        b: object
+
+    with pytest.raises(ValueError, match="must come right after one of"):
+        register_state(Two, a=first, b=second)

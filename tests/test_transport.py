@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from natgalore_jax.fisher_window import gram
-from natgalore_jax.transport import reset, rotate, rotate_square
+from natgalore_jax.transport import reset, rotate, rotate_factors, rotate_square
 
 from . import oracles
 
@@ -144,6 +144,59 @@ def test_reset_is_to_share_nothing(key):
     square = [("square", old["square"])]
     (expected,), (actual,) = rotate(square, zero, zero), reset(square, zero, zero)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+class TestFactors:
+    """Squares kept as row colᵀ / mean(row)."""
+
+    @pytest.fixture
+    def factors(self, key):
+        row, col = (
+            jnp.square(jax.random.normal(k, (n,)))
+            for k, n in zip(jax.random.split(key), (R, N), strict=True)
+        )
+        return row, col * row.mean() / col.mean()  # both are means of the same squares
+
+    def test_turn_as_the_squares_that_they_stand_for(self, key, factors):
+        C = contraction(key)
+        row, col = rotate_factors(*factors, C)
+        dense = rotate_square(jnp.outer(*factors) / factors[0].mean(), C)
+        np.testing.assert_allclose(jnp.outer(row, col) / row.mean(), dense, rtol=10 * CLOSE)
+        c, *both = (np.asarray(x, np.float64) for x in (C, *factors))
+        for actual, expected in zip((row, col), oracles.rotated_factors(c, *both), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=10 * CLOSE)
+
+    def test_turn_on_both_sides(self, key, factors):
+        C, D = (contraction(k) for k in jax.random.split(key))
+        row, col = factors[0], factors[1][:R] * factors[0].mean() / factors[1][:R].mean()
+        new = rotate_factors(row, col, C, D)
+        c, row, col, d = (np.asarray(x, np.float64) for x in (C, row, col, D))
+        for actual, expected in zip(new, oracles.rotated_factors(c, row, col, d), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=10 * CLOSE)
+
+    def test_are_found_by_their_roles(self, key, factors):
+        C = contraction(key)
+        old = [("scalar", jnp.ones(2)), *zip(("square_rows", "square_cols"), factors, strict=True)]
+        _, *new = rotate(old, C)
+        for actual, expected in zip(new, rotate_factors(*factors, C), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+
+    def test_of_nothing_stay_nothing(self, key):
+        new = rotate_factors(jnp.zeros(R), jnp.zeros(N), contraction(key))
+        assert not any(x.any() for x in new)
+
+    def test_start_over_as_their_means(self, key, factors):
+        """What `rotate` makes of them at C = D = 0."""
+        zero, old = (
+            jnp.zeros((R, R)),
+            list(zip(("square_rows", "square_cols"), factors, strict=True)),
+        )
+        for actual, expected in zip(reset(old, zero), rotate(old, zero), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=CLOSE)
+        square = [(role, x[:R]) for role, x in old]
+        row, col = reset(square, zero, zero)
+        np.testing.assert_allclose(row, square[0][1].mean(), rtol=CLOSE)
+        np.testing.assert_allclose(col, square[1][1].mean(), rtol=CLOSE)
 
 
 def test_an_unknown_role_is_refused(key):
