@@ -3,6 +3,7 @@
 A new transformation is one line in TRANSFORMS and earns all of these tests.
 """
 
+import functools
 import inspect
 from typing import NamedTuple
 
@@ -17,22 +18,25 @@ from flax import linen
 from flax.training.train_state import TrainState
 
 import natgalore_jax as natgalore
+from natgalore_jax.engine import SubspaceState
 
 
+project = functools.partial(natgalore.project, 4, refresh_every=3)
+natural_galore = functools.partial(natgalore.natural_galore, 1e-2, 4, refresh_every=3)
 TRANSFORMS = {
-    "natural_galore": natgalore.natural_galore(1e-2, 4, refresh_every=3, weight_decay=0.1),
-    "natural_galore, window": natgalore.natural_galore(1e-2, 4, fisher="window"),
-    "galore": natgalore.galore(1e-2, 4),
-    "project": natgalore.project(4, optax.trace(0.9)),
-    "project, svd": natgalore.project(4, optax.trace(0.9), basis="svd", transport="keep"),
-    "two-sided, random": natgalore.natural_galore(1e-2, 4, side="both", basis="random"),
+    "natural_galore": natural_galore(weight_decay=0.1),
+    "natural_galore, window": natural_galore(fisher="window"),
+    "galore": natgalore.galore(1e-2, 4, refresh_every=3),
+    "project": project(optax.trace(0.9)),
+    "project, svd": project(optax.trace(0.9), basis="svd", transport="keep"),
+    "two-sided, random": natural_galore(side="both", basis="random"),
     "scale_by_fisher, bfloat16": natgalore.chain(
-        natgalore.project(4, side="long", transport="reset"),
+        project(side="long", transport="reset"),
         natgalore.scale_by_fisher(3, relative=True, power=0.5, window_dtype=jnp.bfloat16),
     ),
-    "scale_by_fisher": natgalore.chain(natgalore.project(4), natgalore.scale_by_fisher(3)),
-    "scale_by_core_fisher": natgalore.chain(natgalore.project(4), natgalore.scale_by_core_fisher()),
-    "adamw inside": natgalore.chain(natgalore.project(4), optax.adamw(1e-2, weight_decay=0.1)),
+    "scale_by_fisher": natgalore.chain(project(), natgalore.scale_by_fisher(3)),
+    "scale_by_core_fisher": natgalore.chain(project(), natgalore.scale_by_core_fisher()),
+    "adamw inside": natgalore.chain(project(), optax.adamw(1e-2, weight_decay=0.1)),
 }
 PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}, "frozen": None}
 
@@ -108,7 +112,8 @@ def test_update_can_be_skipped_by_a_conditional(tx):
     assert state.total_notfinite == 1
 
 
-def test_extra_arguments_reach_inner():
+@pytest.mark.parametrize("around", [optax.chain, natgalore.chain])
+def test_extra_arguments_reach_inner(around):
     seen = {}
 
     def update(updates, state, params=None, **extra):
@@ -116,9 +121,106 @@ def test_extra_arguments_reach_inner():
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = natgalore.project(4, inner)
+    tx = around(natgalore.project(4, optax.chain(natgalore.scale_by_core_fisher(), inner)))
     tx.update(gradients(), tx.init(PARAMS), PARAMS, value=3.0)
     assert seen == {"value": 3.0}
+
+
+def test_a_masked_node_is_no_leaf(tx):
+    params = {**PARAMS, "masked": optax.MaskedNode()}
+    updates, _ = tx.update(gradients(0, params), tx.init(params), params)
+    assert updates["masked"] == optax.MaskedNode()
+
+
+def test_params_are_found_in_the_state(tx):
+    """`optax.tree.map_params` asks init for a state of a tree without leaves."""
+    state = tx.init(PARAMS)
+    same = optax.tree.map_params(tx, lambda x: x, state)
+    assert types(same) == types(state)
+    marked = optax.tree.map_params(tx, lambda _: "params", state, transform_non_params=str)
+    assert jax.tree.structure(marked) == jax.tree.structure(state)
+    (subspace,) = [x for x in jax.tree.leaves(marked, is_leaf=is_subspace) if is_subspace(x)]
+    assert subspace.count == "0"
+    assert set(jax.tree.leaves(subspace.basis)) == {"params"}
+
+
+def is_subspace(x):
+    return isinstance(x, SubspaceState)
+
+
+class TestInFloat64:
+    """Where rounding is no excuse."""
+
+    @pytest.fixture(autouse=True)
+    def float64(self):
+        with jax.enable_x64(True):
+            yield
+
+    @pytest.fixture
+    def params(self):
+        return {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}}
+
+    def equal(self, actual, expected):
+        chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+    def test_steps_are_one_program_in_place_and_equal_their_scan(self, tx, params):
+        steps, traces = 5, 0
+        many = [gradients(count, params) for count in range(steps)]
+
+        def step(carry, g):
+            nonlocal traces
+            traces += 1
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = (params, tx.init(params))
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *many)
+        expected, _ = jax.jit(lambda *args: jax.lax.scan(step, *args))(start, stacked)
+        traces = 0
+        donating = jax.jit(step, donate_argnums=0)
+        carry = jax.tree.map(jnp.copy, start)
+        for g in many:
+            given, (carry, _) = carry, donating(carry, g)
+            assert all(x.is_deleted() for x in jax.tree.leaves(given))
+        assert traces == 1
+        self.equal(carry, expected)
+
+    def test_gradients_are_averaged_by_multi_steps(self, tx, params):
+        a, b = gradients(0, params), gradients(1, params)
+        mean = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
+        expected, _ = jax.jit(tx.update)(mean, tx.init(params), params)
+        many = optax.MultiSteps(tx, 2, accumulator_dtype=jnp.float64)
+        update = jax.jit(many.update)
+        nothing, state = update(a, many.init(params), params)
+        updates, _ = update(b, state, params)
+        assert not any(x.any() for x in jax.tree.leaves(nothing))
+        self.equal(updates, expected)
+
+    def test_partition_and_named_chain_change_nothing(self, tx, params):
+        g, kernel = gradients(0, params), {"up": params["up"]}
+        expected, _ = tx.update({"up": g["up"]}, tx.init(kernel), kernel)
+        parts = {"a": optax.named_chain(("ours", tx)), "b": optax.sgd(1.0)}
+        whole = optax.partition(parts, {"up": "a", "norm": "b"})
+        updates, _ = whole.update(g, whole.init(params), params)
+        self.equal(updates, {**expected, "norm": {"scale": -g["norm"]["scale"]}})
+
+    def test_a_flattened_tree_is_not_projected(self, tx, params):
+        flat = optax.flatten(tx)
+        with pytest.warns(UserWarning, match="natgalore projects none of the 1 leaves"):
+            state = flat.init(params)
+        updates, _ = flat.update(gradients(0, params), state, params)
+        assert all(x.any() for x in jax.tree.leaves(updates))
+
+
+def test_weakly_typed_weights_change_no_type(tx):
+    """Only their own, as any update does: the step is compiled for them, and once more."""
+    weak = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(1.0), x.shape), PARAMS)
+    assert weak["up"]["kernel"].weak_type
+    state, g = tx.init(weak), gradients()
+    updates, after = jax.eval_shape(tx.update, g, state, weak)
+    assert types(after) == types(state)
+    assert types(updates) == types(g)
 
 
 class TestVariants(chex.TestCase):
@@ -177,39 +279,6 @@ class TestPartners:
         assert updates["a"]["kernel"].any()
         assert not updates["b"]["kernel"].any()
         assert not [x for x in jax.tree.leaves(state) if x.shape == (12, 20)]
-
-    def test_multi_steps_average_gradients(self):
-        params = {"up": {"kernel": jnp.ones((12, 20))}}
-        tx = natgalore.galore(1e-2, 4)
-        a, b = gradients(0, params), gradients(1, params)
-        mean = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
-        expected, _ = tx.update(mean, tx.init(params), params)
-        many = optax.MultiSteps(tx, 2)
-        _, state = many.update(a, many.init(params), params)
-        updates, _ = many.update(b, state, params)
-        # Adam's first step divides each entry of the core by its own size: rounding of the mean,
-        # 1e-7 of the largest, shows as 1e-4 of the smallest, all of an update of 1e-2.
-        close = {"rtol": 1e-4, "atol": 1e-6}
-        np.testing.assert_allclose(updates["up"]["kernel"], expected["up"]["kernel"], **close)
-
-    def test_hyperparameters_are_injected_where_the_static_ones_are_named(self):
-        static = (
-            "rank",
-            "fisher",
-            "refresh_every",
-            "basis",
-            "side",
-            "transport",
-            "stagger",
-            "seed",
-        )
-        make = optax.inject_hyperparams(natgalore.natural_galore, static_args=static)
-        params = {"up": {"kernel": jnp.ones((12, 20))}}
-        tx = make(learning_rate=1e-2, rank=4)
-        state = tx.init(params)
-        state.hyperparams["learning_rate"] = jnp.float32(0.0)
-        updates, _ = tx.update(gradients(0, params), state, params)
-        assert not updates["up"]["kernel"].any()
 
     def test_linen_train_state(self):
         model = linen.Dense(20)
