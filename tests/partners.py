@@ -463,7 +463,8 @@ AROUND = {
     "masked": Around(lambda tx: optax.masked(tx, {"up": True, "norm": True})),
     "MultiSteps": Around(
         lambda tx: optax.MultiSteps(tx, 2),
-        "runs a refresh on every micro-step; inside, it accumulates cores",
+        "runs our update on each of k micro-steps and keeps one, so a refresh costs k; inside, it "
+        "accumulates cores",
     ),
     "named_chain": Around(lambda tx: optax.named_chain(("ours", tx))),
     "partition": Around(
@@ -471,9 +472,7 @@ AROUND = {
     ),
     "contrib.mechanize": Around(lambda tx: optax.contrib.mechanize(tx, weight_decay=0.0)),
     "contrib.sam": Around(
-        lambda tx: optax.contrib.sam(
-            tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.01)), reset_state=False
-        )
+        lambda tx: optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.01)))
     ),
     "contrib.schedule_free": Around(
         lambda tx: optax.contrib.schedule_free(natgalore.natural_galore(0.1, 4, b1=0.0), 0.1)

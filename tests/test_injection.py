@@ -171,6 +171,17 @@ class TestBfloat16:
             with pytest.raises(TypeError, match=r"in bfloat16, in which 0.999 is 1.*float32"):
                 init(self.params)
 
+    @pytest.mark.parametrize(
+        ("name", "argument"),
+        [("natural_galore", "b1"), ("natural_galore", "b2"), ("scale_by_core_fisher", "decay")],
+    )
+    def test_each_decay_is(self, name, argument):
+        make = functools.partial(FACTORIES[name], **GIVEN[name])
+        with pytest.raises(TypeError, match=rf"`{argument}` is given in bfloat16"):
+            make(**{argument: jnp.bfloat16(0.9)})
+        with pytest.raises(ValueError, match=rf"`{argument}` must be at least 0.0 and below 1.0"):
+            make(**{argument: 1.0})
+
     def test_hyperparam_dtype_mends_it(self):
         make = functools.partial(
             optax.inject_hyperparams,
