@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .fisher_window import gram
-from .linalg import matmul
+from .linalg import matmul, rounded
 from .spec import Role
 
 
@@ -50,7 +50,7 @@ def rotate(
         match role:
             case "linear" | "window":
                 turned = matmul(C, x)
-                x = (matmul(turned, D[0].mT) if D else turned).astype(x.dtype)
+                x = rounded(matmul(turned, D[0].mT) if D else turned, x.dtype)
             case "square":
                 x = rotate_square(x, C)
                 for d in D:
