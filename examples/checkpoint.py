@@ -63,6 +63,8 @@ def clear(folders: list[Path], *, overwrite: bool) -> None:
         OSError: a folder cannot be made, or holds a run that is not to be overwritten.
     """
     for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
         if holds_run(folder) and not overwrite:
             raise FileExistsError(
                 f"{folder} holds a run: choose another --out, or --resume it or --overwrite it"

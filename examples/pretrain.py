@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+import textwrap
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -204,7 +205,13 @@ def write_sample(config: settings.Config, params: Any) -> None:
     )
     text = sample.printable(prompt + written)
     (config.out / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n")
+    print(f"\nwhat it writes after {config.prompt!r}:\n\n{text}\n")
+
+
+def in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return textwrap.shorten(str(error), 300)
 
 
 @contextlib.contextmanager
@@ -213,7 +220,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", in_one_line(error), file=sys.stderr)
         sys.exit(2)
 
 
