@@ -160,6 +160,7 @@ def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) 
         if not restored:
             log.write(json.dumps(first) + "\n")
             record(0, validation_loss=validate())
+            report.say("compiling ...")
 
         losses, taken, mark = list(progress.losses), 0, time.perf_counter()
         for step in range(progress.step + 1, config.steps + 1):

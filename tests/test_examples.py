@@ -857,3 +857,18 @@ class TestReport:
         assert max(map(len, out.splitlines())) <= columns
         assert out.count("validation loss") == tables
         assert all(name in out for name in names)
+    def test_the_time_left_counts_steps_alone(self, monkeypatch, capsys):
+        clock = iter([0.0, 30.0, 35.0, 50.0])
+        monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+        before_any = {k: v for k, v in RECORD.items() if k != "train_loss"}
+        with report.Display(0, 100, 1_500_000) as display:
+            display.show(before_any | {"step": 0})
+            display.show(RECORD | {"step": 1})
+            display.show(RECORD | {"step": 10})
+        first, warm, tenth = capsys.readouterr().out.splitlines()
+        assert "left" not in first + warm
+        assert tenth.endswith("3:00 left")  # 20 s for 10 steps
+
+    def test_tyros_box_becomes_a_line(self):
+        assert doctest.testmod(settings).failed == 0
+
