@@ -63,6 +63,8 @@ def clear(folders: list[Path], *, overwrite: bool) -> None:
         OSError: a folder cannot be made, or holds a run that is not to be overwritten.
     """
     for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
         if holds_run(folder) and not overwrite:
             raise FileExistsError(
                 f"{folder} holds a run: choose another --out, or --resume it or --overwrite it"
@@ -104,12 +106,22 @@ class Checkpoints:
         self.manager.close()
 
     def save(self, state: Any, progress: Progress) -> None:
+        """Saves both, in place of what was saved before.
+
+        Raises:
+            OSError: they cannot be written; what was saved before is still there.
+        """
         notes = {"belongs_to": self.belongs_to, "progress": progress._asdict()}
         state = jax.tree.map(lambda x: x if x.size else jnp.zeros(1, x.dtype), state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
         )
-        self.manager.save(progress.step, args=items)
+        try:
+            self.manager.save(progress.step, args=items)
+        except Exception as error:  # of many types: a full disk is a ValueError
+            raise OSError(
+                f"the checkpoint of step {progress.step} cannot be written: {error}"
+            ) from error
 
     def restore(self, like: Any) -> tuple[Any, Progress] | None:
         """The newest state, in the structure of the abstract `like`; None where there is none.

@@ -9,14 +9,17 @@
 It leaves a log (`log.jsonl`), a checkpoint, a figure (`loss.png`) and a sample of what the model
 writes (`sample.txt`) in a folder of `runs/`. Bad input ends it with one line and exit status 2,
 before anything is written. Ctrl-C ends it with status 130 after the step in progress and a
-checkpoint, from which it goes on as if nothing had been.
+checkpoint, from which it goes on as if nothing had been; a second Ctrl-C ends it at once.
 """
 
 import contextlib
+import io
 import json
+import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -89,6 +92,8 @@ class Interrupted(Exception):
 class Interrupts:
     """Notes Ctrl-C and SIGTERM, for the training loop to end in good order; the second one kills.
 
+    It kills by the signal itself: an exception in the midst of JAX's compiler crashes the process.
+
     Attributes:
         signal: the number of the signal that came, or 0.
     """
@@ -104,7 +109,11 @@ class Interrupts:
 
     def note(self, number: int, frame: object) -> None:
         self.signal = number
-        self.__exit__()
+        for n in self.before:
+            signal.signal(n, signal.SIG_DFL)
+        # Not by print, which may be at work just now; with the cursor, which the bar has hidden.
+        cursor = "\x1b[?25h" if os.isatty(2) else ""
+        os.write(2, f"{cursor}\nstopping after this step; once more stops at once\n".encode())
 
 
 def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) -> TrainState:
@@ -151,6 +160,7 @@ def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) 
         )
         started = time.perf_counter() - progress.seconds
         if progress.step < config.steps:  # compiled first, so that no step's speed has it in it
+            report.say("compiling ...")
             tokens = jax.ShapeDtypeStruct((config.batch_size, length), np.int32)
             train_step = train_step.lower(abstract, tokens).compile()
         display = stack.enter_context(
@@ -204,7 +214,13 @@ def write_sample(config: settings.Config, params: Any) -> None:
     )
     text = sample.printable(prompt + written)
     (config.out / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n")
+    print(f"\nwhat it writes after {config.prompt!r}:\n\n{text}\n")
+
+
+def in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return textwrap.shorten(str(error), 300)
 
 
 @contextlib.contextmanager
@@ -213,7 +229,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", in_one_line(error), file=sys.stderr)
         sys.exit(2)
 
 
@@ -237,9 +253,16 @@ def prepare() -> tuple[settings.Config, data.Corpus]:
 
 
 def main() -> None:
-    with one_line_errors():
-        config, corpus = prepare()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the sample may have letters that it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with one_line_errors():
+            config, corpus = prepare()
+    except KeyboardInterrupt:
+        print("interrupted before the first step", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     folder = config.out
+    again = "to go on: " + shlex.join(["python", sys.argv[0], "--out", str(folder), "--resume"])
     try:
         with Interrupts() as interrupts:
             for run in config.runs():
@@ -249,10 +272,13 @@ def main() -> None:
                 write_sample(run, state.params)
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}; the log so far is in {folder}")
-    except (Interrupted, KeyboardInterrupt) as error:
-        again = shlex.join(["python", sys.argv[0], "--out", str(folder), "--resume"])
-        print(f"interrupted {error}; to go on: {again}".replace(" ;", ";"), file=sys.stderr)
-        sys.exit(128 + (interrupts.signal or signal.SIGINT))
+    except OSError as error:
+        resumable = config.compare or checkpoint.holds_checkpoint(folder)
+        rest = again if resumable else f"the log so far is in {folder}"
+        sys.exit(f"stopped: {in_one_line(error)}; {rest}")
+    except Interrupted as error:
+        print(f"interrupted {error}; {again}", file=sys.stderr)
+        sys.exit(128 + interrupts.signal)
 
     results = [report.read(run.out / "log.jsonl") for run in config.runs()]
     report.plot(results).savefig(folder / "loss.png", dpi=150)

@@ -143,14 +143,18 @@ class Display:
             self.validation = [f"validation {record['validation_loss']:.3f}"]
         step, status = record["step"], self.validation
         if "train_loss" in record:
-            per_step = (time.perf_counter() - self.started) / (step - self.first)
+            taken = step - self.first
+            per_step = (time.perf_counter() - self.started) / taken
             status = [
                 f"loss {record['train_loss']:.3f}",
                 *self.validation,
                 f"{record['tokens_per_second']:,.0f} tokens/s",
                 f"optimizer state {megabytes(self.state_bytes)}",
-                f"{duration(per_step * (self.steps - step))} left",
             ]
+            if taken > 1:  # the first one warms up
+                status.append(f"{duration(per_step * (self.steps - step))} left")
+        else:  # before the first step: validation was compiled
+            self.started = time.perf_counter()
         if self.console.is_interactive:
             text = Text(fill(status, self.console.width), style="dim")
             self.live.update(Group(self.bar, text))

@@ -1,5 +1,9 @@
 """The settings of a run: what the command line can say, and what becomes of it."""
 
+import contextlib
+import io
+import itertools
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -226,17 +230,55 @@ def begun_with(folder: Path) -> Config:
         ) from error
 
 
+def in_one_line(box: str) -> str:
+    """What tyro says first in a box about an error, and which flag it suggests.
+
+    Example:
+        >>> print(in_one_line('''
+        ... ╭─ Unrecognized options ──────╮
+        ... │ Unrecognized options:       │
+        ... │ --rnk, 8                    │
+        ... │ ─────────────────────────── │
+        ... │ Perhaps you meant:          │
+        ... │     --rank {None}|INT       │
+        ... ╰─────────────────────────────╯'''.strip()))
+        Unrecognized options: --rnk, 8; perhaps you meant --rank
+    """
+    lines = [line.strip("│| ") for line in box.splitlines()[1:-1]]
+    parts = itertools.groupby(lines, lambda line: any(map(str.isalnum, line)))
+    said = [" ".join(part) for written, part in parts if written] or ["see --help"]
+    meant = re.search(r"^Perhaps you meant: (--[\w-]+)", "\n".join(said), re.MULTILINE)
+    hint = f"; perhaps you meant {meant[1]}" if meant else ""
+    return said[0].removeprefix("Error parsing ") + hint
+
+
+def parse(**options: Any) -> Config:
+    """The command line, as tyro reads it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, **options)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise ValueError(in_one_line(said.getvalue())) from None
+
+
 def from_command_line() -> Config:
     """Reads the command line; with --resume, what it leaves open is as the run began.
 
     Raises:
         ValueError: something makes no sense, or contradicts the run that is to be resumed.
     """
-    config = tyro.cli(Config, config=(tyro.conf.FlagCreatePairsOff,))
+    config = parse(config=(tyro.conf.FlagCreatePairsOff,))
     config.check()
     if config.resume:
         begun = begun_with(config.out)
-        config = tyro.cli(Config, default=begun)
+        config = parse(default=begun)
         if differs := difference(begun.fixed(), config.fixed()):
             raise ValueError(f"the run in {config.out} began with {differs}: leave the flag out")
         config.check()

@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .checks import Scalar, check_choice, check_int, check_number
-from .linalg import POWERS, eye_like, power_of_two, symmetric_inverse_root
+from .linalg import POWERS, eye_like, power_of_two, rounded, symmetric_inverse_root
 from .spec import at_cores, core_arrays, register_state, replace_cores, subspace_only
 
 
@@ -149,7 +149,7 @@ def remember(
     size = window.shape[-3]
     slot = count % size
     unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
-    newest = (R / unit[..., None, None]).astype(window.dtype)
+    newest = rounded(R / unit[..., None, None], window.dtype)
     # F forgets the order of its terms, so a ring buffer needs no roll. A zero core may take the
     # slot too: its answer is zero, and it leaves the count, hence the slot to the next core.
     replace = lambda H, h, i: lax.dynamic_update_index_in_dim(H, h, i, 0)

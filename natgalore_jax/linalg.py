@@ -1,6 +1,7 @@
 """Matrix functions in full precision, on matrices and stacks of them."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import jax.scipy as jsp
@@ -18,6 +19,18 @@ def matmul(a: Array, b: Array) -> Array:
 
 def eye_like(A: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
     return jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """x in `dtype`, and rounded for all that is computed from it.
+
+    A plain `astype` may be skipped where the result is widened again (XLA's excess precision, on
+    by default, does so on GPUs): then what is stored is rounded and what is computed is not.
+    """
+    if x.dtype == dtype:
+        return x
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
 def power_of_two(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

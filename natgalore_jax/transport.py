@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .decay import CORE, VARIES
 from .fisher_window import gram
-from .linalg import matmul
+from .linalg import matmul, rounded
 from .spec import LeafSpec, Role, Undeclared, one_number, part_shape, walk
 
 
@@ -55,7 +55,7 @@ def rotate(
         match role:
             case "linear" | "window":
                 turned = matmul(C, x)
-                x = (matmul(turned, D[0].mT) if D else turned).astype(x.dtype)
+                x = rounded(matmul(turned, D[0].mT) if D else turned, x.dtype)
             case "square":
                 x = rotate_square(x, C)
                 for d in D:

@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant("basis", "ignores the gradient", "Y = matmul(G, matmul(G.mT, P))", "Y = P"),
-    Mutant("basis", "no shift", "SHIFT = 1e-6", "SHIFT = 0.0"),
+    Mutant("basis", "none of the old basis", "SHIFT = 1e-6", "SHIFT = 0.0"),
     Mutant("basis", "svd of the other sign", "largest < 0, -1.0, 1.0", "largest < 0, 1.0, -1.0"),
     Mutant(
         "basis",
@@ -44,7 +44,7 @@ MUTANTS = [
         "full_matrices=False)[0][:, -P.shape[-1] :]",
     ),
     Mutant("basis", "one turn at the start", "first, self.first_turns, 1)", "first, 1, 1)"),
-    Mutant("basis", "units matter", "G / jnp.where(usable, largest, 1.0)", "G"),
+    Mutant("basis", "gradient in its own units", "G / jnp.where(usable, largest, 1.0)", "G"),
     Mutant(
         "basis", "Q has P's key", "for part in (side, index, times)", "for part in (index, times)"
     ),
@@ -64,6 +64,12 @@ MUTANTS = [
         "QR of any sign",
         "< 0, -1.0, 1.0).astype(Q.dtype)",
         "< 0, 1.0, 1.0).astype(Q.dtype)",
+    ),
+    Mutant(
+        "linalg",
+        "rounding that compilers skip",
+        "lax.reduce_precision(x, info.nexp, info.nmant).astype",
+        "x.astype",
     ),
     Mutant(
         "refresh",
@@ -328,7 +334,7 @@ MUTANTS = [
 
 FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "basis": ["test_basis", "test_engine", "test_trajectory"],
-    "linalg": ["test_linalg", "test_basis"],
+    "linalg": ["test_linalg", "test_fisher", "test_basis"],
     "refresh": ["test_trajectory", "test_engine"],
     "engine": ["test_trajectory", "test_engine", "test_contract"],
     "boxes": ["test_boxes", "test_flax"],
@@ -402,15 +408,20 @@ def write_report(verdicts: dict[Mutant, str]) -> None:
     lines = [
         "# Planted faults",
         "",
-        f"{len(verdicts)} faults, one at a time, each run against the quick tests until one fails "
-        f"(`make mutants`). Killed: {len(verdicts) - survivors}. Survived: {survivors}.",
+        "Do the tests notice when the library is wrong? Each row is one fault, planted alone in a "
+        "copy of the repository, and the first of the quick tests that failed there. A fault that "
+        "none notices has survived: a test is missing. What each fault changes in "
+        "`natgalore_jax/<room>.py` is in [tests/mutants.py](../tests/mutants.py); `make mutants` "
+        "plants them all again and writes this page.",
+        "",
+        f"Faults: {len(verdicts)}. Killed: {len(verdicts) - survivors}. Survived: {survivors}.",
         "",
         "| room | fault | killed by |",
         "|---|---|---|",
     ]
     for mutant, said in verdicts.items():
-        name = said.replace("tests/", "").split("[")[0].replace("::", ", ")
-        lines.append(f"| {mutant.room} | {mutant.name} | {name} |")
+        killer = f"`{said.split('[')[0]}`" if said.startswith("tests/") else said
+        lines.append(f"| {mutant.room} | {mutant.name} | {killer} |")
     REPORT.write_text("\n".join(lines) + "\n")
 
 

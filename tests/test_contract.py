@@ -255,7 +255,7 @@ def test_pmap_with_reduced_gradients_equals_one_device():
     copies = lambda tree: jax.tree.map(lambda x: jnp.stack([x] * n), tree)
     many, many_state = copies(params), copies(tx.init(params))
     one, one_state = params, tx.init(params)
-    pstep = jax.pmap(step, axis_name="data", devices=jax.devices()[:n])
+    pstep = jax.pmap(step, axis_name="data", devices=jax.devices("cpu")[:n])
     for count in range(4):
         g = jnp.stack([gradients(10 * count + i, params)["up"]["kernel"] for i in range(n)])
         many, many_state = pstep(many, many_state, {"up": {"kernel": g}})

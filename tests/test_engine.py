@@ -268,7 +268,7 @@ class TestRandomBasis:
             updates, state = tx.update(gradients, state)
             P, Q = (x["layers"]["up"]["kernel"] for x in (state.basis, state.right_basis))
             p, q = (np.asarray(expand(x.value, x.spec, jnp.float32)) for x in (P, Q))
-            g = P.spec.to_view(gradients["layers"]["up"]["kernel"])
+            g = np.asarray(P.spec.to_view(gradients["layers"]["up"]["kernel"]))
             expected = p @ (p.mT @ g @ q) @ q.mT
             actual = P.spec.to_view(updates["layers"]["up"]["kernel"])
             np.testing.assert_allclose(actual, expected, atol=1e-5)

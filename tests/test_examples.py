@@ -2,7 +2,9 @@
 
 import contextlib
 import doctest
+import errno
 import functools
+import io
 import json
 import math
 import os
@@ -452,9 +454,14 @@ class TestCommandLine:
             ("--text nowhere", "no file or folder at nowhere"),
             ("--text empty", "the text is empty: empty"),
             ("--text short", "the text is too short: 4 bytes for training, but 34 are needed"),
-            ("--out text", "text"),
-            ("--out text/below", "text"),
-            ("--compare adamw,galore --out text/below", "text"),
+            ("--out text", "error: text is not a folder"),
+            ("--out text/below", "error: text/below: Not a directory"),
+            ("--compare adamw,galore --out text/below", "text/below: Not a directory"),
+            ("--rank wide", "--rank"),
+            ("--dtype float16", "'float16'"),
+            ("--compare", "'--compare'"),
+            ("--optimzer adamw", "--optimzer, adamw; perhaps you meant --optimizer"),
+            ("adamw", "adamw"),
             ("--resume", "--resume needs --out"),
             ("--resume --out here --overwrite", "--resume and --overwrite cannot be used together"),
             ("--resume --out here", "here holds no run to resume"),
@@ -490,6 +497,24 @@ class TestCommandLine:
         )
         assert len(report.read(Path("here/log.jsonl")).records) == 1
         assert list(Path("here/checkpoints").iterdir()) == []
+
+    def test_letters_that_the_output_lacks_do_not_end_it(self, run, monkeypatch):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+        assert run("--optimizer", "adamw", "--out", "here", "--prompt", "é") == 0
+        sys.stdout.flush()
+        assert b"\\xe9" in written.getvalue()
+        assert Path("here/sample.txt").read_text(encoding="utf-8").startswith("é")
+        assert Path("here/loss.png").exists()
+
+    def test_ctrl_c_while_the_text_is_read_ends_with_one_line(self, run, monkeypatch, capsys):
+        def load(path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(data, "load", load)
+        assert run() == 130
+        assert capsys.readouterr() == ("", "interrupted before the first step\n")
+        assert list(contents()) == [Path("text")]
 
 
 def shorten(path: str):
@@ -538,6 +563,36 @@ class TestResume:
             file.write('{"step": 5, "tok')
         assert run("--out", "crashed", "--resume") == 0
         assert_same_run("crashed", "whole")
+
+    def test_a_full_disk_stops_it_with_one_line_and_it_goes_on(self, run, monkeypatch):
+        arguments = ["--optimizer", "adamw", *self.SETTINGS.split()]
+        assert run(*arguments, "--out", "whole") == 0
+
+        save = ocp.CheckpointManager.save
+
+        def full(manager, step, **kwargs):
+            if step == 6:
+                raise ValueError("RESOURCE_EXHAUSTED:\nno space left")
+            return save(manager, step, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "save", full)
+            assert run(*arguments, "--out", "stopped") == (
+                "stopped: the checkpoint of step 6 cannot be written: RESOURCE_EXHAUSTED: no space "
+                "left; to go on: python pretrain.py --out stopped --resume"
+            )
+        assert saved_state("stopped")[0] == 3
+        assert run("--out", "stopped", "--resume") == 0
+        assert_same_run("stopped", "whole")
+
+    def test_a_log_that_cannot_be_written_stops_it_with_one_line(self, run, monkeypatch):
+        def show(display, record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(report.Display, "show", show)
+        assert run("--out", "here") == (
+            "stopped: No space left on device; the log so far is in here"
+        )
 
     def test_a_finished_run_shows_itself_again_with_another_prompt(self, finished, run, capsys):
         before = contents()
@@ -649,13 +704,30 @@ class TestResume:
             assert not interrupts.signal
             interrupt()
             assert interrupts.signal == signal.SIGINT
-            with pytest.raises(KeyboardInterrupt):
-                interrupt()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) is handler
         with pretrain.Interrupts() as interrupts:
             signal.raise_signal(signal.SIGTERM)
             assert interrupts.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    @pytest.mark.slow
+    def test_two_signals_end_it_at_once_while_it_compiles(self, tmp_path):
+        (tmp_path / "text").write_text(TEXT)
+        command = [sys.executable, str(EXAMPLES / "pretrain.py")]
+        command += ["--text", "text", "--seq-len", "16"]
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            while process.stdout.readline() != "compiling ...\n":
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            while not process.stderr.readline().startswith("stopping after this step"):
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.communicate() == ("", "")
+        assert process.returncode == -signal.SIGINT
 
     @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -680,7 +752,7 @@ class TestResume:
         process.send_signal(number)
         assert "--out here --resume" in process.communicate()[1]
         assert process.returncode == 128 + number
-        assert 10 <= saved_state(str(tmp_path / "here"))[0] < 500
+        assert 4 < saved_state(str(tmp_path / "here"))[0] < 500  # its record was there
         subprocess.run(
             command("--out", "here", "--resume"), cwd=tmp_path, check=True, capture_output=True
         )
@@ -830,6 +902,21 @@ class TestReport:
         filled = report.fill(self.PARTS, columns).splitlines()
         assert max(map(len, filled)) <= columns
         assert len(filled) == lines
+
+    def test_the_time_left_counts_steps_alone(self, monkeypatch, capsys):
+        clock = iter([0.0, 30.0, 35.0, 50.0])
+        monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+        before_any = {k: v for k, v in RECORD.items() if k != "train_loss"}
+        with report.Display(0, 100, 1_500_000) as display:
+            display.show(before_any | {"step": 0})
+            display.show(RECORD | {"step": 1})
+            display.show(RECORD | {"step": 10})
+        first, warm, tenth = capsys.readouterr().out.splitlines()
+        assert "left" not in first + warm
+        assert tenth.endswith("3:00 left")  # 20 s for 10 steps
+
+    def test_tyros_box_becomes_a_line(self):
+        assert doctest.testmod(settings).failed == 0
 
     def test_no_terminal_gets_plain_lines(self, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "40")

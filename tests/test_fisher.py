@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,32 @@ class TestWindowForm:
         assert relative_error(actual[-1], expected[-1]) < relative_error(
             answers(natgalore.scale_by_fisher(4, 0.1, power=power), gradients)[0][-1], expected[-1]
         )
+
+    def test_no_compiler_may_skip_the_rounding(self):
+        """XLA drops a plain float32 -> bfloat16 -> float32 on GPUs: K would not be that of H."""
+        tx = natgalore.chain(
+            natgalore.project(4, refresh_every=2),
+            natgalore.scale_by_fisher(3, 0.1, window_dtype=jnp.bfloat16),
+        )
+        params = {"kernel": jnp.ones((8, 12))}
+        program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+        narrowed = re.findall(
+            r"stablehlo\.convert (%\w+) : \(tensor<\S*f32>\) -> tensor<\S*bf16>", program
+        )
+        rounded = re.findall(r"(%\w+) = stablehlo\.reduce_precision \S+ format = e8m7", program)
+        assert len(narrowed) == 2  # the newest core, and the window where it is carried over
+        assert sorted(narrowed) == sorted(rounded)
+
+    def test_cores_in_parallel_have_an_answer_where_rounding_made_k_indefinite(self, key):
+        """K of equal cores has one eigenvalue that is not 0, and its errors here hide λ."""
+        window = jnp.stack([jax.random.normal(key, (R, N))] * 3)
+        exact = gram(window)
+        damping = 1e-5 * float(jnp.trace(exact))
+        K = exact.at[0, 1].multiply(1 + 1e-4).at[1, 0].multiply(1 + 1e-4)
+        assert np.linalg.eigvalsh(np.asarray(K, np.float64)).min() < -damping
+        actual = natural_gradient(jnp.int32(3), window, K, jnp.ones(3), damping)
+        expected = oracles.natural_gradient(np.asarray(window, np.float64), damping)
+        assert relative_error(actual, expected) < 1e-5  # sums of 24 and 3 in float32
 
     @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e4, 1e6, 1e8], ids=lambda x: f"{x:.0e}")
     def test_keeps_its_digits_where_the_printed_formula_does_not(self, ratio, key):

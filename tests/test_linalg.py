@@ -10,6 +10,7 @@ from natgalore_jax.linalg import (
     newton_schulz_steps,
     orthonormalise,
     power_of_two,
+    rounded,
 )
 
 from . import oracles
@@ -54,6 +55,15 @@ def test_orthonormalise_undoes_no_sign():
     """Q of an orthonormal P is P itself: warm bases do not flip."""
     P = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 4)))[0].astype(np.float32)
     np.testing.assert_allclose(orthonormalise(jnp.asarray(P)), P, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_rounded_is_to_the_nearest_and_ties_to_even(dtype):
+    half = float(jnp.finfo(dtype).eps) / 2
+    x = jnp.array([1 + half, 1 + 3 * half, -1 - 1.01 * half, 0.1, 3e4, 0.0], jnp.float32)
+    actual = rounded(x, dtype)
+    assert actual.dtype == dtype
+    np.testing.assert_array_equal(actual, np.asarray(x).astype(dtype))
 
 
 @pytest.mark.parametrize(
