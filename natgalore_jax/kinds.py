@@ -18,7 +18,10 @@ TOKEN, STATE, LORA = "a learned token", "a state-space parameter", "a LoRA facto
 # The innermost of these words decides: of a whole path, or of its last two keys, since a dense
 # kernel further in is something else (PreNorm/fn/Dense, time_embed/Dense).
 ANYWHERE = {
-    HEAD: {"head", "lmhead", "logits", "unembed", "unembedding", "classifier", "readout"},
+    HEAD: {
+        *("lmhead", "logits", "unembed", "unembedding", "classifier", "readout"),
+        *("softmax", "predictor", "predictions"),
+    },
     ROUTER: {"router", "routers"},
     LORA: {"lora", "loraa", "lorab"},
 }
@@ -38,13 +41,13 @@ DENSE = {"dense", "linear", "fc", "fn", "mlp", "mlps", "ffn", "proj", "projectio
 # These only name the parameter itself.
 OWN = {
     TOKEN: {"token", "tokens", "cls", "register", "registers", "latents", "probe", "prompt"},
-    STATE: {"alog", "lambda", "logstep", "logdt", "decay"},
+    STATE: {"alog", "lambda", "logstep", "logdt", "decay", "timefaaaa", "timefirst"},
 }
 
 EXPERTS = {"moe", "expert", "experts"}
 GATES = {"gate", "gating", "wg", "switch"}
 NOT_HEADS = EXPERTS | {"mlp", "ffn", "ff", "feedforward"}
-INTO_HEADS = {"query", "key", "value", "q", "k", "v", "qkv", "kv", "wq", "wk", "wv", "wqkv"}
+INTO_HEADS = {"query", "key", "value", "q", "k", "v", "qkv", "kv", "wq", "wk", "wv", "wqkv", "wkv"}
 OUT_OF_HEADS = {"out", "o", "output", "wo"}
 FUSED = {"qkv", "kv", "wqkv", "wkv"}
 ATTENTION = ("attention", "attn", "mha", "mhsa", "multihead", "selfattn", "crossattn")
@@ -81,16 +84,19 @@ def _kind(leaf: Leaf) -> str | None:
         return BIAS
     if parent == "shared":  # T5's, of encoder and decoder
         return EMBEDDING
-    if leaf.words[:1] == ["output"] and len(leaf.path) <= 2:
+    outermost = [word for word in leaf.words if word != "params"][:1]
+    if outermost in (["output"], ["decoder"]) and len(leaf.path) <= 2 + ("params" in leaf.words):
         return HEAD
-    if kind := _innermost(leaf.near, NEAR, DENSE):
+    near = [word for word in leaf.near if word != "pe" or leaf.role is None]  # `k_pe` is a kernel
+    if kind := _innermost(near, NEAR, DENSE):
         return kind
     for kind, names in OWN.items():
         if "".join(leaf.own) in names or names & set(leaf.own):
             return kind
     # A head of attention is none, nor is what attends or mixes within one.
-    found = [] if leaf.attends else leaf.words
-    return _innermost(found, ANYWHERE, INTO_HEADS | {"mlp", "ffn"})
+    return _innermost(leaf.words, ANYWHERE, ()) or _innermost(
+        [] if leaf.attends else leaf.words, {HEAD: {"head"}}, INTO_HEADS | {"mlp", "ffn"}
+    )
 
 
 def _innermost(

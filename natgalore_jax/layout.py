@@ -13,10 +13,12 @@ reading is marked as a guess, and `describe` says so.
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from .kinds import (
+    ATTENTION,
     BIAS,
     DEPTHWISE,
     EMBEDDING,
@@ -41,6 +43,8 @@ from .spec import path_name, unboxed
 SMALLEST_SIDE = 8  # below it a matrix has no subspace worth the name
 
 LARGEST_KERNEL = 16  # spatial extent of a convolution's kernel
+SMALLEST_VOCABULARY = 4096  # a smaller one is not told from other sizes
+TABLES = {EMBEDDING, POSITION, HEAD}
 
 
 class Reading(NamedTuple):
@@ -67,6 +71,11 @@ def read(named_shapes: Sequence[tuple[tuple[Any, ...], tuple[int, ...]]]) -> lis
     if {path_name(path[-1:]) for path in paths} in ({"value"}, {"array"}):
         paths = [path[:-1] for path in paths]  # boxes too, where all leaves have them
     leaves = [Leaf(path, shape) for path, (_, shape) in zip(paths, named_shapes, strict=True)]
+    names = {path_name(leaf.path) for leaf in leaves}
+    for leaf in leaves:  # Haiku's `gating_b` beside `gating_w`, where `wq_b` has no `wq_w`
+        name = path_name(leaf.path)
+        if name.endswith("_b") and f"{name[:-1]}w" in names:
+            leaf.kind = BIAS
     tree = _Tree(leaves)
     return [_read(leaf, tree) for leaf in leaves]
 
@@ -150,23 +159,16 @@ class _Tree:
             for depth in range(len(leaf.path)):
                 self.below.setdefault(leaf.path[:depth], []).append(leaf)
         self.stacks = {prefix: _common_axes(members) for prefix, members in self.below.items()}
-        self.norm_widths = {
-            prefix: {
-                _longest(x, self.stack_axes(x))
-                for x in members
-                if x.kind == NORM and x.role is None
-            }
-            for prefix, members in self.below.items()
-        }
         tables = [
             x
             for x in leaves
             if x.kind == EMBEDDING and len(x.shape) == 2 and not NEAR[POSITION] & set(x.words)
         ]
+        self.vocabularies = {max(x.shape) for x in tables if max(x.shape) >= SMALLEST_VOCABULARY}
+        self.vocabularies |= _vocabularies(leaves)
+        norms = [x for x in leaves if x.kind == NORM and x.role is None]  # not those of queries
         self.widths = {min(x.shape) for x in tables}
-        self.vocabulary = max((max(x.shape) for x in tables), default=0)
-        if any(self.vocabulary < 4 * width for width in self.widths):
-            self.vocabulary = 0  # too small to be told from other sizes
+        self.widths |= {max(_without(x.shape, self.stack_axes(x)), default=0) for x in norms}
 
     def stack_axes(self, leaf: Leaf) -> tuple[int, ...]:
         """The axes that count layers."""
@@ -187,7 +189,8 @@ class _Tree:
 
     def in_attention(self, leaf: Leaf) -> bool:
         """Whether its axes may be heads: its words say so, or queries beside it do."""
-        if NOT_HEADS & set(leaf.words):
+        after = [i for i, word in enumerate(leaf.words) if word.startswith(ATTENTION)][-1:] or [0]
+        if NOT_HEADS & set(leaf.words[after[0] :]):
             return False
         beside = self.below.get(leaf.path[:-2], []) if leaf.role is OUT_OF_HEADS else [leaf]
         return leaf.attends or any(x.role is INTO_HEADS for x in beside)
@@ -197,7 +200,7 @@ class _Tree:
         sizes = {leaf.shape[a] for a in rest}
         if len(rest) != 2:
             return None
-        if self.vocabulary in sizes:
+        if self.vocabularies & sizes and len(leaf.shape) == 2:
             return HEAD
         if not GATES & set(leaf.words) or any(word in leaf.words for word in ("expert", "experts")):
             return None
@@ -224,32 +227,41 @@ class _Tree:
         return None
 
     def width_axis(self, leaf: Leaf, rest: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The axis that has the width of the model, as the norms nearest to the leaf have it."""
-        for depth in reversed(range(len(leaf.path))):
-            widths = self.norm_widths[leaf.path[:depth]] | (self.widths if depth == 0 else set())
-            fits = [a for a in rest if leaf.shape[a] in widths]
-            if fits:
-                largest = max(leaf.shape[a] for a in fits)  # queries may be normed too
-                fits = [a for a in fits if leaf.shape[a] == largest]
-                return (fits[0],) if len(fits) == 1 else None
-        return None
+        """The axis that has the width of a model: the longest that norms or embeddings have too."""
+        longest = max((leaf.shape[a] for a in rest if leaf.shape[a] in self.widths), default=0)
+        fits = [a for a in rest if leaf.shape[a] == longest]
+        return (fits[0],) if len(fits) == 1 else None
+
+
+def _vocabularies(leaves: list[Leaf]) -> set[int]:
+    """Sizes that only a vocabulary has: large, out of proportion, and not in every layer."""
+    matrices = [sorted(x.shape) for x in leaves if len(x.shape) == 2 and x.kind not in (NORM, BIAS)]
+    count = Counter(size for shape in matrices for size in set(shape))
+    return {
+        large
+        for small, large in matrices
+        if large >= 4 * SMALLEST_VOCABULARY and large > 8 * small > 0 and count[large] <= 3
+    }
 
 
 def _common_axes(members: list[Leaf]) -> tuple[int, ...]:
     """The axes that count layers in a subtree that is a stack, else ().
 
-    It is one where even its norms and biases, vectors by nature, have more axes than one, and all
-    leaves have the same sizes on all but one of those.
+    It is one where even its norms and biases, vectors by nature, have more axes than one, all
+    leaves have the same sizes on all but one of those, and there is no table.
     """
     least = min(
         (
-            len(leaf.shape)
+            sum(size > 1 for size in leaf.shape)
             for leaf in members  # but the biases of attention may have two axes by nature
             if leaf.kind == NORM or (leaf.kind == BIAS and leaf.role is None)
         ),
         default=0,
     )
-    if least < 2 or any(len(leaf.shape) < least for leaf in members):
+    if least < 2 or any(
+        len(leaf.shape) < least or (leaf.kind in TABLES and len(leaf.shape) == 2)
+        for leaf in members
+    ):
         return ()
     for axes in itertools.combinations(range(least), least - 1):
         if len({tuple(leaf.shape[a] for a in axes) for leaf in members}) == 1:
@@ -259,10 +271,6 @@ def _common_axes(members: list[Leaf]) -> tuple[int, ...]:
 
 def _without(shape: tuple[int, ...], axes: Collection[int]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
-
-
-def _longest(leaf: Leaf, stack: Collection[int]) -> int:
-    return max(_without(leaf.shape, stack), default=0)
 
 
 def _product(shape: tuple[int, ...], axes: Collection[int]) -> int:

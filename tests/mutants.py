@@ -322,6 +322,34 @@ MUTANTS = [
     Mutant("project", "chain forgets the side", "            side=side,\n", ""),
     Mutant("project", "chain forgets the transport", "            transport=transport,\n", ""),
     Mutant(
+        "layout",
+        "layers on the first axis only",
+        "return axes\n    return ()",
+        "return (0,)\n    return ()",
+    ),
+    Mutant("layout", "biases tell nothing", "if 0 < k < len(rest):", "if 0 < k < 0:"),
+    Mutant("layout", "guesses unmarked", "guess=not known", "guess=False"),
+    Mutant("layout", "width by the shortest norm", "longest = max(", "longest = min("),
+    Mutant("kinds", "outermost word decides", "for word in reversed(found):", "for word in found:"),
+    Mutant(
+        "rules",
+        "the last rule counts",
+        "for pattern, value in compiled if",
+        "for pattern, value in compiled[::-1] if",
+    ),
+    Mutant(
+        "select",
+        "fractions of the long side",
+        "round(rank * short)",
+        "round(rank * max(spec.m, spec.n))",
+    ),
+    Mutant(
+        "select",
+        "blocks before the stack",
+        "(*moved(spec.batch), *counting)",
+        "(*counting, *moved(spec.batch))",
+    ),
+    Mutant(
         "select", "long side for the short", '"short": spec.m > spec.n', '"short": spec.m < spec.n'
     ),
     Mutant(
@@ -345,6 +373,9 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "recipes": ["test_trajectory", "test_injection"],
     "checks": ["test_project", "test_injection"],
     "project": ["test_project", "test_trajectory"],
+    "kinds": ["test_layout", "test_unseen"],
+    "layout": ["test_layout", "test_unseen"],
+    "rules": ["test_select"],
     "select": ["test_select"],
     "spec": ["test_spec", "test_trajectory", "test_partners"],
 }

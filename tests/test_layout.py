@@ -118,6 +118,17 @@ LAYOUTS = {
         "blocks/0/mlp/experts_up": ((8, 64, 40), ((0,), (1,), (2,))),
         "blocks/0/glu/gate/kernel": ((64, 8), ((), (0,), (1,))),
     },
+    "a vocabulary as large as a layer is wide": {
+        "embed/embedding": ((256, 64), "an embedding"),
+        "blocks/0/up/kernel": ((64, 256), ((), (0,), (1,))),
+        "blocks/0/down/kernel": ((256, 64), ((), (0,), (1,))),
+        "head/kernel": ((64, 256), "an output head"),
+    },
+    "a table beside a stack with its width": {
+        "embed": ((16, 12), "an embedding"),
+        "layers/kernel": ((3, 12, 12), ((0,), (1,), (2,))),
+        "layers/bias": ((3, 12), "a bias"),
+    },
     "a value function": {"rl/value/Dense_0/kernel": ((10, 16, 40), ((0,), (1,), (2,), "guess"))},
     "never": {
         "pos_embed/table": ((64, 16), "an embedding"),
