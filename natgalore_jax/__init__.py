@@ -19,4 +19,5 @@ from .diagnostics import (  # isort: skip
     skipped_steps as skipped_steps,
 )
 from .memory import memory_report as memory_report  # isort: skip
+from .sharding import state_shardings as state_shardings  # isort: skip
 from .report import describe as describe  # isort: skip

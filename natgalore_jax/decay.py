@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.extend import core as jax_core
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
+from .placement import local
 from .spec import cores, is_core, replace_cores
 
 
@@ -96,7 +98,8 @@ def update_with_decay(
     zeros = _held(params)
     ones = [jnp.ones_like(x) for x in zeros]
     _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
-    decay = [x.ravel()[0] if at else None for x, at in zip(slopes, decays, strict=True)]
+    first = lambda x: local(lambda x: x.ravel()[0], PartitionSpec(), x)
+    decay = [first(x) if at else None for x, at in zip(slopes, decays, strict=True)]
     return answer, decay, new_state
 
 

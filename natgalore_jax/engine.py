@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
 from .basis import basis_key, expand, from_core, to_core
 from .boxes import boxed, rebox, unbox
 from .decay import inspect, update_with_decay
+from .placement import local, lying, partition, partition_of, place
 from .refresh import Refresh
-from .spec import Basis, Core, LeafSpec, cores, is_core, subspace, walk
+from .spec import Basis, Core, LeafSpec, cores, is_core, register_state, subspace, walk
 from .transport import check_roles
 
 
@@ -60,6 +62,11 @@ class SubspaceState(NamedTuple):
     version: Int[Array, ""]
 
 
+register_state(
+    SubspaceState, count="scalar", refreshed="scalar", skipped="scalar", version="scalar"
+)
+
+
 class Engine:
     """The transformation behind :func:`project`; its arguments are checked there."""
 
@@ -81,7 +88,8 @@ class Engine:
         def proxy(x, spec):
             if spec is None:
                 return _working(x)
-            return Core(jnp.zeros(spec.core_shape, _working_dtype(x)), spec)
+            core = jnp.zeros(spec.core_shape, _working_dtype(x))
+            return Core(place(core, partition_of("linear", spec, partition(x)), x), spec)
 
         def basis(x, spec, side=0):
             if spec is None or (side and not spec.both):
@@ -103,7 +111,7 @@ class Engine:
             origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
-        return SubspaceState(
+        state = SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
             right_basis=jax.tree.map(functools.partial(basis, side=1), params, specs),
@@ -112,6 +120,7 @@ class Engine:
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
         )
+        return _placed(state, params)
 
     def update(
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
@@ -120,9 +129,14 @@ class Engine:
         inner, boxes = boxed(self.inner, updates), updates
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
-        projected = jax.tree.map(project, updates, state.basis, state.right_basis)
-        *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state)
-        projected, finite = gate(projected)
+        lies = jax.tree.map(partition, updates)
+        like = (
+            *(state.basis, state.right_basis, state.refreshed, state.inner_state),
+            jax.tree.map(functools.partial(_lying, "linear"), lies, state.basis),
+            jax.tree.map(functools.partial(_lying, "scalar"), lies, state.basis),
+        )
+        down = functools.partial(self.down, lies=lies)
+        *bases, refreshed, inner_state, projected, finite = local(down, like, updates, state)
         if params is None:
             answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
             decay: list[Any] = [None] * len(cores(projected))
@@ -136,12 +150,21 @@ class Engine:
             answer, decay, inner_state = update_with_decay(
                 inner, projected, inner_state, proxies, **extra_args
             )
-        answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)
-        lifted = self.lift(answer, decay, finite, bases, updates, params)
+        weights = updates if params is None else params  # whose dtypes the updates get
+        lifted = local(self.lift, weights, answer, decay, finite, bases, weights)
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
         new = SubspaceState(count, *bases, refreshed, skipped, inner_state, state.version)
         return rebox(lifted, boxes), new
+
+    def down(
+        self, updates: PyTree, state: SubspaceState, lies: PyTree
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree]:
+        """All until inner: both bases, refreshes and inner's state as they are now; the cores,
+        with zeros for what is not finite; and what was."""
+        projected = jax.tree.map(project, updates, state.basis, state.right_basis)
+        *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state, lies)
+        return (*bases, refreshed, inner_state, *gate(projected))
 
     def lift(
         self,
@@ -149,10 +172,10 @@ class Engine:
         decay: list[Any],
         finite: PyTree,
         bases: list[PyTree],
-        updates: PyTree,
-        params: PyTree,
+        weights: PyTree,
     ) -> PyTree:
         """P U Qᵀ, and a W where inner decays, in the shape and dtype of the leaf."""
+        answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)
         left = iter(decay)
 
         def at(P, Q, U, ok, w):
@@ -165,7 +188,6 @@ class Engine:
                 full += jnp.where(ok.value[..., None, None], a * weight, 0)
             return P.spec.from_view(full).astype(w.dtype)
 
-        weights = updates if params is None else params  # whose dtypes the updates get
         return jax.tree.map(lambda w, *x: at(*x, w), weights, *bases, answer, finite)
 
 
@@ -201,6 +223,28 @@ def gate(projected: PyTree) -> tuple[PyTree, PyTree]:
 
     ok = jax.tree.map(finite, projected, is_leaf=is_core)
     return jax.tree.map(_keep_where, projected, ok, is_leaf=is_core), ok
+
+
+def _lying(role: str, G: PartitionSpec, P: Basis | None) -> Any:
+    """How something of a gradient lies, or of a leaf that is not projected, which has no axes."""
+    if P is None:
+        return G if role == "linear" else PartitionSpec()
+    return Core(partition_of(role, P.spec, G), P.spec)
+
+
+def _placed(state: SubspaceState, params: PyTree) -> SubspaceState:
+    """The state on the mesh of the params."""
+    leaves = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def at(x, role, spec):
+        if spec is not None:
+            near = leaves[spec.path]
+            return place(x, lying(x, role, spec, partition(near)), near)
+        if jnp.ndim(x) == 0 and leaves:
+            return place(x, PartitionSpec(), next(iter(leaves.values())))
+        return x  # of a leaf that is not projected: as inner made it
+
+    return walk(state, at)
 
 
 def _keep_where(x: Any, ok: Any) -> Any:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .checks import Scalar, check_choice, check_decay, check_int, check_number
 from .control import when
 from .linalg import POWERS, eye_like, inverse_root, matmul, power_of_two
+from .placement import local
 from .spec import at_cores, core_arrays, register_state, replace_cores, subspace_only
 
 
@@ -121,12 +122,19 @@ def scale_by_core_fisher(
         Rs = core_arrays(updates)
         if not Rs:
             return updates, state._replace(count=count)
+        in_turn = state.count % root_every == 0
+        arguments = (Rs, *map(core_arrays, state[1:]))
+        out, *fields = local(step, arguments, *arguments, in_turn)
+        trees = [replace_cores(tree, x) for tree, x in zip(state[1:], fields, strict=True)]
+        return replace_cores(updates, out), CoreFisherState(count, *trees)
+
+    def step(Rs, weight, scale, fisher, root, root_scale, in_turn):
+        """All of it on lists of arrays: the answers, and the fields of the state but its count."""
         accepted = [(R != 0).any(axis=(-2, -1)) for R in Rs]
-        means = zip(*map(core_arrays, (state.weight, state.scale, state.fisher)), strict=True)
+        means = zip(weight, scale, fisher, strict=True)
         tracked = [track(R, a, *x, decay) for R, a, x in zip(Rs, accepted, means, strict=True)]
         weight, scale, fisher = zip(*tracked, strict=True)
-        old = list(zip(core_arrays(state.root), core_arrays(state.root_scale), strict=True))
-        in_turn = state.count % root_every == 0
+        old = list(zip(root, root_scale, strict=True))
         due = [
             a & (in_turn | (s > OUTGROWN * root_scale))
             for a, s, (_, root_scale) in zip(accepted, scale, old, strict=True)
@@ -146,9 +154,7 @@ def scale_by_core_fisher(
             precondition(R, a, *x, power)
             for R, a, *x in zip(Rs, accepted, root, root_scale, strict=True)
         ]
-        fields = (weight, scale, fisher, root, root_scale)
-        trees = [replace_cores(tree, x) for tree, x in zip(state[1:], fields, strict=True)]
-        return replace_cores(updates, out), CoreFisherState(count, *trees)
+        return out, *map(list, (weight, scale, fisher, root, root_scale))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

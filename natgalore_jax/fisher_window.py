@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .checks import Scalar, check_choice, check_int, check_number
 from .linalg import POWERS, eye_like, power_of_two, rounded, symmetric_inverse_root
+from .placement import local
 from .spec import at_cores, core_arrays, register_state, replace_cores, subspace_only
 
 
@@ -115,16 +116,18 @@ def scale_by_fisher(
         Rs = core_arrays(updates)
         if not Rs:
             return updates, state
-        accepted = [(R != 0).any(axis=(-2, -1)) for R in Rs]
-        old = zip(*map(core_arrays, state), strict=True)
-        new = [remember(R, a, *x) for R, a, x in zip(Rs, accepted, old, strict=True)]
-        out = [
-            jnp.where(a[..., None, None], natural_gradient(*x, damping, relative, power), 0.0)
-            for a, x in zip(accepted, new, strict=True)
-        ]
-        fields = zip(state, zip(*new, strict=True), strict=True)
-        state = FisherState(*[replace_cores(tree, x) for tree, x in fields])
-        return replace_cores(updates, out), state
+
+        def answer(R, *old):
+            accepted = (R != 0).any(axis=(-2, -1))
+            new = remember(R, accepted, *old)
+            u = natural_gradient(*new, damping, relative, power)
+            return jnp.where(accepted[..., None, None], u, 0.0), *new
+
+        arguments = list(zip(Rs, *map(core_arrays, state), strict=True))
+        results = [local(answer, like, *like) for like in arguments]
+        out, *fields = zip(*results, strict=True)
+        trees = [replace_cores(tree, x) for tree, x in zip(state, fields, strict=True)]
+        return replace_cores(updates, out), FisherState(*trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

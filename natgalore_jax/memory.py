@@ -92,13 +92,14 @@ def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
     held = dict.fromkeys(names.values(), 0)
     marked = lambda x: isinstance(x, Core | Basis)
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=marked):
-        owner = node.spec.path if marked(node) else _owner(path, names)
-        if owner is not None:
-            held[names[owner]] += sum(map(_nbytes, jax.tree.leaves(node)))
+        leaf = node.spec.path if marked(node) else owner(path, names)
+        if leaf is not None:
+            held[names[leaf]] += sum(map(_nbytes, jax.tree.leaves(node)))
     return held
 
 
-def _owner(path: tuple, names: Mapping[tuple, str]) -> tuple | None:
+def owner(path: tuple, names: Mapping[tuple, Any]) -> tuple | None:
+    """The path, of those in `names`, that ends the path of an array of a state."""
     return next((path[i:] for i in range(len(path) + 1) if path[i:] in names), None)
 
 

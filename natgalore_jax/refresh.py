@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .basis import Method, basis_key, expand, normalised, to_core
 from .control import when
 from .linalg import matmul
+from .placement import over_shards
 from .spec import Basis, Core, LeafSpec, cores, per_matrix, replace_cores, walk
 from .transport import Transport
 
@@ -47,6 +48,12 @@ def phase(index: Any, refresh_every: int, total: int, stagger: bool) -> Any:
     return index * groups // max(total, 1) * refresh_every // groups
 
 
+def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:
+    """The places of a leaf's matrices in the refresh order."""
+    first, last = spec.index, spec.index + spec.matrices
+    return np.arange(first, last, dtype=np.int32).reshape(spec.batch_shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Refresh:
     """The refresh of one projection; see :func:`project` for its settings.
@@ -66,7 +73,7 @@ class Refresh:
     seed: int
 
     def __call__(
-        self, updates: PyTree, projected: PyTree, state: Any
+        self, updates: PyTree, projected: PyTree, state: Any, lies: PyTree
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
         """New bases where they are due, and all that depends on them.
 
@@ -74,6 +81,7 @@ class Refresh:
           updates: the gradients.
           projected: the same, projected on the bases of `state`.
           state: the :class:`SubspaceState`.
+          lies: the PartitionSpec of each gradient, as far as known.
 
         Returns:
           The bases, P and Q, `projected` on them, how often each has been refreshed, and inner's
@@ -81,6 +89,8 @@ class Refresh:
         """
         leaves, treedef = jax.tree.flatten(updates)
         slots = [treedef.flatten_up_to(tree) for tree in (state.basis, state.right_basis)]
+        shards = treedef.flatten_up_to(lies)
+        shards = [x for x, P in zip(shards, slots[0], strict=True) if P is not None]
         gradients = [G for G, P in zip(leaves, slots[0], strict=True) if P is not None]
         bases = [P for P in slots[0] if P is not None]
         if not bases:
@@ -97,9 +107,12 @@ class Refresh:
 
         def refresh_due(carry):
             return [
-                self.refresh_leaf(P.spec, leaf_roles, G, due_now, leaf)
-                for G, P, leaf_roles, due_now, leaf in zip(
-                    gradients, bases, roles, flags, carry, strict=True
+                over_shards(
+                    functools.partial(self.refresh_leaf, leaf_roles),
+                    *(P.spec, lies_as, G, (due_now, jnp.asarray(order(P.spec))), leaf),
+                )
+                for G, P, lies_as, leaf_roles, due_now, leaf in zip(
+                    gradients, bases, shards, roles, flags, carry, strict=True
                 )
             ]
 
@@ -145,27 +158,30 @@ class Refresh:
 
     def flags(
         self, R: Core, times: Int[Array, "*batch"], count: Int[Array, ""], total: int
-    ) -> Bool[Array, " matrices"]:
+    ) -> Bool[Array, "*batch"]:
         """Which matrices of a leaf are due: by the calendar, or by their first gradient.
 
         A matrix that has had none yet, or none that was finite, still has its random basis; it does
         not wait for its turn.
         """
-        index = R.spec.index + np.arange(R.spec.matrices)
-        phases = jnp.asarray(phase(index, self.every, total, self.stagger), jnp.int32)
+        phases = jnp.asarray(phase(order(R.spec), self.every, total, self.stagger), jnp.int32)
         usable = jnp.isfinite(R.value).all(axis=(-2, -1)) & (R.value != 0).any(axis=(-2, -1))
-        return (count % self.every == phases) | ((times == 0) & usable).reshape(-1)
+        return (count % self.every == phases) | ((times == 0) & usable)
 
     def refresh_leaf(
         self,
-        spec: LeafSpec,
         roles: list[Any],
+        spec: LeafSpec,
         G: Array,
-        due_now: Bool[Array, " matrices"],
+        which: tuple[Bool[Array, "*batch"], Int[Array, "*batch"]],
         leaf: Any,
     ) -> Any:
-        """Refreshes the matrices of one leaf that are due, one at a time."""
-        one = functools.partial(self.refresh_matrix, spec, roles, G)
+        """Refreshes the matrices of one leaf that are due, one at a time.
+
+        `which`: are they due, and their places in the refresh order.
+        """
+        due_now, index = (x.reshape(-1) for x in which)
+        one = functools.partial(self.refresh_matrix, roles, spec, G, index)
         if spec.matrices == 1:
             return when(due_now[0], functools.partial(one, jnp.int32(0)), leaf)
         some = due_now.any()
@@ -180,21 +196,25 @@ class Refresh:
 
     def refresh_matrix(
         self,
-        spec: LeafSpec,
         roles: list[Any],
+        spec: LeafSpec,
         G: Array,
+        index: Int[Array, " matrices"],
         i: Int[Array, ""],
         leaf: tuple[tuple[Array, ...], Array, Array, list[Array]],
     ) -> tuple[tuple[Array, ...], Array, Array, list[Array]]:
         """The i-th matrix of one leaf: its new bases and core, and its part of what is carried."""
         kept, Rs, times, arrays = leaf
         n = spec.take(times, i)
+        # Tied to the carry, or the compiler would take what depends on G alone, such as its largest
+        # entry, out of the loop: a pass over the gradient on every step.
+        G, n = lax.optimization_barrier((G, n))
         gradient = spec.matrix(G, i).astype(Rs.dtype)
         unit, usable = normalised(gradient)
         olds, nexts = [], []
         for side, (view, x) in enumerate(zip((spec, spec.turned), kept, strict=False)):
             P = expand(view.take(x, i), view, Rs.dtype)
-            key = basis_key(self.seed, spec.index + i, n + 1, side)
+            key = basis_key(self.seed, index[i], n + 1, side)
             new = self.method.next(unit.mT if side else unit, P, key, n == 0)
             usable &= jnp.isfinite(new).all()
             olds.append(P)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 Role = Literal[
     "basis",
+    "key",
     "linear",
     "square",
     "square_rows",
@@ -332,7 +333,9 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
             return None
         if isinstance(node, _Marked):
             spec = node.spec
-            role = "basis" if isinstance(node, Basis) else role
+            if isinstance(node, Basis):
+                kept = jnp.issubdtype(node.value.dtype, jnp.floating)
+                role = "basis" if kept else "key"
         children, treedef = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node
         )

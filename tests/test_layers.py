@@ -10,7 +10,7 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "spec"},
-    {"kinds", "rules"},
+    {"kinds", "placement", "rules"},
     {"layout"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
     {"transport"},
@@ -18,7 +18,7 @@ ROOMS = [
     {"engine"},
     {"project"},
     {"recipes", "diagnostics", "memory"},
-    {"report"},
+    {"report", "sharding"},
 ]
 FILES = {
     path.stem: path

@@ -1,0 +1,192 @@
+"""How the arrays of a state lie on a mesh, and linear algebra on arrays that do.
+
+A weight of axes (…batch, a, c), seen as m x n matrices with m on a and n on c, gives what is kept
+of it their shardings: the basis P (m x r) lies as a does, cores and all that has their shape
+(r x n) as c, and what is r x r, s x s or a number lies on every device, but for the batch axes,
+which lie as the weight's. The ranks r and s are never sharded, so any rank will do on any mesh.
+
+On a mesh with Explicit axes every array's type says how it lies, and JAX refuses a QR of a sharded
+matrix, or a product whose contracted axis is. :func:`local` hands such work to the compiler, as on
+meshes with Auto axes, and states how the results lie.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import (
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    auto_axes,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
+from jaxtyping import Array, PyTree
+
+from .spec import LeafSpec, Undeclared
+
+
+Entry = Any  # of a PartitionSpec: None, an axis of the mesh or several
+
+
+def partition_of(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
+    """How an array of `role` lies that belongs to a leaf which lies as `param`.
+
+    Args:
+      role: as :func:`walk` tells it; of one that says nothing of axes, only batch axes are sharded.
+      spec: the leaf's, or for a basis of the other side that turned.
+      param: of the leaf.
+    """
+    entry = _by_axis(spec, param)
+    batch = [entry[axis] for axis in spec.batch]
+    rows, cols = _merged(spec, spec.rows, entry), _merged(spec, spec.cols, entry)
+    if spec.both and role != "basis":
+        cols = None  # r wide
+    rest: list[Entry] = {
+        "basis": [rows, None],
+        "linear": [None, cols],
+        "square": [None, cols],
+        "square_cols": [cols],
+        "window": [None, None, cols],
+    }.get(role, [])
+    return trimmed([*batch, *rest])
+
+
+def lying(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
+    """The same for an array that :func:`walk` met, whose role may be undeclared."""
+    if x.shape[: len(spec.batch)] != spec.batch_shape:
+        return PartitionSpec()
+    if role is None or isinstance(role, Undeclared):
+        role = "linear" if x.shape == spec.core_shape else "scalar"
+    entries = partition_of(role, spec, param)
+    # Where something is kept of a core only under another name, a number stands for it.
+    return trimmed([e if n > 1 else None for e, n in zip(entries, x.shape, strict=False)])
+
+
+def trimmed(entries: list[Entry]) -> PartitionSpec:
+    """A PartitionSpec without trailing Nones, which JAX writes so: one spelling compiles once."""
+    while entries and entries[-1] is None:
+        entries = entries[:-1]
+    return PartitionSpec(*entries)
+
+
+def _by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
+    """The entries of `param` for the axes that `spec` speaks of."""
+    entries = [*param, *[None] * (len(spec.shape) - len(param))]
+    if not spec.split:
+        return entries
+    out: list[Entry] = []
+    sizes = iter(spec.split)
+    for size, entry in zip(spec.shape, entries, strict=True):
+        if next(sizes) == size:
+            out.append(entry)
+        else:  # blocks and their size: shards of one do not end where blocks do
+            next(sizes)
+            out += [None, None]
+    return out
+
+
+def _merged(spec: LeafSpec, axes: tuple[int, ...], entry: list[Entry]) -> Entry:
+    """How axes that are merged into one lie: as the first, where the others are whole."""
+    first, *others = [entry[axis] for axis in axes if spec.sizes[axis] > 1] or [None]
+    return None if any(other is not None for other in others) else first
+
+
+def explicit_mesh(tree: PyTree) -> Any:
+    """The mesh of the arrays of a tree if it has Explicit axes, else None."""
+    for x in jax.tree.leaves(tree):
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def partition(x: Any) -> PartitionSpec:
+    """How an array lies, as far as it says: a concrete one does, else its type."""
+    if not isinstance(x, jax.core.Tracer):
+        sharding = getattr(x, "sharding", None)
+        return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    return trimmed(list(jax.typeof(x).sharding.spec))
+
+
+def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
+    """`f(*args)`, inside which the compiler decides how arrays lie.
+
+    Args:
+      f: a function of arrays.
+      like: what the results lie as: a tree in their structure of arrays or PartitionSpecs.
+      *args: of `f`.
+    """
+    mesh = explicit_mesh(args)
+    if mesh is None:
+        return f(*args)
+    is_spec = lambda x: isinstance(x, PartitionSpec)
+    specs = jax.tree.map(lambda x: x if is_spec(x) else partition(x), like, is_leaf=is_spec)
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh, x), specs, is_leaf=is_spec)
+    with use_abstract_mesh(mesh):
+        return auto_axes(f, out_sharding=shardings)(*args)
+
+
+def over_shards(
+    f: Callable[..., PyTree],
+    spec: LeafSpec,
+    param: PartitionSpec,
+    G: Array,
+    which: PyTree,
+    state: PyTree,
+) -> PyTree:
+    """`f(spec, G, which, state)` on each device's own matrices, where batch axes are sharded.
+
+    A loop over the matrices of a stack would gather it whole to cut one out.
+
+    Args:
+      f: from a leaf's spec, G, and arrays whose batch axes come first, to new ones of the last.
+      spec: of the leaf.
+      param: how G lies, as far as known.
+      G: in the leaf's shape.
+      which: arrays that are not returned.
+      state: those that are.
+    """
+    entry = _by_axis(spec, param)
+    batch = PartitionSpec(*[entry[axis] for axis in spec.batch])
+    names = {name for part in batch for name in held(part)}
+    if not names:
+        return f(spec, G, which, state)
+    mesh = get_abstract_mesh()
+    sizes = [
+        size // math.prod(mesh.shape[name] for name in held(entry[axis]) if axis in spec.batch)
+        for axis, size in enumerate(spec.sizes)
+    ]
+    own = dataclasses.replace(spec, shape=tuple(sizes), split=())
+    stacked = PartitionSpec(*[x if a in spec.batch else None for a, x in enumerate(entry)])
+    return jax.shard_map(
+        functools.partial(f, own),
+        in_specs=(stacked, batch, batch),
+        out_specs=batch,
+        axis_names=names,
+        check_vma=False,
+    )(G.reshape(spec.sizes), which, state)
+
+
+def held(entry: Entry) -> tuple[str, ...]:
+    """The mesh's axes in an entry of a PartitionSpec."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def place(x: Array, entries: PartitionSpec, near: Any) -> Array:
+    """`x` on the mesh of the array `near`, lying as `entries` say, where that mesh is known.
+
+    Under `jit` on a mesh with Auto axes it is not: there the compiler places a state, or the
+    `out_shardings` that :func:`state_shardings` gives.
+    """
+    if isinstance(near, jax.core.Tracer):
+        mesh = explicit_mesh(near)
+        return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, entries))
+    sharding = getattr(near, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    return jax.device_put(x, NamedSharding(sharding.mesh, entries))
