@@ -27,7 +27,18 @@ from .boxes import boxed, rebox, unbox
 from .decay import inspect, update_with_decay
 from .placement import local, lying, partition, partition_of, place
 from .refresh import Refresh
-from .spec import Basis, Core, LeafSpec, cores, is_core, register_state, subspace, walk
+from .spec import (
+    Basis,
+    Core,
+    LeafSpec,
+    cores,
+    is_core,
+    one_number,
+    part_shape,
+    register_state,
+    subspace,
+    walk,
+)
 from .transport import check_roles
 
 
@@ -268,18 +279,16 @@ def _working(x: Any) -> Any:
 
 def _refuse_misfit(x: Any, role: Any, spec: LeafSpec | None) -> Any:
     """A checkpoint of another rank, restored as it is, would train on while its shapes agree."""
-    if spec is None:
+    if spec is None or one_number(x, role):
         return x
-    per_matrix = x.shape[len(spec.batch) :]
-    match role:
-        case "linear" | "square":
-            fits = per_matrix[:1] == (spec.rank,)
-        case "window":
-            fits = per_matrix[1:2] == (spec.rank,)
-        case "basis" if jnp.issubdtype(x.dtype, jnp.floating):  # else it is a key
-            fits = x.shape == spec.basis_shape
-        case _:
-            fits = True
+    part = x.shape[len(spec.batch) :]
+    expected = part_shape(role, spec)
+    if role == "basis":
+        fits = x.shape == spec.basis_shape
+    elif role == "window":
+        fits = part[1:2] == (spec.rank,)
+    else:
+        fits = expected is None or part[:1] == expected[:1]
     if not fits:
         raise ValueError(
             f"the state of `{spec.name}`, {spec.m} x {spec.n} at rank {spec.rank}, holds an array "

@@ -77,7 +77,7 @@ MUTANTS = [
         "(count % self.every == phases)",
         "((count + 1) % self.every == phases)",
     ),
-    Mutant("refresh", "waits for its turn from cold", " | ((times == 0) & usable).reshape(-1)", ""),
+    Mutant("refresh", "waits for its turn from cold", " | ((times == 0) & usable)", ""),
     Mutant(
         "refresh",
         "core of the stale basis",
@@ -99,13 +99,13 @@ MUTANTS = [
         "P if side else self.method.next(unit, P, key, n == 0)",
     ),
     Mutant(
-        "refresh", "one key for a stack", "spec.index + i, n + 1, side", "spec.index, n + 1, side"
+        "refresh", "one key for a stack", "index[i], n + 1, side", "index[0], n + 1, side"
     ),
     Mutant(
         "refresh",
         "the same random basis again",
-        "spec.index + i, n + 1, side",
-        "spec.index + i, 1, side",
+        "index[i], n + 1, side",
+        "index[i], 1, side",
     ),
     Mutant("refresh", "matrices, not groups", "index * groups // max(total, 1) *", "index *"),
     Mutant(
@@ -126,8 +126,8 @@ MUTANTS = [
     Mutant(
         "engine",
         "stale basis at lifting",
-        "self.lift(answer, decay, finite, bases, updates",
-        "self.lift(answer, decay, finite, [state.basis, state.right_basis], updates",
+        "answer, decay, finite, bases, weights)",
+        "answer, decay, finite, [state.basis, state.right_basis], weights)",
     ),
     Mutant("engine", "scale twice", "self.scale * U.value", "self.scale * self.scale * U.value"),
     Mutant("engine", "decay doubled", "a * weight, 0)", "2 * a * weight, 0)"),
