@@ -98,9 +98,7 @@ MUTANTS = [
         "self.method.next(unit.mT if side else unit, P, key, n == 0)",
         "P if side else self.method.next(unit, P, key, n == 0)",
     ),
-    Mutant(
-        "refresh", "one key for a stack", "index[i], n + 1, side", "index[0], n + 1, side"
-    ),
+    Mutant("refresh", "one key for a stack", "index[i], n + 1, side", "index[0], n + 1, side"),
     Mutant(
         "refresh",
         "the same random basis again",
