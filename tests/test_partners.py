@@ -245,7 +245,7 @@ def test_without_transport_new_names_change_much():
         compare(updates, oracle(line, [states[0]] * len(states), "keep"))
 
 
-@lines(INSIDE, transport="any")
+@lines(INSIDE, quick=NAMES, transport="any")
 def test_can_start_over(name):
     """Under `transport="reset"` a refresh leaves the state's types as they are."""
     tx = natgalore.project(RANK, INSIDE[name].make(), transport="reset")

@@ -95,10 +95,14 @@ def same_as_one_device(layout, kind, settings, jitted, key):
         assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sharded_equals_one_device(layout, kind, key):
-    same_as_one_device(layout, kind, {}, True, key)
+def test_sharded_equals_one_device(layout, key):
+    same_as_one_device(layout, AxisType.Explicit, {}, True, key)
+
+
+@pytest.mark.parametrize("layout", ["rows and columns", "layers"])
+def test_sharded_on_auto_axes_equals_one_device(layout, key):
+    same_as_one_device(layout, AxisType.Auto, {}, True, key)
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS)[1:])

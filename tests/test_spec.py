@@ -103,15 +103,13 @@ def test_walk_knows_role_and_spec_of_every_array():
     assert mine == sorted(
         [
             "basis",
-            "SubspaceState.refreshed",
-            "SubspaceState.skipped",
             "linear",
             "square",
             "fisher",
             "root",
             "root",
         ]
-        + ["scalar"] * 2
+        + ["scalar"] * 4  # of the subspace: refreshed and skipped; of the Fisher: weight and scale
     )
     assert all(spec is None or spec.shape == (8, 20) for _, _, spec in seen)
 
@@ -128,8 +126,9 @@ def test_walk_names_what_was_not_declared():
 
 def test_a_basis_has_its_role_wherever_it_is():
     seen = []
-    walk({"k": Basis(jnp.ones(2), KERNEL)}, lambda x, role, spec: seen.append((role, spec)))
-    assert seen == [("basis", KERNEL)]
+    tree = {"k": Basis(jnp.ones(2), KERNEL), "l": Basis(jnp.ones(2, jnp.uint32), KERNEL)}
+    walk(tree, lambda x, role, spec: seen.append((role, spec)))
+    assert seen == [("basis", KERNEL), ("key", KERNEL)]
 
 
 def test_register_state_refuses_what_it_cannot_use():
