@@ -1,6 +1,6 @@
 """Natural GaLore for JAX: train all weights of a large model with a fraction of AdamW's state."""
 
-from .spec import register_state as register_state
+from .roles import register_state as register_state
 
 
 from .select import MatrixView as MatrixView  # isort: skip

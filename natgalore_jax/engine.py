@@ -27,18 +27,8 @@ from .boxes import boxed, rebox, unbox
 from .decay import inspect, update_with_decay
 from .placement import local, lying, partition, partition_of, place
 from .refresh import Refresh
-from .spec import (
-    Basis,
-    Core,
-    LeafSpec,
-    cores,
-    is_core,
-    one_number,
-    part_shape,
-    register_state,
-    subspace,
-    walk,
-)
+from .roles import one_number, part_shape, register_state, walk
+from .spec import Basis, Core, LeafSpec, cores, is_core, subspace
 from .transport import check_roles
 
 

@@ -27,7 +27,8 @@ from .checks import Scalar, check_choice, check_decay, check_int, check_number
 from .control import when
 from .linalg import POWERS, eye_like, inverse_root, matmul, power_of_two
 from .placement import local
-from .spec import at_cores, core_arrays, register_state, replace_cores, subspace_only
+from .roles import register_state
+from .spec import at_cores, core_arrays, replace_cores, subspace_only
 
 
 class CoreFisherState(NamedTuple):

@@ -30,7 +30,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .checks import Scalar, check_choice, check_int, check_number
 from .linalg import POWERS, eye_like, power_of_two, rounded, symmetric_inverse_root
 from .placement import local
-from .spec import at_cores, core_arrays, register_state, replace_cores, subspace_only
+from .roles import register_state
+from .spec import at_cores, core_arrays, replace_cores, subspace_only
 
 
 class FisherState(NamedTuple):

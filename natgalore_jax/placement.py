@@ -27,7 +27,8 @@ from jax.sharding import (
 )
 from jaxtyping import Array, PyTree
 
-from .spec import LeafSpec, Undeclared
+from .roles import Undeclared
+from .spec import LeafSpec
 
 
 Entry = Any  # of a PartitionSpec: None, an axis of the mesh or several
@@ -63,7 +64,7 @@ def lying(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionS
     if role is None or isinstance(role, Undeclared):
         role = "linear" if x.shape == spec.core_shape else "scalar"
     entries = partition_of(role, spec, param)
-    # Where something is kept of a core only under another name, a number stands for it.
+    # One number that stands for what is not kept, as Adafactor's does, cannot be sharded.
     return trimmed([e if n > 1 else None for e, n in zip(entries, x.shape, strict=False)])
 
 
@@ -76,17 +77,14 @@ def trimmed(entries: list[Entry]) -> PartitionSpec:
 
 def _by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
     """The entries of `param` for the axes that `spec` speaks of."""
-    entries = [*param, *[None] * (len(spec.shape) - len(param))]
-    if not spec.split:
-        return entries
+    left = iter([*param, *[None] * (len(spec.shape) - len(param))])
+    cuts = len(spec.sizes) - len(spec.shape)
+    blocks = spec.batch[len(spec.batch) - cuts :]  # the axes that cuts made, see `select`
     out: list[Entry] = []
-    sizes = iter(spec.split)
-    for size, entry in zip(spec.shape, entries, strict=True):
-        if next(sizes) == size:
-            out.append(entry)
-        else:  # blocks and their size: shards of one do not end where blocks do
-            next(sizes)
-            out += [None, None]
+    for axis in range(len(spec.sizes)):
+        entry = None if axis in blocks else next(left)
+        # Of an axis that is cut the shards do not end where blocks do.
+        out.append(None if axis - 1 in blocks else entry)
     return out
 
 

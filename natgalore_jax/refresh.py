@@ -20,7 +20,8 @@ from .basis import Method, basis_key, expand, normalised, to_core
 from .control import when
 from .linalg import matmul
 from .placement import over_shards
-from .spec import Basis, Core, LeafSpec, cores, per_matrix, replace_cores, walk
+from .roles import per_matrix, walk
+from .spec import Basis, Core, LeafSpec, cores, replace_cores
 from .transport import Transport
 
 

@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 from .checks import check_choice
 from .memory import owner
 from .placement import held, lying, trimmed
-from .spec import LeafSpec, walk
+from .roles import walk
+from .spec import LeafSpec
 
 
 def state_shardings(

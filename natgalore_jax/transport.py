@@ -40,7 +40,8 @@ from jaxtyping import Array, Float, PyTree
 from .decay import CORE, VARIES
 from .fisher_window import gram
 from .linalg import matmul, rounded
-from .spec import LeafSpec, Role, Undeclared, one_number, part_shape, walk
+from .roles import Role, Undeclared, one_number, part_shape, walk
+from .spec import LeafSpec
 
 
 Transport = Callable[..., list[Array]]  # (states with roles, C) or, of both sides, (…, C, D)

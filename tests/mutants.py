@@ -297,10 +297,40 @@ MUTANTS = [
         "checks", "half precision passes", "value.dtype.itemsize < 4", "value.dtype.itemsize < 2"
     ),
     Mutant(
-        "spec",
+        "roles",
         "one number turned",
         "return role in SQUARES and x.shape",
         "return False and x.shape",
+    ),
+    Mutant(
+        "placement", "bases lie as the other side", '"basis": [rows, None]', '"basis": [cols, None]'
+    ),
+    Mutant(
+        "placement", "blocks end where shards do", "None if axis - 1 in blocks else entry", "entry"
+    ),
+    Mutant(
+        "placement",
+        "merged axes lie as the first",
+        "any(other is not None for other in others)",
+        "False",
+    ),
+    Mutant(
+        "placement",
+        "a stack is gathered",
+        "if not names:\n        return f(",
+        "if True:\n        return f(",
+    ),
+    Mutant(
+        "sharding",
+        "ZeRO on an axis twice",
+        "if any(axis in held(entry) for entry in parts):",
+        "if False:",
+    ),
+    Mutant(
+        "refresh",
+        "a pass over the gradient on every step",
+        "G, n = lax.optimization_barrier((G, n))",
+        "pass",
     ),
     Mutant(
         "project",
@@ -375,7 +405,10 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "layout": ["test_layout", "test_unseen"],
     "rules": ["test_select"],
     "select": ["test_select"],
-    "spec": ["test_spec", "test_trajectory", "test_partners"],
+    "sharding": ["test_sharding"],
+    "placement": ["test_sharding"],
+    "roles": ["test_roles", "test_partners"],
+    "spec": ["test_spec", "test_trajectory"],
 }
 
 

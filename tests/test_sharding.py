@@ -268,6 +268,12 @@ class TestStateShardings:
         both = natgalore.project(
             5, optax.trace(0.9), side="both", select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
         )
+        # Blocks of one on an axis beside: theirs and the fused one have no sharding of their own.
+        fused = natgalore.MatrixView(1, (2, 3), blocks={3: 12})
+        cut = natgalore.project(5, optax.trace(0.9), side="left", select=[("kernel", fused)])
+        state = self.specs(cut, P("tensor", None, None, "fsdp"))
+        assert at(state.basis) == P("tensor")
+        assert at(self.specs(cut, P(None, "fsdp", None, "tensor")).basis) == P(None, None, "fsdp")
         state = self.specs(both, P(None, "fsdp", "tensor"))
         assert at(state.basis) == P(None, "fsdp")
         assert at(state.right_basis) == P(None, "tensor")
