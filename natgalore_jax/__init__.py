@@ -19,5 +19,6 @@ from .diagnostics import (  # isort: skip
     skipped_steps as skipped_steps,
 )
 from .memory import memory_report as memory_report  # isort: skip
-from .sharding import state_shardings as state_shardings  # isort: skip
+from .sharding import sharded as sharded, state_shardings as state_shardings  # isort: skip
+from .offload import offload as offload  # isort: skip
 from .report import describe as describe  # isort: skip

@@ -25,10 +25,10 @@ from jaxtyping import Array, Int, PyTree
 from .basis import basis_key, expand, from_core, to_core
 from .boxes import boxed, rebox, unbox
 from .decay import inspect, update_with_decay
-from .placement import local, lying, partition, partition_of, place
+from .placement import Layout, layout_of, local, lying, partition_of
 from .refresh import Refresh
 from .roles import one_number, part_shape, register_state, walk
-from .spec import Basis, Core, LeafSpec, cores, is_core, subspace
+from .spec import Basis, Core, LeafSpec, cores, is_core, replace_cores, subspace
 from .transport import check_roles
 
 
@@ -85,12 +85,14 @@ class Engine:
     def init(self, params: PyTree, specs: PyTree) -> SubspaceState:
         """The state for `params`, out of their boxes seen as `specs`: LeafSpecs, or None."""
         inner, params = boxed(self.inner, params), unbox(params)
+        layout = layout_of(params)
 
         def proxy(x, spec):
             if spec is None:
                 return _working(x)
             core = jnp.zeros(spec.core_shape, _working_dtype(x))
-            return Core(place(core, partition_of("linear", spec, partition(x)), x), spec)
+            entries = partition_of("linear", spec, layout.at(spec.path))
+            return Core(layout.place(core, entries), spec)
 
         def basis(x, spec, side=0):
             if spec is None or (side and not spec.both):
@@ -121,7 +123,7 @@ class Engine:
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
         )
-        return _placed(state, params)
+        return _placed(state, layout)
 
     def update(
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
@@ -130,13 +132,15 @@ class Engine:
         inner, boxes = boxed(self.inner, updates), updates
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
-        lies = jax.tree.map(partition, updates)
+        layout = layout_of(updates)
+        lying_as = lambda role: jax.tree_util.tree_map_with_path(
+            functools.partial(_lying, role, layout), updates, state.basis
+        )
         like = (
             *(state.basis, state.right_basis, state.refreshed, state.inner_state),
-            jax.tree.map(functools.partial(_lying, "linear"), lies, state.basis),
-            jax.tree.map(functools.partial(_lying, "scalar"), lies, state.basis),
+            *(lying_as("linear"), lying_as("scalar")),
         )
-        down = functools.partial(self.down, lies=lies)
+        down = functools.partial(self.down, layout=layout)
         *bases, refreshed, inner_state, projected, finite = local(down, like, updates, state)
         if params is None:
             answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
@@ -152,6 +156,13 @@ class Engine:
                 inner, projected, inner_state, proxies, **extra_args
             )
         weights = updates if params is None else params  # whose dtypes the updates get
+        answer = replace_cores(
+            answer,
+            [
+                layout.hint(U.value, partition_of("linear", U.spec, layout.at(U.spec.path)))
+                for U in cores(answer)
+            ],
+        )
         lifted = local(self.lift, weights, answer, decay, finite, bases, weights)
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
@@ -159,12 +170,12 @@ class Engine:
         return rebox(lifted, boxes), new
 
     def down(
-        self, updates: PyTree, state: SubspaceState, lies: PyTree
+        self, updates: PyTree, state: SubspaceState, layout: Layout
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree]:
         """All until inner: both bases, refreshes and inner's state as they are now; the cores,
         with zeros for what is not finite; and what was."""
         projected = jax.tree.map(project, updates, state.basis, state.right_basis)
-        *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state, lies)
+        *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state, layout)
         return (*bases, refreshed, inner_state, *gate(projected))
 
     def lift(
@@ -226,24 +237,21 @@ def gate(projected: PyTree) -> tuple[PyTree, PyTree]:
     return jax.tree.map(_keep_where, projected, ok, is_leaf=is_core), ok
 
 
-def _lying(role: str, G: PartitionSpec, P: Basis | None) -> Any:
+def _lying(role: str, layout: Layout, path: tuple, G: Array, P: Basis | None) -> Any:
     """How something of a gradient lies, or of a leaf that is not projected, which has no axes."""
     if P is None:
-        return G if role == "linear" else PartitionSpec()
-    return Core(partition_of(role, P.spec, G), P.spec)
+        return layout.at(path) if role == "linear" else PartitionSpec()
+    return Core(partition_of(role, P.spec, layout.at(path)), P.spec)
 
 
-def _placed(state: SubspaceState, params: PyTree) -> SubspaceState:
+def _placed(state: SubspaceState, layout: Layout) -> SubspaceState:
     """The state on the mesh of the params."""
-    leaves = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def at(x, role, spec):
         if spec is not None:
-            near = leaves[spec.path]
-            return place(x, lying(x, role, spec, partition(near)), near)
-        if jnp.ndim(x) == 0 and leaves:
-            return place(x, PartitionSpec(), next(iter(leaves.values())))
-        return x  # of a leaf that is not projected: as inner made it
+            return layout.place(x, lying(x, role, spec, layout.at(spec.path)))
+        # An array of a leaf that is not projected is where inner made it.
+        return layout.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
 
     return walk(state, at)
 

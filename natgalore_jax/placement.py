@@ -7,18 +7,23 @@ which lie as the weight's. The ranks r and s are never sharded, so any rank will
 
 On a mesh with Explicit axes every array's type says how it lies, and JAX refuses a QR of a sharded
 matrix, or a product whose contracted axis is. :func:`local` hands such work to the compiler, as on
-meshes with Auto axes, and states how the results lie.
+meshes with Auto axes, and states how the results lie. On Auto axes a concrete array says how it
+lies, and under `jit` none does, unless the user has said it, for :func:`knowing`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import (
+    AbstractMesh,
     AxisType,
+    Mesh,
     NamedSharding,
     PartitionSpec,
     auto_axes,
@@ -94,20 +99,69 @@ def _merged(spec: LeafSpec, axes: tuple[int, ...], entry: list[Entry]) -> Entry:
     return None if any(other is not None for other in others) else first
 
 
+class Layout(NamedTuple):
+    """How the leaves of a tree lie on a mesh.
+
+    Attributes:
+      mesh: None where nothing is known of it.
+      lies: the PartitionSpec of each leaf, by its path.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    lies: Mapping[tuple, PartitionSpec]
+
+    def at(self, path: tuple) -> PartitionSpec:
+        return self.lies.get(path, PartitionSpec())
+
+    def place(self, x: Array, entries: PartitionSpec) -> Array:
+        """`x` on the mesh, lying as `entries` say."""
+        return x if self.mesh is None else place(x, NamedSharding(self.mesh, entries))
+
+    def hint(self, x: Array, entries: PartitionSpec) -> Array:
+        """The same where types do not say it: under `jit`, on Auto axes."""
+        typed = self.mesh is None or AxisType.Explicit in self.mesh.axis_types
+        return x if typed or not isinstance(x, jax.core.Tracer) else self.place(x, entries)
+
+
+_known: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("known", default=None)
+
+
+@contextlib.contextmanager
+def knowing(layout: Layout) -> Iterator[None]:
+    """Within it :func:`layout_of` answers `layout` for arrays that cannot say how they lie."""
+    token = _known.set(layout)
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def layout_of(tree: PyTree) -> Layout:
+    """How the leaves of a tree lie: as their types say, or they themselves, or the user."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    concrete = (x.sharding.mesh for _, x in leaves if lies_on_mesh(x))
+    mesh = next(concrete, None) or explicit_mesh(tree)
+    if mesh is None:
+        return _known.get() or Layout(None, {})
+    return Layout(mesh, {path: partition(x) for path, x in leaves})
+
+
 def explicit_mesh(tree: PyTree) -> Any:
-    """The mesh of the arrays of a tree if it has Explicit axes, else None."""
-    for x in jax.tree.leaves(tree):
-        mesh = jax.typeof(x).sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
+    """The mesh in the types of the arrays of a tree if it has Explicit axes, else None."""
+    meshes = (jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree))
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def lies_on_mesh(x: Any) -> bool:
+    """Whether x is a concrete array on a mesh."""
+    tracer = isinstance(x, jax.core.Tracer)
+    return not tracer and isinstance(getattr(x, "sharding", None), NamedSharding)
 
 
 def partition(x: Any) -> PartitionSpec:
     """How an array lies, as far as it says: a concrete one does, else its type."""
     if not isinstance(x, jax.core.Tracer):
-        sharding = getattr(x, "sharding", None)
-        return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+        return x.sharding.spec if lies_on_mesh(x) else PartitionSpec()
     return trimmed(list(jax.typeof(x).sharding.spec))
 
 
@@ -132,7 +186,7 @@ def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
 def over_shards(
     f: Callable[..., PyTree],
     spec: LeafSpec,
-    param: PartitionSpec,
+    layout: Layout,
     G: Array,
     which: PyTree,
     state: PyTree,
@@ -144,17 +198,18 @@ def over_shards(
     Args:
       f: from a leaf's spec, G, and arrays whose batch axes come first, to new ones of the last.
       spec: of the leaf.
-      param: how G lies, as far as known.
+      layout: of the gradients.
       G: in the leaf's shape.
       which: arrays that are not returned.
       state: those that are.
     """
-    entry = _by_axis(spec, param)
+    entry = _by_axis(spec, layout.at(spec.path))
     batch = PartitionSpec(*[entry[axis] for axis in spec.batch])
     names = {name for part in batch for name in held(part)}
     if not names:
         return f(spec, G, which, state)
-    mesh = get_abstract_mesh()
+    context = get_abstract_mesh()
+    mesh = layout.mesh if context.empty else context
     sizes = [
         size // math.prod(mesh.shape[name] for name in held(entry[axis]) if axis in spec.batch)
         for axis, size in enumerate(spec.sizes)
@@ -163,6 +218,7 @@ def over_shards(
     stacked = PartitionSpec(*[x if a in spec.batch else None for a, x in enumerate(entry)])
     return jax.shard_map(
         functools.partial(f, own),
+        mesh=mesh,
         in_specs=(stacked, batch, batch),
         out_specs=batch,
         axis_names=names,
@@ -175,16 +231,12 @@ def held(entry: Entry) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def place(x: Array, entries: PartitionSpec, near: Any) -> Array:
-    """`x` on the mesh of the array `near`, lying as `entries` say, where that mesh is known.
-
-    Under `jit` on a mesh with Auto axes it is not: there the compiler places a state, or the
-    `out_shardings` that :func:`state_shardings` gives.
-    """
-    if isinstance(near, jax.core.Tracer):
-        mesh = explicit_mesh(near)
-        return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, entries))
-    sharding = getattr(near, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or isinstance(x, jax.ShapeDtypeStruct):
+def place(x: Array, sharding: NamedSharding) -> Array:
+    """`x` lying as `sharding` says."""
+    if isinstance(x, jax.ShapeDtypeStruct):
         return x
-    return jax.device_put(x, NamedSharding(sharding.mesh, entries))
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, sharding)
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)

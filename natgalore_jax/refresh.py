@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 from .basis import Method, basis_key, expand, normalised, to_core
 from .control import when
 from .linalg import matmul
-from .placement import over_shards
+from .placement import Layout, over_shards
 from .roles import per_matrix, walk
 from .spec import Basis, Core, LeafSpec, cores, replace_cores
 from .transport import Transport
@@ -74,7 +74,7 @@ class Refresh:
     seed: int
 
     def __call__(
-        self, updates: PyTree, projected: PyTree, state: Any, lies: PyTree
+        self, updates: PyTree, projected: PyTree, state: Any, layout: Layout
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
         """New bases where they are due, and all that depends on them.
 
@@ -82,7 +82,7 @@ class Refresh:
           updates: the gradients.
           projected: the same, projected on the bases of `state`.
           state: the :class:`SubspaceState`.
-          lies: the PartitionSpec of each gradient, as far as known.
+          layout: of the gradients, as far as known.
 
         Returns:
           The bases, P and Q, `projected` on them, how often each has been refreshed, and inner's
@@ -90,8 +90,6 @@ class Refresh:
         """
         leaves, treedef = jax.tree.flatten(updates)
         slots = [treedef.flatten_up_to(tree) for tree in (state.basis, state.right_basis)]
-        shards = treedef.flatten_up_to(lies)
-        shards = [x for x, P in zip(shards, slots[0], strict=True) if P is not None]
         gradients = [G for G, P in zip(leaves, slots[0], strict=True) if P is not None]
         bases = [P for P in slots[0] if P is not None]
         if not bases:
@@ -110,10 +108,10 @@ class Refresh:
             return [
                 over_shards(
                     functools.partial(self.refresh_leaf, leaf_roles),
-                    *(P.spec, lies_as, G, (due_now, jnp.asarray(order(P.spec))), leaf),
+                    *(P.spec, layout, G, (due_now, jnp.asarray(order(P.spec))), leaf),
                 )
-                for G, P, lies_as, leaf_roles, due_now, leaf in zip(
-                    gradients, bases, shards, roles, flags, carry, strict=True
+                for G, P, leaf_roles, due_now, leaf in zip(
+                    gradients, bases, roles, flags, carry, strict=True
                 )
             ]
 

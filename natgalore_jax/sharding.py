@@ -1,4 +1,4 @@
-"""How an optimizer's whole state lies on a mesh: for `jax.jit` and for checkpoints."""
+"""How an optimizer's whole state lies on a mesh: told, and seen to."""
 
 import math
 from collections.abc import Sequence
@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from .boxes import unbox
 from .checks import check_choice
 from .memory import owner
-from .placement import held, lying, trimmed
+from .placement import Layout, held, knowing, lying, place, trimmed
 from .roles import walk
 from .spec import LeafSpec
 
@@ -22,6 +23,7 @@ def state_shardings(
     param_shardings: PyTree,
     *,
     zero_axis: str | None = None,
+    memory_kind: str | None = None,
 ) -> PyTree:
     """The sharding of every array of `tx.init(params)`, for weights that are sharded.
 
@@ -36,8 +38,10 @@ def state_shardings(
       zero_axis: an axis of the mesh over which state is sharded that would be the same on all its
         devices (ZeRO-1, arXiv:1910.02054): moments and windows of projected weights by their n
         side, those of other weights by the first axis that can be divided. Bases stay whole. On
-        Explicit axes the r x n update is gathered; on Auto axes, where an update does not know how
-        its weight lies, the compiler gathers the m x n one.
+        Explicit axes the r x n update is gathered. On Auto axes an update does not know how its
+        weight lies, and the compiler gathers the m x n one, unless `tx` is :func:`sharded`.
+      memory_kind: of all arrays, such as `"pinned_host"`. None: of each where `tx` makes it, on
+        the device, or where :func:`offload` puts it.
 
     Returns:
       A tree of NamedShardings in the structure of the state.
@@ -57,8 +61,69 @@ def state_shardings(
       >>> state[0].basis["up"]["kernel"].value.sharding.spec
       P('fsdp',)
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    weights = dict(zip(paths, jax.tree.leaves(params), strict=True))
+    layout = _layout(params, param_shardings, zero_axis)
+    program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
+    shardings = _of_state(shapes, params, layout, zero_axis)
+
+    at_host = [aval.memory_space == jax.memory.Space.Host for aval in program.out_avals]
+    # Named throughout or not at all: jax.jit matches donated arrays to results by the names.
+    kinds = ["pinned_host" if x else "device" if any(at_host) else None for x in at_host]
+    kept = lambda sharding, kind: sharding.with_memory_kind(memory_kind or kind)
+    return jax.tree.map(kept, shardings, jax.tree.structure(shapes).unflatten(kinds))
+
+
+def sharded(
+    tx: optax.GradientTransformation, param_shardings: PyTree, *, zero_axis: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` that knows how the weights lie, which under `jit` on Auto axes no array says.
+
+    Its state is made in place, and stays there, without `out_shardings`. Layers of a stack that is
+    sharded over devices refresh where they live, and under `zero_axis` the r x n update is gathered
+    instead of the m x n one. On Explicit axes types say all this but for `zero_axis`.
+
+    Args:
+      tx: any optimizer, of this library's transformations and Optax's.
+      param_shardings: a NamedSharding for each weight, all of one mesh.
+      zero_axis: as of :func:`state_shardings`.
+
+    Returns:
+      A transformation with the state of `tx`.
+
+    Raises:
+      ValueError: as :func:`state_shardings` does, at init or update.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> params = {"up": {"kernel": jnp.ones((64, 256))}}
+      >>> shardings = {"up": {"kernel": NamedSharding(mesh, P("fsdp"))}}
+      >>> tx = sharded(natgalore.galore(1e-3, rank=16), shardings)
+      >>> tx.init(params)[0].basis["up"]["kernel"].value.sharding.spec
+      P('fsdp',)
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def placed(state: PyTree, params: PyTree, layout: Layout) -> PyTree:
+        return jax.tree.map(place, state, _of_state(state, params, layout, zero_axis))
+
+    def init(params: PyTree) -> PyTree:
+        layout = _layout(params, param_shardings, zero_axis)
+        with knowing(layout):
+            return placed(tx.init(params), params, layout)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
+        layout = _layout(updates, param_shardings, zero_axis)
+        with knowing(layout):
+            updates, state = tx.update(updates, state, params, **extra_args)
+        return jax.tree.map(place, updates, param_shardings), placed(state, updates, layout)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _layout(params: PyTree, param_shardings: PyTree, zero_axis: str | None) -> Layout:
+    """The mesh, and how each weight lies on it."""
+    params, param_shardings = unbox(params), unbox(param_shardings)
     try:
         flat = jax.tree.structure(params).flatten_up_to(param_shardings)
     except ValueError as error:
@@ -69,7 +134,14 @@ def state_shardings(
     (mesh,) = meshes
     if zero_axis is not None:
         check_choice("zero_axis", zero_axis, mesh.axis_names)
-    lies = {path: sharding.spec for path, sharding in zip(paths, flat, strict=True)}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return Layout(mesh, {path: x.spec for path, x in zip(paths, flat, strict=True)})
+
+
+def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axis: str | None) -> PyTree:
+    """The NamedSharding of each array of a state; of both trees shapes suffice."""
+    mesh, lies = layout
+    weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
 
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
         if zero_axis is not None:
@@ -91,12 +163,12 @@ def state_shardings(
             return named(x, PartitionSpec(), [])
         return named(x, trimmed([*lies[leaf]]), range(len(x.shape)))
 
-    state = walk(jax.eval_shape(tx.init, params), projected)
-    return jax.tree_util.tree_map_with_path(other, state)
+    found = jax.tree_util.tree_leaves_with_path(unbox(walk(state, projected)))
+    return jax.tree.structure(state).unflatten([other(path, x) for path, x in found])
 
 
 def _over(
-    axis: str, mesh: Any, entries: PartitionSpec, shape: tuple[int, ...], divisible: Sequence[int]
+    axis: str, mesh: Mesh, entries: PartitionSpec, shape: tuple[int, ...], divisible: Sequence[int]
 ) -> PartitionSpec:
     """`entries` with the mesh's `axis` too, on the first axis of `divisible` that it can divide."""
     parts = [*entries, *[None] * (len(shape) - len(entries))]
