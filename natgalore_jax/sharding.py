@@ -116,7 +116,9 @@ def sharded(
         layout = _layout(updates, param_shardings, zero_axis)
         with knowing(layout):
             updates, state = tx.update(updates, state, params, **extra_args)
-        return jax.tree.map(place, updates, param_shardings), placed(state, updates, layout)
+        flat = zip(jax.tree.leaves(updates), jax.tree.leaves(unbox(param_shardings)), strict=True)
+        updates = jax.tree.structure(updates).unflatten([place(x, lies) for x, lies in flat])
+        return updates, placed(state, updates, layout)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

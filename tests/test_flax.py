@@ -276,6 +276,25 @@ def test_weights_with_names_of_axes_are_trained_on_a_mesh():
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
+def test_an_nnx_optimizer_can_be_told_how_weights_lie():
+    """On Auto axes under jit; a rank that no axis divides."""
+    with jax.set_mesh(mesh()):
+        model = MLP(nnx.Rngs(0), named=True)
+        shardings = jax.tree.map(lambda x: x.sharding, nnx.state(model, nnx.Param))
+        tx = natgalore.sharded(natgalore.galore(1e-2, rank=7, refresh_every=2), shardings)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        step = nnx.jit(train_step)
+        for _ in range(STEPS):
+            step(model, optimizer)
+    state = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"][0]
+    lies = lambda x: x.sharding.spec
+    assert lies(state["basis"]["up"]["kernel"]["kernel"]) == P("x")
+    for moment in (state["inner_state"][1]["mu"], state["inner_state"][1]["nu"]):
+        assert lies(moment["up"]["kernel"]["kernel"]) == P(None, "y")
+        assert lies(moment["embed"]["embedding"]) == P("y")
+        assert lies(moment["up"]["bias"]) == P()
+
+
 def boxed_mlp(box):
     """The same in Linen, its weights in the boxes of `box(init, names)`."""
 
@@ -354,3 +373,21 @@ def test_linens_boxes_say_where_a_state_is_created(box):
     bare = trained_unboxed("galore").params
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(bare), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)  # as above
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_linens_boxes_are_told_how_a_state_lies(box):
+    """`state_shardings` of weights in boxes; a rank that no axis divides."""
+    tx = natgalore.natural_galore(1e-2, rank=7)
+    model = boxed_mlp(box)
+    with jax.set_mesh(mesh()):
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+        axes = linen.get_partition_spec(params)
+        shardings = linen.logical_to_mesh_sharding(axes, mesh(), (("x", "x"), ("y", "y")))
+        told = natgalore.state_shardings(tx, params, shardings)
+        init = lambda key: tx.init(model.init(key, TOKENS)["params"])
+        state = jax.jit(init, out_shardings=told)(jax.random.key(0))
+    mu = state[0].inner_state[1].mu
+    assert mu["Embed_0"]["embedding"].value.sharding.spec == P("y")
+    assert mu["Dense_0"]["kernel"].value.sharding.spec == P(None, "y")
+    assert state[0].basis["Dense_0"]["kernel"].value.sharding.spec == P("x")
