@@ -1,0 +1,95 @@
+"""docs/sharding.md: its recipes run, and its tables say what the code does and was measured."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from natgalore_jax.placement import partition_of
+from natgalore_jax.select import MatrixView, select
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/sharding.md").read_text()
+RECIPES = dict(re.findall(r"\n###? ([^\n]+)\n(.*?)(?=\n###? |\Z)", PAGE, flags=re.DOTALL))
+START = "Recipes"
+
+
+def snippets(recipe):
+    return re.findall(r"```python\n(.*?)```", RECIPES[recipe], flags=re.DOTALL)
+
+
+def test_the_recipes_run():
+    scope: dict = {}
+    ran = [recipe for recipe in RECIPES if snippets(recipe)]
+    assert ran[0] == START
+    assert len(ran) == 6
+    for recipe in ran:
+        for snippet in snippets(recipe):
+            exec(compile(snippet, f"docs/sharding.md, {recipe}", "exec"), scope)
+        if recipe == "`shard_map` and `pmap`":
+            same_step_on_one_device(scope)
+
+
+def same_step_on_one_device(scope):
+    weights, tx, loss_fn = scope["weights"], scope["tx"], scope["loss_fn"]
+    grads = jax.grad(loss_fn)(weights, jax.numpy.ones((32, 64)))
+    updates, _ = jax.jit(tx.update)(grads, tx.init(weights), weights)
+    expected = optax.apply_updates(weights, updates)
+    replica = jax.tree.map(lambda x: x[-1], scope["replicated"][0])
+    for actual in (scope["params"], replica):
+        for x, y in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)  # sums of eight parts: some eps
+
+
+@pytest.mark.parametrize(
+    ("words", "role", "side"),
+    [
+        ("basis P", "basis", "left"),
+        ("core, moments", "linear", "left"),
+        ("core, moments", "square", "left"),
+        ('cores and moments of `side="both"`', "linear", "both"),
+        ("window of", "window", "left"),
+        ("its Gram matrix", "gram", "left"),
+        ("its Gram matrix", "fisher", "left"),
+        ("its Gram matrix", "root", "left"),
+        ("count of refreshes", "scalar", "left"),
+    ],
+)
+def test_the_table_is_the_rule(words, role, side):
+    (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {words}")]
+    said = row.strip("| ").split("|")[-1].strip(" ()").replace("…batch", "layers")
+    entries = [None if name == "None" else name for name in said.split(", ")]
+    weight = jax.ShapeDtypeStruct((2, 32, 48), "float32")
+    (spec,), _ = select([weight], 8, side, MatrixView(1, 2))
+    while entries[-1] is None:
+        entries.pop()
+    assert partition_of(role, spec, P("layers", "a", "c")) == P(*entries)
+
+
+def test_the_second_basis_lies_as_the_other_axis():
+    assert '| second basis Q, of `side="both"` | (…, n, r) | (…batch, c, None) |' in PAGE
+    weight = jax.ShapeDtypeStruct((2, 32, 48), "float32")
+    (spec,), _ = select([weight], 8, "both", MatrixView(1, 2))
+    assert partition_of("basis", spec.turned, P("layers", "a", "c")) == P("layers", "c")
+
+
+def test_the_offloading_table_is_the_measured_one():
+    results = json.loads((ROOT / "benchmarks/results/offload.json").read_text())
+    for name, figures in results["variants"].items():
+        (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {name} |")]
+        gib = lambda key, figures=figures: f"{figures[key] / 2**30:.2f} GiB"
+        ms = lambda key, figures=figures: f"{figures[key]:.0f} ms"
+        assert [cell.strip() for cell in row.strip("|").split("|")][1:] == [
+            gib("state_on_device"),
+            gib("state_on_host"),
+            gib("device_bytes_one_program"),
+            ms("milliseconds_one_program"),
+            gib("device_bytes_two_programs"),
+            ms("milliseconds_two_programs"),
+        ]
