@@ -7,9 +7,14 @@
 Orbax keeps any pytree, the nodes of natgalore's states included, and restores it into the
 structure that `jax.eval_shape(init, key)` describes; a checkpoint appears whole or not at all.
 What Orbax does not keep is empty arrays, which Optax's own GaLore has: they are saved as one zero.
+
+Arrays may be sharded, over the devices of several processes too: each process writes its part into
+a folder that all of them see, the first one the log, and arrays come back sharded as `like` says,
+on another mesh than they were saved from if it does.
 """
 
 import itertools
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import settings
 
@@ -112,7 +118,7 @@ class Checkpoints:
             OSError: they cannot be written; what was saved before is still there.
         """
         notes = {"belongs_to": self.belongs_to, "progress": progress._asdict()}
-        state = jax.tree.map(lambda x: x if x.size else jnp.zeros(1, x.dtype), state)
+        state = jax.tree.map(lambda x: x if x.size else np.zeros(1, x.dtype), state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
         )
@@ -126,15 +132,19 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[Any, Progress] | None:
         """The newest state, in the structure of the abstract `like`; None where there is none.
 
+        Its arrays lie as those of `like` say; where they say nothing, on the first device.
+
         Raises:
             ValueError: it cannot be read, or belongs to something else.
         """
         step = self.manager.latest_step()
         if step is None:
             return None
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         stored = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape if x.size else (1,), x.dtype, sharding=sharding),
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape if x.size else (1,), x.dtype, sharding=x.sharding or first
+            ),
             like,
         )
         try:
@@ -144,7 +154,7 @@ class Checkpoints:
             progress = Progress(**notes["progress"])
             state = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
             state = self.manager.restore(step, args=state).state
-            empty = lambda x: jnp.zeros(x.shape, x.dtype)
+            empty = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
             return jax.tree.map(lambda x, y: x if y.size else empty(y), state, like), progress
         except WrongCheckpoint:
             raise
@@ -170,6 +180,8 @@ class Checkpoints:
         Raises:
             OSError, ValueError: it cannot be written to, or is not all there.
         """
+        if jax.process_index() > 0:
+            return open(os.devnull, "w")
         log = self.folder / "log.jsonl"
         if progress.step == 0:
             return log.open("w", buffering=1)

@@ -35,6 +35,8 @@ class LlamaConfig:
         scan: stack the layers and scan over them, instead of unrolling them.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         dtype: dtype of activations and matmuls; weights are float32 always.
+        activations: how the embedded tokens lie on a mesh, from which the compiler infers how all
+            others do; by default it infers these too.
     """
 
     hidden: int
@@ -45,6 +47,7 @@ class LlamaConfig:
     scan: bool = False
     remat: bool = False
     dtype: jax.typing.DTypeLike = jnp.float32
+    activations: jax.sharding.NamedSharding | None = None
 
     def __post_init__(self):
         if self.hidden % (2 * self.heads):
@@ -188,6 +191,8 @@ class Llama(nnx.Module):
             apply = jax.checkpoint(apply, static_argnums=0)
 
         x = self.embed(tokens)
+        if self.config.activations is not None:
+            x = jax.lax.with_sharding_constraint(x, self.config.activations)
         if self.config.scan:
             structure, weights = nnx.split(self.layers)
             x, _ = jax.lax.scan(partial(apply, structure), x, weights)

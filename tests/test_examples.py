@@ -489,7 +489,7 @@ class TestCommandLine:
         def functions(config):
             state = pretrain.TrainState({"w": jnp.zeros(2)}, ())
             step = jax.jit(lambda state, tokens: (state, jnp.nan))
-            return lambda key: state, step, lambda params, tokens: 5.5
+            return pretrain.Functions(lambda key: state, step, lambda params, tokens: 5.5)
 
         monkeypatch.setattr(pretrain, "make_functions", functions)
         assert run("--out", "here", "--save-every", "1") == (
