@@ -62,12 +62,8 @@ def free_folder(name: str, *, overwrite: bool) -> Path:
     return next(f for f in (Path("runs", n) for n in names) if overwrite or not holds_run(f))
 
 
-def clear(folders: list[Path], *, overwrite: bool) -> None:
-    """Makes the folders, with no run in them.
-
-    Raises:
-        OSError: a folder cannot be made, or holds a run that is not to be overwritten.
-    """
+def refuse_used(folders: list[Path], *, overwrite: bool) -> None:
+    """Raises an OSError if a folder is none, or holds a run that is not to be overwritten."""
     for folder in folders:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is not a folder")
@@ -75,6 +71,14 @@ def clear(folders: list[Path], *, overwrite: bool) -> None:
             raise FileExistsError(
                 f"{folder} holds a run: choose another --out, or --resume it or --overwrite it"
             )
+
+
+def clear(folders: list[Path]) -> None:
+    """Makes the folders, with no run in them.
+
+    Raises:
+        OSError: a folder cannot be made.
+    """
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "loss.png", "sample.txt"):

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -219,3 +220,11 @@ def abstract_params(config: LlamaConfig) -> dict[str, Any]:
     """The parameters of a config as a nested dict of shapes and dtypes, without their memory."""
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def galore_dimension_numbers(params: dict[str, Any]) -> dict[str, Any]:
+    """For Optax's own GaLore: the matrices that natgalore projects too, those of the layers."""
+    matrix = optax.contrib.GaLoreDimensionNumbers()
+    return jax.tree.map_with_path(
+        lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params
+    )

@@ -275,21 +275,24 @@ def one_line_errors() -> Iterator[None]:
 
 
 def prepare(config: settings.Config) -> tuple[settings.Config, data.Corpus]:
-    """Reads the text and makes the folders, of several processes the first one alone."""
+    """Reads the text and makes the folders; of several processes the first one makes them."""
     corpus = data.load(config.text)
     data.check_length(corpus, config.batch_size, config.seq_len + 1)
     if config.out is None:
         name = f"{config.size}-{'-'.join(config.optimizers)}"
         config = replace(config, out=checkpoint.free_folder(name, overwrite=config.overwrite))
-    if not config.resume and jax.process_index() == 0:
-        folders = {config.out, *(run.out for run in config.runs())}
-        checkpoint.clear(sorted(folders), overwrite=config.overwrite)
-        if config.compare:  # its log says what it is; the records are in its runs' logs
+    if not config.resume:
+        folders = sorted({config.out, *(run.out for run in config.runs())})
+        checkpoint.refuse_used(folders, overwrite=config.overwrite)
+        if jax.process_index() == 0:
+            checkpoint.clear(folders)
+        multihost_utils.sync_global_devices("the folders are empty")
+        if config.compare and jax.process_index() == 0:
+            # Its log says what it is; the records are in its runs' logs.
             line = {"config": config.saved(), "data": corpus.summary()}
             (config.out / "log.jsonl").write_text(json.dumps(line) + "\n")
-    elif config.resume and not config.compare and not checkpoint.holds_checkpoint(config.out):
+    elif not config.compare and not checkpoint.holds_checkpoint(config.out):
         raise ValueError(f"{config.out} holds no checkpoint to resume from: --overwrite it")
-    multihost_utils.sync_global_devices("the folders are there")
     return config, corpus
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import data
-import jax
 import jax.numpy as jnp
 import llama
 import optax
@@ -40,19 +39,12 @@ def low_rank(recipe: Callable[..., optax.GradientTransformation]):
 
 def contrib_galore(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
     """Optax's own GaLore, on the matrices that natgalore projects: those of the layers."""
-    matrix = optax.contrib.GaLoreDimensionNumbers()
-
-    def matrices(params):
-        return jax.tree.map_with_path(
-            lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params
-        )
-
     return optax.contrib.galore(
         schedule,
         rank=config.rank,
         update_proj_gap=config.refresh_every,
         weight_decay=config.weight_decay,
-        weight_dimension_numbers=matrices,
+        weight_dimension_numbers=llama.galore_dimension_numbers,
     )
 
 

@@ -481,7 +481,8 @@ class TestCommandLine:
         for expected in ("a", "a-2", "a-3"):
             folder = checkpoint.free_folder("a", overwrite=False)
             assert folder == Path("runs", expected)
-            checkpoint.clear([folder], overwrite=False)
+            checkpoint.refuse_used([folder], overwrite=False)
+            checkpoint.clear([folder])
             (folder / "log.jsonl").touch()
         assert checkpoint.free_folder("a", overwrite=True) == Path("runs", "a")
 
