@@ -7,9 +7,14 @@
 Orbax keeps any pytree, the nodes of natgalore's states included, and restores it into the
 structure that `jax.eval_shape(init, key)` describes; a checkpoint appears whole or not at all.
 What Orbax does not keep is empty arrays, which Optax's own GaLore has: they are saved as one zero.
+
+Arrays may be sharded, over the devices of several processes too: each process writes its part into
+a folder that all of them see, the first one the log, and arrays come back sharded as `like` says,
+on another mesh than they were saved from if it does.
 """
 
 import itertools
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import settings
 
@@ -56,12 +62,8 @@ def free_folder(name: str, *, overwrite: bool) -> Path:
     return next(f for f in (Path("runs", n) for n in names) if overwrite or not holds_run(f))
 
 
-def clear(folders: list[Path], *, overwrite: bool) -> None:
-    """Makes the folders, with no run in them.
-
-    Raises:
-        OSError: a folder cannot be made, or holds a run that is not to be overwritten.
-    """
+def refuse_used(folders: list[Path], *, overwrite: bool) -> None:
+    """Raises an OSError if a folder is none, or holds a run that is not to be overwritten."""
     for folder in folders:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"{folder} is not a folder")
@@ -69,6 +71,14 @@ def clear(folders: list[Path], *, overwrite: bool) -> None:
             raise FileExistsError(
                 f"{folder} holds a run: choose another --out, or --resume it or --overwrite it"
             )
+
+
+def clear(folders: list[Path]) -> None:
+    """Makes the folders, with no run in them.
+
+    Raises:
+        OSError: a folder cannot be made.
+    """
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "loss.png", "sample.txt"):
@@ -112,7 +122,7 @@ class Checkpoints:
             OSError: they cannot be written; what was saved before is still there.
         """
         notes = {"belongs_to": self.belongs_to, "progress": progress._asdict()}
-        state = jax.tree.map(lambda x: x if x.size else jnp.zeros(1, x.dtype), state)
+        state = jax.tree.map(lambda x: x if x.size else np.zeros(1, x.dtype), state)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)
         )
@@ -126,15 +136,19 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[Any, Progress] | None:
         """The newest state, in the structure of the abstract `like`; None where there is none.
 
+        Its arrays lie as those of `like` say; where they say nothing, on the first device.
+
         Raises:
             ValueError: it cannot be read, or belongs to something else.
         """
         step = self.manager.latest_step()
         if step is None:
             return None
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         stored = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape if x.size else (1,), x.dtype, sharding=sharding),
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape if x.size else (1,), x.dtype, sharding=x.sharding or first
+            ),
             like,
         )
         try:
@@ -144,7 +158,7 @@ class Checkpoints:
             progress = Progress(**notes["progress"])
             state = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
             state = self.manager.restore(step, args=state).state
-            empty = lambda x: jnp.zeros(x.shape, x.dtype)
+            empty = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
             return jax.tree.map(lambda x, y: x if y.size else empty(y), state, like), progress
         except WrongCheckpoint:
             raise
@@ -170,6 +184,8 @@ class Checkpoints:
         Raises:
             OSError, ValueError: it cannot be written to, or is not all there.
         """
+        if jax.process_index() > 0:
+            return open(os.devnull, "w")
         log = self.folder / "log.jsonl"
         if progress.step == 0:
             return log.open("w", buffering=1)

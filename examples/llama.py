@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -35,6 +36,8 @@ class LlamaConfig:
         scan: stack the layers and scan over them, instead of unrolling them.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         dtype: dtype of activations and matmuls; weights are float32 always.
+        activations: how the embedded tokens lie on a mesh, from which the compiler infers how all
+            others do; by default it infers these too.
     """
 
     hidden: int
@@ -45,6 +48,7 @@ class LlamaConfig:
     scan: bool = False
     remat: bool = False
     dtype: jax.typing.DTypeLike = jnp.float32
+    activations: jax.sharding.NamedSharding | None = None
 
     def __post_init__(self):
         if self.hidden % (2 * self.heads):
@@ -188,6 +192,8 @@ class Llama(nnx.Module):
             apply = jax.checkpoint(apply, static_argnums=0)
 
         x = self.embed(tokens)
+        if self.config.activations is not None:
+            x = jax.lax.with_sharding_constraint(x, self.config.activations)
         if self.config.scan:
             structure, weights = nnx.split(self.layers)
             x, _ = jax.lax.scan(partial(apply, structure), x, weights)
@@ -214,3 +220,11 @@ def abstract_params(config: LlamaConfig) -> dict[str, Any]:
     """The parameters of a config as a nested dict of shapes and dtypes, without their memory."""
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def galore_dimension_numbers(params: dict[str, Any]) -> dict[str, Any]:
+    """For Optax's own GaLore: the matrices that natgalore projects too, those of the layers."""
+    matrix = optax.contrib.GaLoreDimensionNumbers()
+    return jax.tree.map_with_path(
+        lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params
+    )

@@ -21,7 +21,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ import report
 import sample
 import settings
 from flax import nnx
+from jax.experimental import multihost_utils
 
 
 LOG_EVERY = 10  # steps
@@ -50,9 +51,30 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def make_functions(config: settings.Config):
+class Functions(NamedTuple):
+    """What a run computes, and where.
+
+    Attributes:
+        init: key -> TrainState; compiled, as the others are.
+        train_step: (TrainState, tokens) -> TrainState and loss.
+        validation_loss: (params, tokens) -> loss.
+        place: puts a batch of tokens on the devices.
+        about: in words, after what is said of the run at its start.
+    """
+
+    init: Callable[..., Any]
+    train_step: Callable[..., Any]
+    validation_loss: Callable[..., Any]
+    place: Callable[[np.ndarray], Any] = lambda tokens: tokens
+    about: str = ""
+
+
+def make_functions(
+    config: settings.Config, activations: jax.sharding.NamedSharding | None = None
+) -> Functions:
     """The three compiled functions of a run: init, train_step and validation_loss."""
-    structure = llama.structure(config.model)
+    shape = replace(config.model, activations=activations)
+    structure = llama.structure(shape)
     tx = config.make_optimizer()
 
     def loss_fn(params, tokens):
@@ -60,7 +82,7 @@ def make_functions(config: settings.Config):
 
     @jax.jit
     def init(key):
-        model = llama.Llama(config.model, nnx.Rngs(key))
+        model = llama.Llama(shape, nnx.Rngs(key))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return TrainState(params, tx.init(params))
 
@@ -70,7 +92,7 @@ def make_functions(config: settings.Config):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
-    return init, train_step, jax.jit(loss_fn)
+    return Functions(init, train_step, jax.jit(loss_fn))
 
 
 def header(config: settings.Config, corpus: data.Corpus, state: TrainState) -> dict[str, Any]:
@@ -107,6 +129,19 @@ class Interrupts:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def asked(self, step: int) -> int:
+        """The signal that came, or 0: the same for all processes after the same step.
+
+        Several agree at every tenth step only, since it makes each wait for its devices.
+        """
+        if jax.process_count() == 1:
+            return self.signal
+        if step % LOG_EVERY:
+            return 0
+        agreed = int(np.max(multihost_utils.process_allgather(np.int32(self.signal))))
+        self.signal = agreed or self.signal
+        return agreed
+
     def note(self, number: int, frame: object) -> None:
         self.signal = number
         for n in self.before:
@@ -116,14 +151,16 @@ class Interrupts:
         os.write(2, f"{cursor}\nstopping after this step; once more stops at once\n".encode())
 
 
-def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) -> TrainState:
+def train(
+    config: settings.Config, corpus: data.Corpus, functions: Functions, interrupts: Interrupts
+) -> TrainState:
     """Trains, from the checkpoint if there is one; shows how it goes, and writes the log.
 
     Raises:
         FloatingPointError: the loss is not finite any more.
         Interrupted: a signal came.
     """
-    init, train_step, validation_loss = make_functions(config)
+    init, train_step, validation_loss, place, about = functions
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(init, key)
     first = header(config, corpus, abstract)
@@ -131,15 +168,17 @@ def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) 
     length = config.seq_len + 1  # each token but the first is predicted
 
     def batch(step: int):
-        return data.training_batch(
-            corpus.train, config.batch_size, length, seed=config.seed, step=step
+        return place(
+            data.training_batch(
+                corpus.train, config.batch_size, length, seed=config.seed, step=step
+            )
         )
 
     def validate() -> float:
         batches = data.validation_batches(
             corpus.validation, config.batch_size, length, VALIDATION_BATCHES
         )
-        return float(np.mean([validation_loss(state.params, batch) for batch in batches]))
+        return float(np.mean([validation_loss(state.params, place(batch)) for batch in batches]))
 
     def record(step: int, **measured: float) -> None:
         line = {"step": step, "tokens": step * tokens_per_step}
@@ -155,7 +194,7 @@ def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) 
             log = stack.enter_context(checkpoints.open_log(progress))
         report.say(
             f"Llama {config.size} with {first['parameters']:,} parameters, {config.optimizer} "
-            f"at learning rate {config.lr}, {corpus.files} files of text"
+            f"at learning rate {config.lr}, {corpus.files} files of text{about}"
             + (f", from step {progress.step} on" if restored else "")
         )
         started = time.perf_counter() - progress.seconds
@@ -179,7 +218,8 @@ def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) 
             last = step == config.steps
             validating = last or step % config.validate_every == 0
             logging = validating or step == 1 or step % LOG_EVERY == 0
-            saving = last or step % config.save_every == 0 or interrupts.signal
+            stopping = interrupts.asked(step)
+            saving = last or step % config.save_every == 0 or stopping
             if not (logging or saving):
                 continue
 
@@ -201,7 +241,7 @@ def train(config: settings.Config, corpus: data.Corpus, interrupts: Interrupts) 
                 so_far = checkpoint.Progress(step, losses, now - started, log.tell())
                 checkpoints.save(state, so_far)
                 mark += time.perf_counter() - now
-            if interrupts.signal:
+            if stopping:
                 raise Interrupted(f"at step {step} of {config.optimizer}")
     return state
 
@@ -213,7 +253,8 @@ def write_sample(config: settings.Config, params: Any) -> None:
         config.model, params, prompt, count=SAMPLE_BYTES, length=config.seq_len, seed=config.seed
     )
     text = sample.printable(prompt + written)
-    (config.out / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        (config.out / "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\nwhat it writes after {config.prompt!r}:\n\n{text}\n")
 
 
@@ -233,18 +274,21 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def prepare() -> tuple[settings.Config, data.Corpus]:
-    """Reads command line and text, and makes the folders."""
-    config = settings.from_command_line()
+def prepare(config: settings.Config) -> tuple[settings.Config, data.Corpus]:
+    """Reads the text and makes the folders; of several processes the first one makes them."""
     corpus = data.load(config.text)
     data.check_length(corpus, config.batch_size, config.seq_len + 1)
     if config.out is None:
         name = f"{config.size}-{'-'.join(config.optimizers)}"
         config = replace(config, out=checkpoint.free_folder(name, overwrite=config.overwrite))
     if not config.resume:
-        folders = {config.out, *(run.out for run in config.runs())}
-        checkpoint.clear(sorted(folders), overwrite=config.overwrite)
-        if config.compare:  # its log says what it is; the records are in its runs' logs
+        folders = sorted({config.out, *(run.out for run in config.runs())})
+        checkpoint.refuse_used(folders, overwrite=config.overwrite)
+        if jax.process_index() == 0:
+            checkpoint.clear(folders)
+        multihost_utils.sync_global_devices("the folders are empty")
+        if config.compare and jax.process_index() == 0:
+            # Its log says what it is; the records are in its runs' logs.
             line = {"config": config.saved(), "data": corpus.summary()}
             (config.out / "log.jsonl").write_text(json.dumps(line) + "\n")
     elif not config.compare and not checkpoint.holds_checkpoint(config.out):
@@ -252,12 +296,16 @@ def prepare() -> tuple[settings.Config, data.Corpus]:
     return config, corpus
 
 
-def main() -> None:
+def run(
+    from_command_line: Callable[[], settings.Config],
+    make_functions: Callable[[settings.Config], Functions],
+) -> None:
+    """The whole program, with the settings and functions of this example or of another."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # the sample may have letters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with one_line_errors():
-            config, corpus = prepare()
+            config, corpus = prepare(from_command_line())
     except KeyboardInterrupt:
         print("interrupted before the first step", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -265,11 +313,11 @@ def main() -> None:
     again = "to go on: " + shlex.join(["python", sys.argv[0], "--out", str(folder), "--resume"])
     try:
         with Interrupts() as interrupts:
-            for run in config.runs():
-                if interrupts.signal:
-                    raise Interrupted(f"before {run.optimizer}")
-                state = train(run, corpus, interrupts)
-                write_sample(run, state.params)
+            for one in config.runs():
+                if interrupts.asked(0):
+                    raise Interrupted(f"before {one.optimizer}")
+                state = train(one, corpus, make_functions(one), interrupts)
+                write_sample(one, state.params)
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}; the log so far is in {folder}")
     except OSError as error:
@@ -280,10 +328,15 @@ def main() -> None:
         print(f"interrupted {error}; {again}", file=sys.stderr)
         sys.exit(128 + interrupts.signal)
 
-    results = [report.read(run.out / "log.jsonl") for run in config.runs()]
-    report.plot(results).savefig(folder / "loss.png", dpi=150)
-    report.show_table(results)
-    print(f"log, checkpoint, figure and sample are in {folder}")
+    if jax.process_index() == 0:
+        results = [report.read(one.out / "log.jsonl") for one in config.runs()]
+        report.plot(results).savefig(folder / "loss.png", dpi=150)
+        report.show_table(results)
+        print(f"log, checkpoint, figure and sample are in {folder}")
+
+
+def main() -> None:
+    run(settings.from_command_line, make_functions)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import data
-import jax
 import jax.numpy as jnp
 import llama
 import optax
@@ -40,19 +39,12 @@ def low_rank(recipe: Callable[..., optax.GradientTransformation]):
 
 def contrib_galore(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
     """Optax's own GaLore, on the matrices that natgalore projects: those of the layers."""
-    matrix = optax.contrib.GaLoreDimensionNumbers()
-
-    def matrices(params):
-        return jax.tree.map_with_path(
-            lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params
-        )
-
     return optax.contrib.galore(
         schedule,
         rank=config.rank,
         update_proj_gap=config.refresh_every,
         weight_decay=config.weight_decay,
-        weight_dimension_numbers=matrices,
+        weight_dimension_numbers=llama.galore_dimension_numbers,
     )
 
 
@@ -62,8 +54,6 @@ OPTIMIZERS = {
     "adamw": Recipe(2e-3, lambda schedule, c: optax.adamw(schedule, weight_decay=c.weight_decay)),
     "contrib_galore": Recipe(5e-3, contrib_galore),
 }
-ABOUT_THE_CALL = ("out", "overwrite", "resume")  # the rest is about the run, and kept in its log
-CHANGEABLE = ("text", "save_every", "prompt")  # on resuming: the text may move, but not change
 
 
 def one_of(names) -> Any:
@@ -77,6 +67,11 @@ def flag(name: str) -> str:
 @dataclass(frozen=True)
 class Config:
     """Pre-train a Llama on text, byte by byte."""
+
+    # The rest is about the run, and kept in its log.
+    ABOUT_THE_CALL: ClassVar[tuple[str, ...]] = ("out", "overwrite", "resume")
+    # On resuming: the text may move, but not change.
+    CHANGEABLE: ClassVar[tuple[str, ...]] = ("text", "save_every", "prompt")
 
     size: Annotated[str, one_of(llama.CONFIGS)] = "tiny"
     """Size of the model."""
@@ -197,14 +192,18 @@ class Config:
         )
         return OPTIMIZERS[self.optimizer].make(schedule, self)
 
-    def saved(self, without: tuple[str, ...] = ABOUT_THE_CALL) -> dict[str, Any]:
+    def saved(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
         """The settings as JSON knows them."""
+        without = (*self.ABOUT_THE_CALL, *without)
         settings = {k: v for k, v in asdict(self).items() if k not in without}
         return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
     def fixed(self) -> dict[str, Any]:
         """Those that a resumed run must share with the run that it continues."""
-        return self.saved(without=(*ABOUT_THE_CALL, *CHANGEABLE))
+        return self.saved(without=self.CHANGEABLE)
+
+
+Kind = TypeVar("Kind", bound=Config)
 
 
 def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
@@ -216,12 +215,12 @@ def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     return None
 
 
-def begun_with(folder: Path) -> Config:
+def begun_with(folder: Path, kind: type[Kind]) -> Kind:
     """The config that the run in `folder` began with, from its log."""
     try:
         settings = report.read_header(folder / "log.jsonl")["config"]
         text = settings["text"] and Path(settings["text"])
-        return Config(**settings | {"text": text, "out": folder})
+        return kind(**settings | {"text": text, "out": folder})
     except OSError as error:
         raise ValueError(f"{folder} holds no run to resume") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -252,7 +251,7 @@ def in_one_line(box: str) -> str:
     return said[0].removeprefix("Error parsing ") + hint
 
 
-def parse(**options: Any) -> Config:
+def parse(kind: type[Kind], **options: Any) -> Kind:
     """The command line, as tyro reads it.
 
     Raises:
@@ -261,24 +260,27 @@ def parse(**options: Any) -> Config:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, **options)
+            return tyro.cli(kind, **options)
     except SystemExit as end:
         if not end.code:  # --help
             raise
         raise ValueError(in_one_line(said.getvalue())) from None
 
 
-def from_command_line() -> Config:
+def from_command_line(kind: type[Kind] = Config) -> Kind:
     """Reads the command line; with --resume, what it leaves open is as the run began.
+
+    Args:
+        kind: of config, which says what there is to set.
 
     Raises:
         ValueError: something makes no sense, or contradicts the run that is to be resumed.
     """
-    config = parse(config=(tyro.conf.FlagCreatePairsOff,))
+    config = parse(kind, config=(tyro.conf.FlagCreatePairsOff,))
     config.check()
     if config.resume:
-        begun = begun_with(config.out)
-        config = parse(default=begun)
+        begun = begun_with(config.out, kind)
+        config = parse(kind, default=begun)
         if differs := difference(begun.fixed(), config.fixed()):
             raise ValueError(f"the run in {config.out} began with {differs}: leave the flag out")
         config.check()

@@ -481,7 +481,8 @@ class TestCommandLine:
         for expected in ("a", "a-2", "a-3"):
             folder = checkpoint.free_folder("a", overwrite=False)
             assert folder == Path("runs", expected)
-            checkpoint.clear([folder], overwrite=False)
+            checkpoint.refuse_used([folder], overwrite=False)
+            checkpoint.clear([folder])
             (folder / "log.jsonl").touch()
         assert checkpoint.free_folder("a", overwrite=True) == Path("runs", "a")
 
@@ -489,7 +490,7 @@ class TestCommandLine:
         def functions(config):
             state = pretrain.TrainState({"w": jnp.zeros(2)}, ())
             step = jax.jit(lambda state, tokens: (state, jnp.nan))
-            return lambda key: state, step, lambda params, tokens: 5.5
+            return pretrain.Functions(lambda key: state, step, lambda params, tokens: 5.5)
 
         monkeypatch.setattr(pretrain, "make_functions", functions)
         assert run("--out", "here", "--save-every", "1") == (

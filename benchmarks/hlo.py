@@ -1,0 +1,107 @@
+"""Which collectives a compiled program has, what they move, and whether every run meets them."""
+
+import math
+import re
+from collections import defaultdict
+from functools import cache
+from typing import NamedTuple
+
+
+KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+# Of a pair the second is read: the type of what the first returns has its operands in it too.
+COLLECTIVE = rf"%([\w.\-]+) = (.*?) ({KINDS})(?:-done)?\((?:%([\w.\-]+))?"
+STARTED = rf"%([\w.\-]+) = .*? (?:{KINDS})-start\("
+GROUPS = r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})"
+TRIPS = r'known_trip_count"?:\{"n":"(\d+)"'
+CALLED = r"(calls|to_apply|body|(?:true|false|branch|called)_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
+
+
+class Collective(NamedTuple):
+    """One collective operation.
+
+    Attributes:
+      kind: as HLO names it.
+      shapes: of what it returns, a tuple of sizes for each array.
+      size: of that, in bytes on one device.
+      group: how many devices take part in each of its groups.
+      hot: whether every run of the program meets it: it stands in no branch, and in no loop but
+        those of a number of turns that the compiler knows, as a scan's. A refresh stands in a loop
+        of no turn on most steps.
+      times: how often, in a run that does: the turns of those loops.
+    """
+
+    kind: str
+    shapes: list[tuple[int, ...]]
+    size: int
+    group: int
+    hot: bool = True
+    times: int = 1
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device must get from others for it once, by the best of algorithms."""
+        others = self.group - 1
+        return (
+            self.size
+            * {
+                "all-gather": others / self.group,
+                "all-reduce": 2 * others / self.group,
+                "all-to-all": others / self.group,
+                "reduce-scatter": others,
+                "collective-permute": 1,
+            }[self.kind]
+        )
+
+
+def collectives(program: str) -> list[Collective]:
+    """All collectives that a run of an optimised HLO program can meet, once for each call."""
+    own, calls, groups = defaultdict(list), defaultdict(list), {}
+    devices = re.search(r"num_partitions=(\d+)", program)
+    everyone = int(devices[1]) if devices else 1
+    here = entry = ""
+    for line in program.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            here = head[2]
+            entry = here if head[1] else entry
+            continue
+        found = re.search(GROUPS, line)
+        group = everyone
+        if found:
+            group = int(found[1]) if found[1] else found[2].count(",") + 1
+        if match := re.search(STARTED, line):
+            groups[match[1]] = group
+        elif match := re.search(COLLECTIVE, line):
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[2])
+            shapes = [tuple(int(n) for n in shape.split(",") if n) for _, shape in arrays]
+            size = sum(
+                math.prod(shape) * bits(dtype) // 8
+                for (dtype, _), shape in zip(arrays, shapes, strict=True)
+            )
+            own[here].append(Collective(match[3], shapes, size, groups.get(match[4], group)))
+        trips = re.search(TRIPS, line)
+        for how, names in re.findall(CALLED, line):
+            sure = how in ("calls", "to_apply", "called_computations")
+            sure |= how == "body" and trips is not None
+            times = int(trips[1]) if how == "body" and trips else 1
+            calls[here] += [(name, sure, times) for name in re.findall(r"[\w.\-]+", names)]
+
+    @cache
+    def inside(computation: str) -> list[Collective]:
+        return own[computation] + [
+            one._replace(hot=one.hot and sure, times=one.times * times)
+            for name, sure, times in calls[computation]
+            for one in inside(name)
+        ]
+
+    return inside(entry)
+
+
+def bits(dtype: str) -> int:
+    """Of one number of a dtype as HLO names it.
+
+    Example:
+        >>> [bits(dtype) for dtype in ("pred", "bf16", "f8e4m3fn", "s4", "token")]
+        [8, 16, 8, 4, 0]
+    """
+    digits = re.match(r"[a-z]+(\d+)", dtype)
+    return int(digits[1]) if digits else 8 * (dtype == "pred")
