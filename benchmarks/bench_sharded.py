@@ -96,10 +96,17 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
         activations=batch,
     )
     structure = llama.structure(config)
+
+    def weights(key):
+        return nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(key)), nnx.Param))
+
+    params = jax.eval_shape(weights, jax.random.key(0))
+    lies = shards.param_shardings(mesh, params)
     tx = make_optimizer(method, RANKS[args.size], args.refresh_every)
+    tx = natgalore.sharded(tx, lies, zero_axis=zero_axis)
 
     def init(key):
-        params = nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(key)), nnx.Param))
+        params = weights(key)
         return params, tx.init(params)
 
     def step(state, tokens):
@@ -110,8 +117,6 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    params, _ = jax.eval_shape(init, jax.random.key(0))
-    lies = shards.param_shardings(mesh, params)
     state = (lies, natgalore.state_shardings(tx, params, lies, zero_axis=zero_axis))
     init = jax.jit(init, out_shardings=state)
     step = jax.jit(

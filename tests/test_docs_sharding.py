@@ -93,3 +93,25 @@ def test_the_offloading_table_is_the_measured_one():
             gib("device_bytes_two_programs"),
             ms("milliseconds_two_programs"),
         ]
+
+
+def test_the_table_of_two_gpus_is_the_measured_one():
+    results = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
+    for layout, measured in results["layouts"].items():
+        methods = measured["methods"]
+        for name in ("natural_galore", "galore", "adamw"):
+            of = methods[name]
+            (row,) = [
+                line for line in PAGE.splitlines() if line.startswith(f"| {layout} | `{name}`")
+            ]
+            travels = [
+                sum(kind["bytes"] for kind in of["collectives"].get(when, {}).values()) / 1e6
+                for when in ("every step", "refresh")
+            ]
+            assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
+                f"{of['tokens_per_second']:,.0f}",
+                f"{of['tokens_per_second'] / methods['adamw']['tokens_per_second']:.2f}",
+                f"{of['slowest_step_seconds'] / of['median_step_seconds']:.2f}",
+                f"{of['argument_bytes'] / 1e6:,.0f} MB",
+                *(f"{moved:,.0f} MB" for moved in travels),
+            ]
