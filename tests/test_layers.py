@@ -10,7 +10,7 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "spec"},
-    {"roles"},
+    {"manual", "roles"},
     {"kinds", "placement", "rules"},
     {"layout"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
