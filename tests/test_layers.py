@@ -18,7 +18,7 @@ ROOMS = [
     {"refresh"},
     {"engine"},
     {"project"},
-    {"recipes", "diagnostics", "memory"},
+    {"recipes", "diagnostics", "memory", "offload"},
     {"report", "sharding"},
 ]
 FILES = {
