@@ -35,7 +35,7 @@ CORE = 8  # they are those of a core's gradient or state
 # Primitives whose result is linear in all their inputs, element by element.
 LINEAR = {
     *("add", "add_any", "sub", "neg", "copy", "copy_p", "convert_element_type"),
-    *("broadcast_in_dim", "reshape", "squeeze"),
+    *("broadcast_in_dim", "reshape", "squeeze", "pvary"),
 }
 CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint"}
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Int, PyTree
 from .basis import basis_key, expand, from_core, to_core
 from .boxes import boxed, rebox, unbox
 from .decay import inspect, update_with_decay
+from .manual import refuse_unreduced, varying_as
 from .placement import Layout, layout_of, local, lying, partition_of
 from .refresh import Refresh
 from .roles import one_number, part_shape, register_state, walk
@@ -90,7 +91,7 @@ class Engine:
         def proxy(x, spec):
             if spec is None:
                 return _working(x)
-            core = jnp.zeros(spec.core_shape, _working_dtype(x))
+            core = jnp.zeros_like(x, _working_dtype(x), spec.core_shape)
             entries = partition_of("linear", spec, layout.at(spec.path))
             return Core(layout.place(core, entries), spec)
 
@@ -100,13 +101,16 @@ class Engine:
             index = spec.index + jnp.arange(spec.matrices)
             keys = jax.vmap(lambda i: basis_key(self.refresh.seed, i, 0, side))(index)
             view = spec.turned if side else spec
-            return Basis(self.refresh.method.start(keys, view, _working_dtype(x)), view)
+            start = self.refresh.method.start(keys, view, _working_dtype(x))
+            return Basis(varying_as(start, x), view)
 
         def refreshed(x, spec):
-            return None if spec is None else Core(jnp.zeros(spec.batch_shape, jnp.int32), spec)
+            return None if spec is None else skipped(x, spec)
 
         def skipped(x, spec):
-            return jnp.zeros([], jnp.int32) if spec is None else refreshed(x, spec)
+            shape = () if spec is None else spec.batch_shape
+            zeros = jnp.zeros_like(x, jnp.int32, shape)
+            return zeros if spec is None else Core(zeros, spec)
 
         proxies = jax.tree.map(proxy, params, specs)
         with subspace():
@@ -132,6 +136,7 @@ class Engine:
         inner, boxes = boxed(self.inner, updates), updates
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
+        refuse_unreduced(updates, state.skipped)
         layout = layout_of(updates)
         lying_as = lambda role: jax.tree_util.tree_map_with_path(
             functools.partial(_lying, role, layout), updates, state.basis

@@ -16,7 +16,7 @@ arXiv:1802.09568; Gong et al., "Alice", arXiv:2502.07752.
 import functools
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,14 +218,14 @@ def precondition(
 def together(f: Callable[[Array], Array], matrices: list[Array]) -> list[Array]:
     """`f`, which maps stacks of matrices, on a list of matrices and stacks.
 
-    Single matrices of one size go through it as one stack: one loop to compile and to launch where
+    Single matrices of one type go through it as one stack: one loop to compile and to launch where
     an unrolled model has hundreds of leaves. A stack stays its own, and where it is.
     """
     out = [f(A) if A.ndim > 2 else A for A in matrices]
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for i, A in enumerate(matrices):
         if A.ndim == 2:
-            groups.setdefault(A.shape, []).append(i)
+            groups.setdefault(jax.typeof(A), []).append(i)
     for places in groups.values():
         for i, B in zip(places, f(jnp.stack([matrices[i] for i in places])), strict=True):
             out[i] = B

@@ -18,7 +18,8 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def eye_like(A: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
-    return jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
+    """The identity, of A's type: inside `jax.shard_map` a loop must not change it."""
+    return jnp.zeros_like(A) + jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
 
 
 def rounded(x: Array, dtype: Any) -> Array:

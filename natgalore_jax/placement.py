@@ -180,7 +180,7 @@ def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
     specs = jax.tree.map(lambda x: x if is_spec(x) else partition(x), like, is_leaf=is_spec)
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, x), specs, is_leaf=is_spec)
     with use_abstract_mesh(mesh):
-        return auto_axes(f, out_sharding=shardings)(*args)
+        return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
 
 
 def over_shards(
@@ -224,6 +224,20 @@ def over_shards(
         axis_names=names,
         check_vma=False,
     )(G.reshape(spec.sizes), which, state)
+
+
+def entered(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
+    """Within it, what is made anew lies on the mesh of `tree`, if that has Explicit axes.
+
+    Under `jit` it does anyway. Where operations run one by one JAX asks for `jax.set_mesh`, and
+    this enters it for users who have not.
+    """
+    mesh = layout_of(tree).mesh
+    explicit = isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
+    if explicit and get_abstract_mesh().empty:
+        with contextlib.suppress(ValueError):  # inside a transformation, such as `jit` or `vmap`
+            return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 def held(entry: Entry) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .basis import METHODS, Tracked, Turn
 from .boxes import unbox
 from .checks import Scalar, check_choice, check_int, check_number
 from .engine import Engine, SubspaceState
+from .placement import entered
 from .refresh import Refresh
 from .select import SIDES, Rank, Select, check_rank, select as select_leaves
 from .spec import LeafSpec
@@ -137,9 +138,14 @@ def project(
             _warn_unprojected(reasons)
         if chosen and inner is None:
             _warn_full_size(params, chosen)
-        return engine.init(params, specs)
+        with entered(params):
+            return engine.init(params, specs)
 
-    projection = Projection(init, engine.update)
+    def update(updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any):
+        with entered(updates):
+            return engine.update(updates, state, params, **extra_args)
+
+    projection = Projection(init, update)
     projection.around = None
     if inner is None:
         projection.around = functools.partial(

@@ -210,7 +210,7 @@ def at_cores(
         if not is_core(x):
             return None
         *batch, r, n = x.value.shape
-        return x.replace(jnp.zeros((*batch, *shape(r, n)), dtype or x.value.dtype))
+        return x.replace(jnp.zeros_like(x.value, dtype, (*batch, *shape(r, n))))
 
     return jax.tree.map(zeros, params, is_leaf=is_core)
 

@@ -261,6 +261,7 @@ def test_pmap_with_reduced_gradients_equals_one_device():
         many, many_state = pstep(many, many_state, {"up": {"kernel": g}})
         updates, one_state = jax.jit(tx.update)({"up": {"kernel": g.mean(0)}}, one_state, one)
         one = optax.apply_updates(one, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(many_state, copies(one_state))
     for replica in many["up"]["kernel"]:
         np.testing.assert_allclose(replica, one["up"]["kernel"], rtol=1e-4)
 

@@ -1,5 +1,6 @@
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -279,6 +280,15 @@ class TestBothForms:
         tx = form()
         updates, _ = tx.update(tree, tx.init(tree))
         assert updates["b"] is tree["b"]
+
+    def test_leaves_may_differ_in_dtype(self, form):
+        with jax.enable_x64(True):
+            core = as_core(jnp.ones((R, N), jnp.float32))["w"]
+            tree = {"single": core, "double": core.replace(jnp.ones((R, N), jnp.float64))}
+            tx = form()
+            state = tx.init(tree)
+            after = jax.eval_shape(tx.update, tree, state)
+            chex.assert_trees_all_equal_shapes_and_dtypes(after, (tree, state))
 
     def test_leaves_emptied_by_a_mask_pass(self, form):
         tree = as_core(jnp.ones((R, N)))

@@ -10,7 +10,7 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "spec"},
-    {"roles"},
+    {"manual", "roles"},
     {"kinds", "placement", "rules"},
     {"layout"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
@@ -18,7 +18,7 @@ ROOMS = [
     {"refresh"},
     {"engine"},
     {"project"},
-    {"recipes", "diagnostics", "memory"},
+    {"recipes", "diagnostics", "memory", "offload"},
     {"report", "sharding"},
 ]
 FILES = {

@@ -360,3 +360,32 @@ def test_rank_and_blocks_need_not_divide(key):
         put = lambda tree: jax.device_put(tree, on_mesh)
         actual, _ = train(put(params), [put(g) for g in gradients], tx)
     np.testing.assert_allclose(actual["qkv"], expected["qkv"], rtol=1e-5, atol=1e-5)
+
+
+class TestWithoutJit:
+    """No mesh need be set: what is made of no array lies on the mesh of those that are given."""
+
+    @property
+    def params(self):
+        params = {"up": jnp.ones((32, 48)), "scale": jnp.ones(32)}
+        mesh = make_mesh(AxisType.Explicit)
+        return jax.device_put(params, dict.fromkeys(params, NamedSharding(mesh, P("fsdp"))))
+
+    @pytest.mark.filterwarnings("ignore:natgalore projects none")
+    def test_inner_may_make_arrays(self):
+        tx = natgalore.project(RANK, optax.zero_nans())
+        params = {"scale": self.params["scale"]}
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert types(updates) == types(params)
+        np.testing.assert_array_equal(updates["scale"], params["scale"])
+
+    def test_all_state_lies_on_the_mesh(self):
+        inner = optax.adafactor(1e-2, multiply_by_parameter_scale=False)
+        state = natgalore.project(RANK, inner).init(self.params)
+        assert {x.sharding.mesh for x in jax.tree.leaves(state)} == {make_mesh(AxisType.Explicit)}
+
+    @pytest.mark.parametrize("transformed", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+    def test_inside_a_transformation_the_mesh_stays(self, transformed):
+        tx, params = natgalore.galore(1e-2, RANK), self.params
+        run = transformed(lambda i: tx.update(params, tx.init(params), params))
+        jax.eval_shape(run, jnp.arange(2))
