@@ -268,8 +268,7 @@ def show(results: dict[str, Any]) -> None:
                 number(moved["refresh"], 1e6),
                 number(row["compile_seconds"]),
             )
-        console = Console()
-        console.print(table, width=None if console.is_terminal else 150)
+        Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def read(args) -> dict[str, Any]:
@@ -307,6 +306,8 @@ def main():
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a process
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := [*{*args.methods} - {*METHODS}, *{*args.layouts} - {*LAYOUTS}]:
+        parser.error(f"neither method nor layout: {', '.join(unknown)}")
     if args.mesh:
         args.layouts = [args.mesh]
     args.until = args.until or time.time() + 60 * args.minutes
