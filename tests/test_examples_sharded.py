@@ -125,9 +125,15 @@ def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_from_it(run, monkeypa
     tokens = ROWS * (16 + 1)
     held = 4 * (sum(map(math.prod, shapes)) + tokens)
     assert program.memory_analysis().argument_size_in_bytes == held
-    moved = [shape for one in collectives(program.as_text()) for shape in one.shapes]
-    # But for tokens that are looked up where their embeddings lie, half as wide.
-    assert {shape[0] for shape in moved if len(shape) > 2 and shape[-1] >= 32} == {ROWS}
+    activations = [
+        (one.kind, shape[0])
+        for one in collectives(program.as_text())
+        for shape in one.shapes
+        if len(shape) > 2 and shape[-1] >= 32  # but for lookups of half of an embedding each
+    ]
+    assert {rows for _, rows in activations} == {ROWS}
+    # The residual stream is put together once; then each layer only sums over the axis tensor.
+    assert [kind for kind, _ in activations].count("all-gather") == 1
 
 
 @pytest.mark.slow
