@@ -3,10 +3,16 @@
 The benchmark of sharded steps is tried here too: it measures what this example does.
 """
 
+import contextlib
 import functools
 import json
 import math
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +151,60 @@ def test_a_checkpoint_goes_on_on_any_mesh(run):
     before = losses("here")
     assert run(sharded, "--scan", "--zero", "--mesh=4,-1,1", "--out", "other") == 0
     np.testing.assert_allclose(losses("other"), before, rtol=2e-6)  # as above
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_folder_train_as_one(tmp_path):
+    """Two of two devices each; what one is asked, both do after the same step."""
+    (tmp_path / "text").write_text(TEXT)
+    command = [
+        sys.executable,
+        sharded.__file__,
+        *f"{SETTINGS} --steps 200 --optimizer adamw".split(),
+    ]
+    command += ["--save-every", "1000", "--mesh", "2,1,2"]
+    job = os.getpid() % 4096  # JAX takes the port from it
+    cluster = {
+        "OMPI_MCA_orte_hnp_uri": f"{4096 * job}.0;tcp://127.0.0.1:1234",
+        "OMPI_COMM_WORLD_SIZE": "2",
+    }
+    with contextlib.ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [*command, "--devices", "2", "--distributed", "--out", "two"],
+                    env=os.environ
+                    | cluster
+                    | {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_LOCAL_RANK": rank},
+                    cwd=tmp_path,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in ("0", "1")
+        ]
+        log = tmp_path / "two" / "log.jsonl"
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert both[0].poll() is None
+            time.sleep(0.05)
+        both[1].send_signal(signal.SIGINT)
+        (said, asked), (silent, also_asked) = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [130, 130]
+    assert "interrupted at step" in asked
+    assert "interrupted at step" in also_asked
+    assert "tokens/s" in said
+    assert silent == "" or "Gloo" in silent
+    step = int(re.search(r"interrupted at step (\d+)", asked)[1])
+    assert step % 10 == 0
+    assert step < 200
+    again = [sys.executable, sharded.__file__, "--out", "two", "--resume", "--devices", "4"]
+    subprocess.run(again, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--devices", "4", "--out", "one"], cwd=tmp_path, check=True, capture_output=True
+    )
+    with contextlib.chdir(tmp_path):
+        np.testing.assert_allclose(losses("two"), losses("one"), rtol=1e-3)
 
 
 @pytest.mark.parametrize(
