@@ -204,7 +204,7 @@ def test_processes_that_share_a_folder_train_as_one(tmp_path):
         [*command, "--devices", "4", "--out", "one"], cwd=tmp_path, check=True, capture_output=True
     )
     with contextlib.chdir(tmp_path):
-        np.testing.assert_allclose(losses("two"), losses("one"), rtol=1e-3)
+        np.testing.assert_array_equal(losses("two"), losses("one"))
 
 
 @pytest.mark.parametrize(
@@ -311,19 +311,20 @@ class TestBenchmark:
         monkeypatch.setattr(bench_sharded.subprocess, "run", None)  # nothing is left to do
         assert self.run(monkeypatch, *what) == results
         shown = capsys.readouterr().out
-        assert "galore" in shown
-        assert "does not run: not today:" in shown
+        assert "galore does not run: not today:\n" in shown
         assert "1.000" in shown  # adamw to adamw
 
     @pytest.mark.slow
-    def test_all_methods_run_in_all_layouts(self, tmp_path, monkeypatch):
+    def test_all_methods_run(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         methods = ",".join(bench_sharded.METHODS)
-        results = self.run(monkeypatch, "--devices", "8", "--steps", "3", "--methods", methods)
-        rows = [row for layout in results["layouts"].values() for row in layout["methods"].values()]
-        assert len(rows) == len(bench_sharded.LAYOUTS) * len(bench_sharded.METHODS)
-        assert all(row["steps"] == 3 for row in rows)
-        for layout in results["layouts"].values():
-            assert "refresh" in layout["methods"]["contrib_galore"]["collectives"] or (
-                layout["mesh"]["fsdp"] == 1
-            )
+        what = ["--layouts", "fsdp", "--devices", "8", "--steps", "3", "--methods", methods]
+        rows = self.run(monkeypatch, *what)["layouts"]["fsdp"]["methods"]
+        assert list(rows) == list(bench_sharded.METHODS)
+        assert all(row["steps"] == 3 for row in rows.values())
+        moved = {name: row["collectives"].get("refresh", {}) for name, row in rows.items()}
+        assert not moved["adamw"]
+        assert not moved["adamw_unrolled"]
+        # A refresh by SVD gathers whole gradients, ours sums what is r wide.
+        gathered = lambda name: moved[name]["all-gather"]["bytes"]
+        assert gathered("contrib_galore") > 2 * gathered("galore")
