@@ -2,11 +2,17 @@
 
 PYTHON ?= python3
 ARGS ?=
+ACCELERATOR ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Batched SVD is many times slower on small CPUs when BLAS threads compete with JAX's.
 export OPENBLAS_NUM_THREADS ?= 1
+
+# On an accelerator the example that uses all its devices, with the JAX that is built for it.
+EXAMPLE := $(if $(filter cpu,$(ACCELERATOR)),pretrain,sharded)
+PACKAGES := examples$(addprefix -,$(filter-out cpu,$(ACCELERATOR)))
+$(if $(filter cpu gpu cuda12 tpu,$(ACCELERATOR)),,$(error ACCELERATOR is cpu, gpu, cuda12 or tpu))
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-all mutants lint
@@ -15,8 +21,8 @@ help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; \
 	do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
-train: $(VENV)/.examples ## train a small Llama with Natural GaLore; ARGS="--help" lists the settings
-	@$(BIN)/python examples/pretrain.py $(ARGS)
+train: $(VENV)/.$(PACKAGES) ## train a small Llama; ARGS="--help" lists settings, ACCELERATOR=gpu or tpu
+	@$(BIN)/python examples/$(EXAMPLE).py $(ARGS)
 
 test: $(VENV)/.test ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)

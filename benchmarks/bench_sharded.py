@@ -1,7 +1,7 @@
 """What does a step cost on several devices, in time, in memory and between them?
 
-A Llama in bfloat16 with float32 weights, its layers scanned, on random tokens, in three layouts of
-all the devices of a host, or in that of --mesh:
+A Llama in bfloat16 with float32 weights, its layers scanned and recomputed in the backward pass, on
+random tokens, in three layouts of all the devices of a host, or in that of --mesh:
 
     fsdp   weights and state sharded over all
     zero   weights on each, the optimizer's state sharded over all (ZeRO-1)
@@ -223,6 +223,7 @@ def measure(name: str, args, results: dict[str, Any], save) -> None:
                 methods[method] |= {
                     "steps": len(taken),
                     "median_step_seconds": statistics.median(taken),
+                    "mean_step_seconds": statistics.mean(taken),
                     "slowest_step_seconds": max(taken),
                     "tokens_per_second": per_step / statistics.median(taken),
                 }
@@ -243,14 +244,15 @@ def show(results: dict[str, Any]) -> None:
     number = lambda x, unit=1.0, form=",.1f": "-" if x is None else format(x / unit, form)
     for name, layout in results["layouts"].items():
         sizes = " x ".join(f"{axis} {size}" for axis, size in layout["mesh"].items())
+        failures = []
         table = Table(
-            *("method", "tokens/s", "to adamw", "step ms", "slowest", "step 0"),
+            *("method", "tokens/s", "to adamw", "step ms", "mean", "slowest", "step 0"),
             *("args MB", "temp MB", "peak MB", "moves MB", "at a refresh", "compile s"),
             title=f"{name}: {sizes}",
         )
         for method, row in layout["methods"].items():
             if "does not run" in row:
-                table.add_row(method, f"does not run: {row['does not run']}")
+                failures.append(f"{method} does not run: {row['does not run']}")
                 continue
             unrolled = method in ("adamw_unrolled", "contrib_galore")
             adamw = layout["methods"].get("adamw_unrolled" if unrolled else "adamw", {})
@@ -264,6 +266,7 @@ def show(results: dict[str, Any]) -> None:
                 number(speed, form=",.0f"),
                 number(speed and other and speed / other, form=".3f"),
                 number(row.get("median_step_seconds"), 1e-3),
+                number(row.get("mean_step_seconds"), 1e-3),
                 number(row.get("slowest_step_seconds"), 1e-3),
                 number(row.get("first_step_seconds"), 1e-3),
                 number(row["argument_bytes"], 1e6),
@@ -273,8 +276,8 @@ def show(results: dict[str, Any]) -> None:
                 number(moved["refresh"], 1e6),
                 number(row["compile_seconds"]),
             )
-        console = Console()
-        console.print(table, width=None if console.is_terminal else 150)
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        print(*failures, "", sep="\n")
 
 
 def read(args) -> dict[str, Any]:
@@ -305,13 +308,20 @@ def main():
     parser.add_argument("--refresh-every", type=int, default=100)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtype", default="bfloat16", help="of activations and matmuls")
-    parser.add_argument("--remat", action="store_true", help="recompute each layer backwards")
+    parser.add_argument(
+        "--remat",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="recompute each layer backwards",
+    )
     parser.add_argument("--devices", type=int, help="CPU devices to simulate")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing begins")
     parser.add_argument("--out", type=pathlib.Path, default="runs/sharded.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a process
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := [*{*args.methods} - {*METHODS}, *{*args.layouts} - {*LAYOUTS}]:
+        parser.error(f"neither method nor layout: {', '.join(unknown)}")
     if args.mesh:
         args.layouts = [args.mesh]
     args.until = args.until or time.time() + 60 * args.minutes

@@ -11,7 +11,6 @@ KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 # Of a pair the second is read: the type of what the first returns has its operands in it too.
 COLLECTIVE = rf"%([\w.\-]+) = (.*?) ({KINDS})(?:-done)?\((?:%([\w.\-]+))?"
 STARTED = rf"%([\w.\-]+) = .*? (?:{KINDS})-start\("
-GROUPS = r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})"
 TRIPS = r'known_trip_count"?:\{"n":"(\d+)"'
 CALLED = r"(calls|to_apply|body|(?:true|false|branch|called)_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
 
@@ -64,10 +63,7 @@ def collectives(program: str) -> list[Collective]:
             here = head[2]
             entry = here if head[1] else entry
             continue
-        found = re.search(GROUPS, line)
-        group = everyone
-        if found:
-            group = int(found[1]) if found[1] else found[2].count(",") + 1
+        group = group_size(line) or everyone
         if match := re.search(STARTED, line):
             groups[match[1]] = group
         elif match := re.search(COLLECTIVE, line):
@@ -94,6 +90,28 @@ def collectives(program: str) -> list[Collective]:
         ]
 
     return inside(entry)
+
+
+def group_size(line: str) -> int | None:
+    """How many devices take part in each group of a collective; None if all do, or it is none.
+
+    Example:
+        >>> group_size("replica_groups={{0,1},{2,3}}"), group_size("replica_groups=[2,4]<=[8]")
+        (2, 4)
+        >>> group_size("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([8]) {'b','c'}, ")
+        8
+        >>> group_size("replica_groups=mesh['a'=8] {'a':(2)4}, ")  # a part of an axis
+        4
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(tiled[1])
+    if mesh := re.search(r"replica_groups=mesh\[(.*?)\].*? \{('.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return None
 
 
 def bits(dtype: str) -> int:

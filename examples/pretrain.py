@@ -310,7 +310,9 @@ def run(
         print("interrupted before the first step", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     folder = config.out
-    again = "to go on: " + shlex.join(["python", sys.argv[0], "--out", str(folder), "--resume"])
+    words = ["python", sys.argv[0], "--out", str(folder), "--resume"]
+    words += ["--distributed"] if jax.process_count() > 1 else []
+    again = "to go on: " + shlex.join(words)
     try:
         with Interrupts() as interrupts:
             for one in config.runs():

@@ -38,7 +38,7 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
     devices, known = jax.device_count(), math.prod(n for n in shape if n != -1)
     sizes = tuple(devices // known if n == -1 else n for n in shape)
     if math.prod(sizes) != devices:
-        raise ValueError(f"a mesh of {'x'.join(map(str, shape))} does not fit {devices} devices")
+        raise ValueError(f"a mesh of {' x '.join(map(str, shape))} does not fit {devices} devices")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
