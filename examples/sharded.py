@@ -103,7 +103,7 @@ def make_functions(config: Config) -> pretrain.Functions:
         config.make_optimizer(),
         abstract.params,
         params,
-        zero_axis="data" if config.zero else "fsdp",
+        zero_axis=("fsdp", "data") if config.zero else "fsdp",
     )
     state = pretrain.TrainState(params, opt_state)
     mine = pretrain.TrainState(*map(bytes_per_device, abstract, state))

@@ -22,7 +22,7 @@ def state_shardings(
     params: PyTree,
     param_shardings: PyTree,
     *,
-    zero_axis: str | None = None,
+    zero_axis: str | Sequence[str] | None = None,
     memory_kind: str | None = None,
 ) -> PyTree:
     """The sharding of every array of `tx.init(params)`, for weights that are sharded.
@@ -35,11 +35,11 @@ def state_shardings(
       tx: any optimizer, of this library's transformations and Optax's.
       params: the weights, or `jax.ShapeDtypeStruct` of them: nothing is allocated.
       param_shardings: a NamedSharding for each of them, all of one mesh.
-      zero_axis: an axis of the mesh over which state is sharded that would be the same on all its
-        devices (ZeRO-1, arXiv:1910.02054): moments and windows of projected weights by their n
-        side, those of other weights by the first axis that can be divided. Bases stay whole. On
-        Explicit axes the r x n update is gathered. On Auto axes an update does not know how its
-        weight lies, and the compiler gathers the m x n one, unless `tx` is :func:`sharded`.
+      zero_axis: an axis of the mesh, or several, over which state is sharded that would be the same
+        on all its devices (ZeRO-1, arXiv:1910.02054): moments and windows of projected weights by
+        their n side, those of other weights by the first axis that can be divided. Bases stay
+        whole. On Explicit axes the r x n update is gathered. On Auto axes an update does not know
+        how its weight lies, and the compiler gathers the m x n one, unless `tx` is :func:`sharded`.
       memory_kind: of all arrays, such as `"pinned_host"`. None: of each where `tx` makes it, on
         the device, or where :func:`offload` puts it.
 
@@ -61,9 +61,9 @@ def state_shardings(
       >>> state[0].basis["up"]["kernel"].value.sharding.spec
       P('fsdp',)
     """
-    layout = _layout(params, param_shardings, zero_axis)
+    layout, zero_axes = _layout(params, param_shardings, zero_axis)
     program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
-    shardings = _of_state(shapes, params, layout, zero_axis)
+    shardings = _of_state(shapes, params, layout, zero_axes)
 
     at_host = [aval.memory_space == jax.memory.Space.Host for aval in program.out_avals]
     # Named throughout or not at all: jax.jit matches donated arrays to results by the names.
@@ -73,7 +73,10 @@ def state_shardings(
 
 
 def sharded(
-    tx: optax.GradientTransformation, param_shardings: PyTree, *, zero_axis: str | None = None
+    tx: optax.GradientTransformation,
+    param_shardings: PyTree,
+    *,
+    zero_axis: str | Sequence[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` that knows how the weights lie, which under `jit` on Auto axes no array says.
 
@@ -104,27 +107,30 @@ def sharded(
     """
     tx = optax.with_extra_args_support(tx)
 
-    def placed(state: PyTree, params: PyTree, layout: Layout) -> PyTree:
-        return jax.tree.map(place, state, _of_state(state, params, layout, zero_axis))
+    def placed(state: PyTree, params: PyTree) -> PyTree:
+        layout, zero_axes = _layout(params, param_shardings, zero_axis)
+        return jax.tree.map(place, state, _of_state(state, params, layout, zero_axes))
 
     def init(params: PyTree) -> PyTree:
-        layout = _layout(params, param_shardings, zero_axis)
+        layout, _ = _layout(params, param_shardings, zero_axis)
         with knowing(layout):
-            return placed(tx.init(params), params, layout)
+            return placed(tx.init(params), params)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        layout = _layout(updates, param_shardings, zero_axis)
+        layout, _ = _layout(updates, param_shardings, zero_axis)
         with knowing(layout):
             updates, state = tx.update(updates, state, params, **extra_args)
         flat = zip(jax.tree.leaves(updates), jax.tree.leaves(unbox(param_shardings)), strict=True)
         updates = jax.tree.structure(updates).unflatten([place(x, lies) for x, lies in flat])
-        return updates, placed(state, updates, layout)
+        return updates, placed(state, updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _layout(params: PyTree, param_shardings: PyTree, zero_axis: str | None) -> Layout:
-    """The mesh, and how each weight lies on it."""
+def _layout(
+    params: PyTree, param_shardings: PyTree, zero_axis: str | Sequence[str] | None
+) -> tuple[Layout, tuple[str, ...]]:
+    """The mesh and how each weight lies on it, and the axes of ZeRO."""
     params, param_shardings = unbox(params), unbox(param_shardings)
     try:
         flat = jax.tree.structure(params).flatten_up_to(param_shardings)
@@ -134,20 +140,22 @@ def _layout(params: PyTree, param_shardings: PyTree, zero_axis: str | None) -> L
     if len(meshes) != 1 or None in meshes:
         raise ValueError(f"`param_shardings` must be NamedShardings of one mesh, got {flat}.")
     (mesh,) = meshes
-    if zero_axis is not None:
-        check_choice("zero_axis", zero_axis, mesh.axis_names)
+    zero_axes = held(tuple(zero_axis) if isinstance(zero_axis, list) else zero_axis)
+    for axis in zero_axes:
+        check_choice("zero_axis", axis, mesh.axis_names)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    return Layout(mesh, {path: x.spec for path, x in zip(paths, flat, strict=True)})
+    lies = {path: x.spec for path, x in zip(paths, flat, strict=True)}
+    return Layout(mesh, lies), zero_axes
 
 
-def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axis: str | None) -> PyTree:
+def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence[str]) -> PyTree:
     """The NamedSharding of each array of a state; of both trees shapes suffice."""
     mesh, lies = layout
     weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
 
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
-        if zero_axis is not None:
-            entries = _over(zero_axis, mesh, entries, x.shape, divisible)
+        for axis in zero_axes:
+            entries = _over(axis, mesh, entries, x.shape, divisible)
         return NamedSharding(mesh, entries)
 
     def projected(x: Any, role: Any, spec: LeafSpec | None) -> Any:

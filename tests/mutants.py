@@ -335,7 +335,7 @@ MUTANTS = [
     Mutant(
         "sharding",
         "a state may drift",
-        "return updates, placed(state, updates, layout)",
+        "return updates, placed(state, updates)",
         "return updates, state",
     ),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
