@@ -7,7 +7,10 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # batched LAPACK is 10 to 40 times slo
 import jax
 import pytest
 
+from .compiling import QUICKLY
 
+
+os.environ.setdefault("XLA_FLAGS", QUICKLY)
 jax.config.update("jax_num_cpu_devices", 8)  # before the first array: sharding tests
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -285,15 +285,7 @@ def make_functions_once(config: settings.Config):
 
 
 @pytest.fixture
-def quick_compiler():
-    """Compiling is most of what these small runs do."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, quick_compiler):
+def run(monkeypatch, tmp_path):
     """Runs the command line, small, in a folder of its own, and returns its exit status."""
     monkeypatch.chdir(tmp_path)
     Path("text").write_text(TEXT)

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import chex
@@ -18,6 +19,11 @@ from . import oracles
 
 R, N = 4, 6
 HUGE, TINY = 1e25, 1e-25
+
+
+# One compilation for all tests of one setting.
+scale_by_fisher = functools.cache(natgalore.scale_by_fisher)
+scale_by_core_fisher = functools.cache(natgalore.scale_by_core_fisher)
 
 
 def as_core(x):
@@ -47,7 +53,7 @@ class TestWindowForm:
     def test_equals_the_dense_solve(self, steps, damping, key):
         """Below, at and beyond a window of 3."""
         gradients = jax.random.normal(key, (steps, R, N))
-        actual, _ = answers(natgalore.scale_by_fisher(3, damping), gradients)
+        actual, _ = answers(scale_by_fisher(3, damping), gradients)
         expected = oracles.natural_gradient(np.asarray(gradients[-3:], np.float64), damping)
         # The s x s solve loses (|g|² + λ)/λ of float32's 6e-8 at the worst: here below 3e4.
         assert relative_error(actual[-1], expected) < 2e-3 * min(1.0, 0.1 / damping + 1e-2)
@@ -58,7 +64,7 @@ class TestWindowForm:
     def test_equals_the_dense_power(self, steps, power, relative, key):
         """At s = 3, so with one slot filled, two, or all."""
         gradients = 10 * jax.random.normal(key, (steps, R, N))
-        tx = natgalore.scale_by_fisher(3, 0.5, relative=relative, power=power)
+        tx = scale_by_fisher(3, 0.5, relative=relative, power=power)
         actual, _ = answers(tx, gradients)
         H = np.asarray(gradients[-3:], np.float64).reshape(-1, R * N).T
         damping = 0.5 * (np.square(H).sum(axis=0).mean() if relative else 1.0)
@@ -70,7 +76,7 @@ class TestWindowForm:
     def test_units_do_not_matter_where_damping_is_relative(self, key):
         gradients = jax.random.normal(key, (5, R, N))
         for power in (1.0, 0.5, 0.25):
-            tx = natgalore.scale_by_fisher(3, 0.1, relative=True, power=power)
+            tx = scale_by_fisher(3, 0.1, relative=True, power=power)
             plain, _ = answers(tx, gradients)
             for unit in (TINY, HUGE):
                 extreme, state = answers(tx, gradients * unit)
@@ -83,22 +89,22 @@ class TestWindowForm:
     def test_a_rounded_window_answers_exactly_for_rounded_cores(self, power, key):
         """Not for rounded columns and an exact g: that g would be none of the columns."""
         gradients = jax.random.normal(key, (6, R, N))
-        tx = natgalore.scale_by_fisher(4, 0.1, power=power, window_dtype=jnp.bfloat16)
+        tx = scale_by_fisher(4, 0.1, power=power, window_dtype=jnp.bfloat16)
         actual, state = answers(tx, gradients)
         assert state.window["w"].value.dtype == jnp.bfloat16
         assert state.gram["w"].value.dtype == actual[-1].dtype == jnp.float32
         rounded = gradients.astype(jnp.bfloat16).astype(jnp.float32)
-        expected, _ = answers(natgalore.scale_by_fisher(4, 0.1, power=power), rounded)
+        expected, _ = answers(scale_by_fisher(4, 0.1, power=power), rounded)
         np.testing.assert_allclose(actual[-1], expected[-1], rtol=1e-4, atol=1e-6)
         assert relative_error(actual[-1], expected[-1]) < relative_error(
-            answers(natgalore.scale_by_fisher(4, 0.1, power=power), gradients)[0][-1], expected[-1]
+            answers(scale_by_fisher(4, 0.1, power=power), gradients)[0][-1], expected[-1]
         )
 
     def test_no_compiler_may_skip_the_rounding(self):
         """XLA drops a plain float32 -> bfloat16 -> float32 on GPUs: K would not be that of H."""
         tx = natgalore.chain(
             natgalore.project(4, refresh_every=2),
-            natgalore.scale_by_fisher(3, 0.1, window_dtype=jnp.bfloat16),
+            scale_by_fisher(3, 0.1, window_dtype=jnp.bfloat16),
         )
         params = {"kernel": jnp.ones((8, 12))}
         program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
@@ -125,7 +131,7 @@ class TestWindowForm:
         common, own = jax.random.normal(key, (2, 20, R, N)) / (R * N) ** 0.5
         gradients = 0.9 * common[:1] + 0.45 * own
         damping = float(jnp.square(gradients[-1]).sum()) / ratio
-        actual, _ = answers(natgalore.scale_by_fisher(20, damping), gradients)
+        actual, _ = answers(scale_by_fisher(20, damping), gradients)
         expected = oracles.natural_gradient(np.asarray(gradients, np.float64), damping)
         H = np.asarray(gradients, np.float32).reshape(20, -1).T
         g, K = H[:, -1], H.T @ H + np.float32(damping) * np.eye(20, dtype=np.float32)
@@ -140,7 +146,7 @@ class TestWindowForm:
     def test_equal_gradients_have_a_finite_answer(self, unit):
         """K is singular, and its entries are out of float32's range."""
         g = unit * jnp.ones((R, N))
-        (*_, actual), _ = answers(natgalore.scale_by_fisher(4, 1e-3), [g] * 6)
+        (*_, actual), _ = answers(scale_by_fisher(4, 1e-3), [g] * 6)
         square = float(R * N) * unit**2  # in Python's float64
         # Where λ is the floor of 4 eps tr K, weights of 1/(4 eps) cancel: one digit is left.
         np.testing.assert_allclose(actual, float(unit) / (1e-3 + 4 * square), rtol=0.2)
@@ -150,14 +156,14 @@ class TestWindowForm:
         """K of 20 such cores is indefinite in float32: rounding exceeds its small eigenvalues."""
         common, noise = jnp.abs(jax.random.normal(key, (64, 4096))), jax.random.split(key, 22)
         gradients = [common * (1 + drift * jax.random.normal(k, common.shape)) for k in noise]
-        actual, state = answers(natgalore.scale_by_fisher(), gradients)
+        actual, state = answers(scale_by_fisher(), gradients)
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((actual, state)))
         assert jnp.vdot(actual[-1], gradients[-1]) > 0
 
     def test_a_zero_core_takes_no_slot(self, key):
         a, b, c = jax.random.normal(key, (3, R, N))
         zero = jnp.zeros((R, N))
-        tx = natgalore.scale_by_fisher(2, 0.1)
+        tx = scale_by_fisher(2, 0.1)
         with_zero, state = answers(tx, [a, b, zero, zero, c])
         without, _ = answers(tx, [a, b, c])
         assert not with_zero[2].any()
@@ -166,14 +172,14 @@ class TestWindowForm:
 
     def test_a_stack_is_its_matrices(self, key):
         gradients = jax.random.normal(key, (5, 2, 3, R, N)).at[2, 1, 1].set(0.0)
-        tx = natgalore.scale_by_fisher(3, 0.1)
+        tx = scale_by_fisher(3, 0.1)
         together, _ = answers(tx, gradients)
         for i, j in np.ndindex(2, 3):
             alone, _ = answers(tx, gradients[:, i, j])
             np.testing.assert_allclose(together[-1][i, j], alone[-1], rtol=1e-5, atol=1e-6)
 
     def test_the_gram_matrix_is_that_of_the_window(self, key):
-        _, state = answers(natgalore.scale_by_fisher(3, 0.1), jax.random.normal(key, (5, 2, R, N)))
+        _, state = answers(scale_by_fisher(3, 0.1), jax.random.normal(key, (5, 2, R, N)))
         np.testing.assert_allclose(
             state.gram["w"].value, gram(state.window["w"].value), rtol=1e-5, atol=1e-5
         )
@@ -194,7 +200,7 @@ class TestCoreForm:
     @pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
     def test_equals_the_oracle(self, power, root_every, key):
         gradients = jax.random.normal(key, (7, R, N))
-        tx = natgalore.scale_by_core_fisher(0.9, 0.1, power=power, root_every=root_every)
+        tx = scale_by_core_fisher(0.9, 0.1, power=power, root_every=root_every)
         actual, _ = answers(tx, gradients)
         oracle = oracles.CoreFisher(0.9, 0.1, power, root_every)
         for count, (g, u) in enumerate(zip(gradients, actual, strict=True)):
@@ -204,7 +210,7 @@ class TestCoreForm:
 
     def test_units_do_not_matter_at_the_square_root(self, key):
         gradients = jax.random.normal(key, (6, R, N))
-        tx = natgalore.scale_by_core_fisher(root_every=2)
+        tx = scale_by_core_fisher(root_every=2)
         for a, b in zip(answers(tx, gradients)[0], answers(tx, 1024 * gradients)[0], strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -212,7 +218,7 @@ class TestCoreForm:
     @pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
     def test_extreme_units_lose_nothing(self, power, unit, key):
         gradients = jax.random.normal(key, (4, R, N))
-        tx = natgalore.scale_by_core_fisher(power=power)
+        tx = scale_by_core_fisher(power=power)
         plain, _ = answers(tx, gradients)
         extreme, state = answers(tx, gradients * unit)
         factor = float(unit) ** (1 - 2 * power)
@@ -223,15 +229,15 @@ class TestCoreForm:
     def test_a_spike_between_roots_does_not_pass(self, key):
         """The Fisher outgrows its root, so a new root meets the spike that made it grow."""
         g = jax.random.normal(key, (R, N))
-        usual, _ = answers(natgalore.scale_by_core_fisher(root_every=100), [g] * 4)
-        spiked, _ = answers(natgalore.scale_by_core_fisher(root_every=100), [g, g, g, HUGE * g])
+        usual, _ = answers(scale_by_core_fisher(root_every=100), [g] * 4)
+        spiked, _ = answers(scale_by_core_fisher(root_every=100), [g, g, g, HUGE * g])
         bound = jnp.abs(usual[-1]).max() / (1 - 0.98) ** 0.5
         assert jnp.abs(spiked[-1]).max() < 1.1 * bound
 
     def test_recovers_after_a_spike(self, key):
         """The scale comes down with L: the gradients after it are not lost to underflow."""
         g = jax.random.normal(key, (R, N))
-        tx = natgalore.scale_by_core_fisher(decay=0.1, root_every=1)
+        tx = scale_by_core_fisher(decay=0.1, root_every=1)
         (*_, after), _ = answers(tx, [HUGE * g] + [g] * 55)
         (*_, usual), _ = answers(tx, [g] * 56)
         np.testing.assert_allclose(after, usual, rtol=1e-3)
@@ -248,7 +254,7 @@ class TestCoreForm:
     def test_a_zero_core_leaves_no_trace(self, key):
         a, b = jax.random.normal(key, (2, R, N))
         zero = jnp.zeros((R, N))
-        tx = natgalore.scale_by_core_fisher(root_every=1)
+        tx = scale_by_core_fisher(root_every=1)
         with_zero, state = answers(tx, [zero, a, zero, b])
         without, plain = answers(tx, [a, b])
         assert not with_zero[0].any()
@@ -258,14 +264,14 @@ class TestCoreForm:
 
     def test_a_stack_is_its_matrices(self, key):
         gradients = jax.random.normal(key, (4, 2, 3, R, N)).at[2, 1, 1].set(0.0)
-        tx = natgalore.scale_by_core_fisher(root_every=2)
+        tx = scale_by_core_fisher(root_every=2)
         together, _ = answers(tx, gradients)
         for i, j in np.ndindex(2, 3):
             alone, _ = answers(tx, gradients[:, i, j])
             np.testing.assert_allclose(together[-1][i, j], alone[-1], rtol=1e-4, atol=1e-5)
 
     def test_state_is_two_small_squares(self):
-        state = natgalore.scale_by_core_fisher().init(as_core(jnp.zeros((5, R, 1000))))
+        state = scale_by_core_fisher().init(as_core(jnp.zeros((5, R, 1000))))
         assert isinstance(state, CoreFisherState)
         assert sum(x.size for x in jax.tree.leaves(state)) == 5 * (2 * R * R + 3) + 1
 

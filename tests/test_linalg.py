@@ -28,7 +28,7 @@ def spectra(r):
 
 @pytest.mark.parametrize(("damping", "tolerance"), [(0.1, 5e-5), (0.01, 6e-4), (1e-3, 1e-2)])
 @pytest.mark.parametrize("spectrum", spectra(1))
-@pytest.mark.parametrize("r", [32, 128])
+@pytest.mark.parametrize("r", [pytest.param(32, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize("power", [0.5, 0.25, 1.0])
 def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, tolerance):
     """Tolerances: eps times the condition r/damping, which is what float32 allows."""

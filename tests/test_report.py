@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -128,7 +129,7 @@ def test_memory_report_refuses_nothing_to_report():
 
 def test_llama_1b_at_rank_512_keeps_what_is_promised():
     """At most 1.12 of GaLore's state and 0.40 of AdamW's on the projected leaves, in float32."""
-    params = llama.abstract_params(llama.CONFIGS["1b"])
+    params = llama.abstract_params(replace(llama.CONFIGS["1b"], scan=True))
     report = natgalore.memory_report(
         params,
         {

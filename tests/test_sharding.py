@@ -1,6 +1,7 @@
 """Weights sharded over devices take the same steps as on one, and little travels between them."""
 
 import contextlib
+import functools
 import math
 
 import jax
@@ -75,8 +76,13 @@ def train(params, gradients, tx, jitted=True):
     return params, state
 
 
+@functools.cache  # one compilation on one device for all that have its shapes
+def optimizer(**settings):
+    return natgalore.natural_galore(1e-2, RANK, refresh_every=2, weight_decay=0.1, **settings)
+
+
 def same_as_one_device(layout, kind, settings, jitted, key):
-    tx = natgalore.natural_galore(1e-2, RANK, refresh_every=2, weight_decay=0.1, **settings)
+    tx = optimizer(**settings)
     params, *gradients = [weights(layout, k) for k in jax.random.split(key, 6)]
     expected, _ = train(params, gradients, tx)
     mesh = make_mesh(kind)

@@ -24,6 +24,7 @@ from natgalore_jax.refresh import due
 from natgalore_jax.spec import Basis
 
 from . import oracles
+from .compiling import AS_FOR_USERS
 
 
 RANK = 4
@@ -372,21 +373,10 @@ def skipped(state):
     return matrices, others
 
 
-@functools.cache
-def compiler_options():
-    """Nine tenths of these tests is compilation, which unoptimised takes a fifth of the time."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x, compiler_options=options)(0)
-    except jax.errors.JaxRuntimeError:  # a compiler that does not know them
-        return None
-    return options
-
-
 @functools.lru_cache(maxsize=2)
 def compiled(tx, dtype):
     """The initial state and one step of training. In float32 as a user has them compiled."""
-    options = None if dtype == np.float32 else compiler_options()
+    options = AS_FOR_USERS if dtype == np.float32 else None
 
     def step(params, state, g):
         updates, state = tx.update(g, state, params)
