@@ -24,7 +24,7 @@ def varying(x: Any) -> frozenset[str]:
 
 def varying_as(x: Array, like: Any) -> Array:
     """`x`, which may then become different along the axes along which `like` is."""
-    axes = varying(like) - varying(x)
+    axes = sorted(varying(like) - varying(x))
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 

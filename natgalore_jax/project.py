@@ -99,7 +99,8 @@ def project(
         decoupled decay (at the first update, if it asks for extra arguments that are none of
         Optax's), or `transport` is not "keep" and no role is known for something it remembers (see
         `register_state`); or, at update, if the state was saved by a run of another `rank`, `side`
-        or shape of a weight.
+        or shape of a weight, or gradients differ between devices that share it
+        (`docs/sharding.md`).
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax

@@ -339,6 +339,20 @@ MUTANTS = [
         "return updates, state",
     ),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
+    Mutant(
+        "placement", "no mesh entered", "if explicit and get_abstract_mesh().empty:", "if False:"
+    ),
+    Mutant("placement", "manual axes as Auto", "axes=mesh.explicit_axes, ", ""),
+    Mutant(
+        "manual",
+        "unreduced gradients pass",
+        "varying(G) - varying(kept",
+        "varying(G) & varying(kept",
+    ),
+    Mutant("manual", "casts none", 'to="varying") if axes else x', 'to="varying") if None else x'),
+    Mutant("linalg", "an identity that all devices share", "jnp.zeros_like(A) + jnp", "jnp"),
+    Mutant("fisher_core", "two dtypes in one stack", "jax.typeof(A), []", "A.shape, []"),
+    Mutant("decay", "a number that was cast is none", ', "pvary"),', "),"),
     Mutant("sharding", "the host is not told", '"pinned_host" if x else', '"device" if x else'),
     Mutant("offload", "vectors too", "chosen = x.ndim > 1 and", "chosen = x.ndim > 0 and"),
     Mutant(
@@ -413,6 +427,7 @@ MUTANTS = [
 FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "basis": ["test_basis", "test_engine", "test_trajectory"],
     "linalg": ["test_linalg", "test_fisher", "test_basis"],
+    "manual": ["test_manual"],
     "refresh": ["test_trajectory", "test_engine"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "boxes": ["test_boxes", "test_flax"],
