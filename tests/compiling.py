@@ -7,7 +7,8 @@ compiles everything as for users.
 import jax
 
 
-# Each option for the tests, and as it is for users. The optimisation of HLO is the same.
+# Each option for the tests, and as it is for users. Collectives of a program are the same; fusions
+# and temporary memory need not be.
 OPTIONS = {
     "xla_backend_optimization_level": (0, 3),
     "xla_llvm_disable_expensive_passes": (True, False),
