@@ -10,9 +10,9 @@ leaves out step 0. Bytes are the compiled program's.
     python benchmarks/bench_step.py --trees tiny --methods galore,adamw,contrib_galore    a try
     python benchmarks/bench_step.py --scaling    galore's step over widths, ranks and depths
 
-A tree is a size of examples/llama.py, or one with another number of layers, as in 350m/4; with
---scan its layers are stacked. Results are written as they come; what --out holds of the same
-settings and machine is not measured again.
+A tree is a size of examples/llama.py, or one with another number of layers, as in 350m/4, its
+layers apart (unrolled) or stacked (scanned). Results are written as they come; what --out holds of
+the same settings and machine is not measured again.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def params_of(tree: str, scan: bool, dtype: Any) -> tuple[Any, int]:
 
 
 def random_like(params: Any) -> Any:
-    """Gradients of a few strong directions in noise, so that a basis has something to find."""
+    """Gradients of normal numbers, in the shapes and dtypes of the weights."""
 
     @jax.jit
     def one(key, x):

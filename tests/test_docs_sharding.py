@@ -1,7 +1,10 @@
 """docs/sharding.md: its recipes run, and its tables say what the code does and was measured."""
 
+import dataclasses
 import json
+import math
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -10,8 +13,15 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import natgalore_jax as natgalore
 from natgalore_jax.placement import partition_of
 from natgalore_jax.select import MatrixView, select
+
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import llama
+import shards
 
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +103,24 @@ def test_the_offloading_table_is_the_measured_one():
             gib("device_bytes_two_programs"),
             ms("milliseconds_two_programs"),
         ]
+
+
+def test_the_state_of_a_device_under_fsdp_is_what_is_said():
+    params = llama.abstract_params(dataclasses.replace(llama.CONFIGS["350m"], scan=True))
+    lies = shards.param_shardings(shards.make_mesh((1, 8, 1)), params)
+
+    def megabytes(tx, zero_axis=None):
+        where = natgalore.state_shardings(tx, params, lies, zero_axis=zero_axis)
+        arrays = zip(*map(jax.tree.leaves, (jax.eval_shape(tx.init, params), where)), strict=True)
+        held = (math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in arrays)
+        return f"{sum(held) / 1e6:.0f} MB"
+
+    tx = natgalore.natural_galore(1e-3, 256)
+    for page in (PAGE, (ROOT / "README.md").read_text()):
+        (said,) = [line for line in page.splitlines() if "instead of 759 MB" in line]
+        assert f"{megabytes(tx, 'fsdp')} " in said
+        assert f"instead of {megabytes(tx)}" in said
+        assert megabytes(optax.adamw(1e-3)) in said
 
 
 def test_the_table_of_two_gpus_is_the_measured_one():
