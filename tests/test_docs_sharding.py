@@ -125,21 +125,34 @@ def test_the_state_of_a_device_under_fsdp_is_what_is_said():
 
 def test_the_table_of_two_gpus_is_the_measured_one():
     results = json.loads((ROOT / "benchmarks/results/sharded.json").read_text())
+    said = {
+        tuple(cells[:2]): cells[2:]
+        for line in PAGE.splitlines()
+        if len(cells := [cell.strip(" `") for cell in line.strip("|").split("|")]) == 8
+    }
+    compared = 0
     for layout, measured in results["layouts"].items():
         methods = measured["methods"]
-        for name in ("natural_galore", "galore", "adamw"):
-            of = methods[name]
-            (row,) = [
-                line for line in PAGE.splitlines() if line.startswith(f"| {layout} | `{name}`")
-            ]
+        for name, of in methods.items():
+            unrolled = name in ("contrib_galore", "adamw_unrolled")
+            adamw = methods["adamw_unrolled" if unrolled else "adamw"]
             travels = [
                 sum(kind["bytes"] for kind in of["collectives"].get(when, {}).values()) / 1e6
                 for when in ("every step", "refresh")
             ]
-            assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
+            row = said[
+                f"{layout}, unrolled" if unrolled else layout,
+                {"contrib_galore": "optax.contrib.galore", "adamw_unrolled": "adamw"}.get(name, name),
+            ]
+            assert row == [
                 f"{of['tokens_per_second']:,.0f}",
-                f"{of['tokens_per_second'] / methods['adamw']['tokens_per_second']:.2f}",
+                f"{of['tokens_per_second'] / adamw['tokens_per_second']:.2f}",
                 f"{of['slowest_step_seconds'] / of['median_step_seconds']:.2f}",
                 f"{of['argument_bytes'] / 1e6:,.0f} MB",
                 *(f"{moved:,.0f} MB" for moved in travels),
             ]
+            compared += 1
+    assert compared == 11
+    first = results["layouts"]["fsdp"]["methods"]
+    assert f"takes {first['contrib_galore']['first_step_seconds']:.1f} s" in PAGE
+    assert f"AdamW's {first['adamw_unrolled']['first_step_seconds']:.1f} s" in PAGE

@@ -50,8 +50,9 @@ def test_migrating_changes_nothing_until_it_is_to(without_context, capsys):
     losses = migrate.main(steps=120)  # the second basis comes at step 80
     assert list(losses) == list(migrate.OPTIMIZERS)
     optax_galore, same, *_ = map(np.array, losses.values())
-    # Rounding of 5e-7 in losses of 5, a few times over before training makes it grow.
-    np.testing.assert_allclose(optax_galore[:20], same[:20], atol=1e-5, rtol=0)
+    # Rounding of 5e-7 in losses of 5, a few times over before training makes it grow: after 20
+    # steps it was 2e-6 to 4e-5 on three machines.
+    np.testing.assert_allclose(optax_galore[:10], same[:10], atol=1e-5, rtol=0)
     # After the second basis they differ by the signs of singular vectors: little, where it counts.
     assert np.mean(optax_galore[-20:]) == pytest.approx(np.mean(same[-20:]), abs=0.05)
     for of in losses.values():

@@ -285,6 +285,7 @@ class TestStateShardings:
         assert at(state.inner_state.trace) == P("tensor")
         # Heads whole and their width sharded: merged, they have no sharding of their own.
         assert at(self.specs(tx, P(None, None, None, "fsdp")).inner_state.trace) == P()
+        assert at(self.specs(tx, P(None, None, "tensor", "fsdp")).inner_state.trace) == P()
         both = natgalore.project(
             5, optax.trace(0.9), side="both", select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
         )
@@ -364,6 +365,9 @@ def test_rank_and_blocks_need_not_divide(key):
     params, *gradients = [{"qkv": jax.random.normal(k, (32, 48))} for k in jax.random.split(key, 3)]
     tx = natgalore.galore(1e-2, 5, select=natgalore.MatrixView(0, 1, blocks={1: 3}))
     on_mesh = {"qkv": NamedSharding(mesh, P("fsdp", "tensor"))}
+    state, *_ = natgalore.state_shardings(tx, params, on_mesh)
+    assert state.basis["qkv"].value.spec == P()
+    assert state.inner_state[1].mu["qkv"].value.spec == P(None, None, "fsdp")
     expected, _ = train(params, gradients, tx)
     with jax.set_mesh(mesh):
         put = lambda tree: jax.device_put(tree, on_mesh)
