@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from .linalg import matmul, orthonormalise
+from .linalg import matmul, orthonormalise, product
 from .spec import LeafSpec
 
 
@@ -126,9 +126,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def normalised(
-    G: Float[Array, "m n"],
-) -> tuple[Float[Array, "m n"], Bool[Array, ""]]:
+def normalised(G: Float[Array, "..."]) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
     """G over its largest entry, so that G Gᵀ neither overflows nor vanishes, and if it is usable.
 
     A G that is zero or not finite says nothing of a basis.
@@ -152,15 +150,15 @@ def to_core(
     G: Float[Array, "*batch m n"], P: Float[Array, "*batch m r"], *Q: Float[Array, "*batch n r"]
 ) -> Float[Array, "..."]:
     """The core PᵀG, or PᵀG Q."""
-    R = matmul(P.mT, G)
-    return matmul(R, Q[0]) if Q else R
+    R = product(P.mT, G)
+    return product(R, Q[0]) if Q else R
 
 
 def from_core(
     U: Float[Array, "..."], P: Float[Array, "*batch m r"], *Q: Float[Array, "*batch n r"]
 ) -> Float[Array, "*batch m n"]:
     """P U, or P U Qᵀ."""
-    return matmul(P, matmul(U, Q[0].mT) if Q else U)
+    return product(P, product(U, Q[0].mT) if Q else U)
 
 
 def basis_key(

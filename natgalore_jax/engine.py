@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .basis import basis_key, expand, from_core, to_core
 from .boxes import boxed, rebox, unbox
@@ -180,8 +180,10 @@ class Engine:
         """All until inner: both bases, refreshes and inner's state as they are now; the cores,
         with zeros for what is not finite; and what was."""
         projected = jax.tree.map(project, updates, state.basis, state.right_basis)
-        *bases, projected, refreshed, inner_state = self.refresh(updates, projected, state, layout)
-        return (*bases, refreshed, inner_state, *gate(projected))
+        *bases, projected, refreshed, inner_state, finite = self.refresh(
+            updates, projected, state, layout
+        )
+        return (*bases, refreshed, inner_state, *gate(projected, finite))
 
     def lift(
         self,
@@ -226,19 +228,15 @@ def expanded(dtype: Any, *bases: Basis | None) -> list[Array]:
     return [expand(x.value, x.spec, dtype) for x in bases if x is not None]
 
 
-def gate(projected: PyTree) -> tuple[PyTree, PyTree]:
+def gate(projected: PyTree, finite: list[Bool[Array, "..."]]) -> tuple[PyTree, PyTree]:
     """`projected` with zeros for what is not finite, and what was: per matrix, or per other leaf.
 
-    A core is finite where its gradient is: P mixes all rows, so one bad entry spoils its column.
-    Looking at the core spares a pass over the gradient.
+    `finite` says it of the Cores. A core is finite where its gradient is: P mixes all rows, so one
+    bad entry spoils its column. Looking at the core spares a pass over the gradient.
     """
-
-    def finite(x):
-        if is_core(x):
-            return x.replace(jnp.isfinite(x.value).all(axis=(-2, -1)))
-        return jnp.isfinite(x).all()
-
-    ok = jax.tree.map(finite, projected, is_leaf=is_core)
+    left = iter(finite)
+    of = lambda x: x.replace(next(left)) if is_core(x) else jnp.isfinite(x).all()
+    ok = jax.tree.map(of, projected, is_leaf=is_core)
     return jax.tree.map(_keep_where, projected, ok, is_leaf=is_core), ok
 
 

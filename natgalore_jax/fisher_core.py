@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .checks import Scalar, check_choice, check_decay, check_int, check_number
 from .control import when
-from .linalg import POWERS, eye_like, inverse_root, matmul, power_of_two
+from .linalg import POWERS, eye_like, inverse_root, power_of_two, product
 from .placement import local
 from .roles import register_state
 from .spec import at_cores, core_arrays, replace_cores, subspace_only
@@ -131,9 +131,14 @@ def scale_by_core_fisher(
 
     def step(Rs, weight, scale, fisher, root, root_scale, in_turn):
         """All of it on lists of arrays: the answers, and the fields of the state but its count."""
-        accepted = [(R != 0).any(axis=(-2, -1)) for R in Rs]
+        largest = [jnp.abs(R).max(axis=(-2, -1)) for R in Rs]
+        accepted = [x > 0 for x in largest]
+        units = [power_of_two(x) for x in largest]
+        rs = [R / unit[..., None, None] for R, unit in zip(Rs, units, strict=True)]
         means = zip(weight, scale, fisher, strict=True)
-        tracked = [track(R, a, *x, decay) for R, a, x in zip(Rs, accepted, means, strict=True)]
+        tracked = [
+            track(*x, *mean, decay) for *x, mean in zip(rs, units, accepted, means, strict=True)
+        ]
         weight, scale, fisher = zip(*tracked, strict=True)
         old = list(zip(root, root_scale, strict=True))
         due = [
@@ -152,8 +157,8 @@ def scale_by_core_fisher(
         any_due = functools.reduce(operator.or_, [d.any() for d in due])
         root, root_scale = zip(*when(any_due, compute, old), strict=True)
         out = [
-            precondition(R, a, *x, power)
-            for R, a, *x in zip(Rs, accepted, root, root_scale, strict=True)
+            precondition(*x, power)
+            for x in zip(rs, units, accepted, root, root_scale, strict=True)
         ]
         return out, *map(list, (weight, scale, fisher, root, root_scale))
 
@@ -161,19 +166,19 @@ def scale_by_core_fisher(
 
 
 def track(
-    R: Float[Array, "*batch r n"],
+    r: Float[Array, "*batch r n"],
+    unit: Float[Array, "*batch"],
     accepted: Bool[Array, "*batch"],
     weight: Float[Array, "*batch"],
     scale: Float[Array, "*batch"],
     fisher: Float[Array, "*batch r r"],
     decay: Scalar,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch r r"]]:
-    """Equation (1) for L in units of σ²; returns the new weight, σ and L / σ²."""
+    """Equation (1) for R = `unit` r and L in units of σ²; returns the new weight, σ and L / σ²."""
     beta = jnp.asarray(decay, fisher.dtype)
-    unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
     common = jnp.maximum(scale, unit)
-    r = R / unit[..., None, None]
-    square = matmul(r, r.mT)
+    # However r is rounded in a product with itself, it is semidefinite.
+    square = product(r, r.mT)
     # Both ratios are powers of two of at most 1; where one underflows, its term is beyond rounding.
     L = (beta * jnp.square(scale / common))[..., None, None] * fisher
     L += ((1 - beta) * jnp.square(unit / common))[..., None, None] * square
@@ -203,16 +208,18 @@ def damped(
 
 
 def precondition(
-    R: Float[Array, "*batch r n"],
+    r: Float[Array, "*batch r n"],
+    unit: Float[Array, "*batch"],
     accepted: Bool[Array, "*batch"],
     root: Float[Array, "*batch r r"],
     root_scale: Float[Array, "*batch"],
     power: float,
 ) -> Float[Array, "*batch r n"]:
-    """Equation (2), with R brought to the root's units first: no product overflows on the way."""
-    unit = jnp.where(accepted, root_scale, 1.0)
-    U = matmul(root, R / unit[..., None, None])
-    return jnp.where(accepted[..., None, None], U * (unit ** (1 - 2 * power))[..., None, None], 0.0)
+    """Equation (2) for R = `unit` r, in the root's units: no product overflows on the way."""
+    root_unit = jnp.where(accepted, root_scale, 1.0)
+    factor = (unit / root_unit) * root_unit ** (1 - 2 * power)
+    U = product(root, r) * factor[..., None, None]
+    return jnp.where(accepted[..., None, None], U, 0.0)
 
 
 def together(f: Callable[[Array], Array], matrices: list[Array]) -> list[Array]:

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .basis import Method, basis_key, expand, normalised, to_core
 from .control import when
 from .linalg import matmul
 from .placement import Layout, over_shards
 from .roles import per_matrix, walk
-from .spec import Basis, Core, LeafSpec, cores, replace_cores
+from .spec import Basis, LeafSpec, cores, replace_cores
 from .transport import Transport
 
 
@@ -75,7 +75,7 @@ class Refresh:
 
     def __call__(
         self, updates: PyTree, projected: PyTree, state: Any, layout: Layout
-    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
+    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, list[Bool[Array, "..."]]]:
         """New bases where they are due, and all that depends on them.
 
         Args:
@@ -85,15 +85,16 @@ class Refresh:
           layout: of the gradients, as far as known.
 
         Returns:
-          The bases, P and Q, `projected` on them, how often each has been refreshed, and inner's
-          state in their coordinates.
+          The bases, P and Q, `projected` on them, how often each has been refreshed, inner's state
+          in their coordinates, and for each Core which of its matrices are finite.
         """
         leaves, treedef = jax.tree.flatten(updates)
         slots = [treedef.flatten_up_to(tree) for tree in (state.basis, state.right_basis)]
         gradients = [G for G, P in zip(leaves, slots[0], strict=True) if P is not None]
         bases = [P for P in slots[0] if P is not None]
         if not bases:
-            return state.basis, state.right_basis, projected, state.refreshed, state.inner_state
+            trees = state.basis, state.right_basis, projected, state.refreshed, state.inner_state
+            return *trees, []
         kept = [
             tuple(side.value for side in sides if side is not None)
             for sides in zip(*slots, strict=True)
@@ -102,7 +103,13 @@ class Refresh:
         roles, arrays = self.carried(state.inner_state, bases)
         Rs, times = cores(projected), cores(state.refreshed)
         total = sum(P.spec.matrices for P in bases)
-        flags = [self.flags(R, n.value, state.count, total) for R, n in zip(Rs, times, strict=True)]
+        # The one pass over the cores that every step needs: their largest entries tell which are
+        # finite, for the gate as well, and which are not zero.
+        largest = [jnp.abs(R.value).max(axis=(-2, -1)) for R in Rs]
+        flags = [
+            self.flags(R.spec, x, n.value, state.count, total)
+            for R, x, n in zip(Rs, largest, times, strict=True)
+        ]
 
         def refresh_due(carry):
             return [
@@ -117,9 +124,12 @@ class Refresh:
 
         any_due = functools.reduce(operator.or_, [due_now.any() for due_now in flags])
         carry = [
-            (P, R.value, n.value, x) for P, R, n, x in zip(kept, Rs, times, arrays, strict=True)
+            (P, R.value, jnp.isfinite(x), n.value, carried)
+            for P, R, x, n, carried in zip(kept, Rs, largest, times, arrays, strict=True)
         ]
-        new_P, new_R, new_n, new_arrays = zip(*when(any_due, refresh_due, carry), strict=True)
+        new_P, new_R, finite, new_n, new_arrays = zip(
+            *when(any_due, refresh_due, carry), strict=True
+        )
         trees = []
         for side, old in enumerate(slots):
             values = iter([sides[side] for sides in new_P if side < len(sides)])
@@ -136,6 +146,7 @@ class Refresh:
             replace_cores(projected, new_R),
             replace_cores(state.refreshed, new_n),
             walk(state.inner_state, put_back),
+            list(finite),
         )
 
     def carried(
@@ -156,15 +167,20 @@ class Refresh:
         return list(roles.values()), list(arrays.values())
 
     def flags(
-        self, R: Core, times: Int[Array, "*batch"], count: Int[Array, ""], total: int
+        self,
+        spec: LeafSpec,
+        largest: Float[Array, "*batch"],
+        times: Int[Array, "*batch"],
+        count: Int[Array, ""],
+        total: int,
     ) -> Bool[Array, "*batch"]:
         """Which matrices of a leaf are due: by the calendar, or by their first gradient.
 
         A matrix that has had none yet, or none that was finite, still has its random basis; it does
-        not wait for its turn.
+        not wait for its turn. `largest`: the largest entries of the cores.
         """
-        phases = jnp.asarray(phase(order(R.spec), self.every, total, self.stagger), jnp.int32)
-        usable = jnp.isfinite(R.value).all(axis=(-2, -1)) & (R.value != 0).any(axis=(-2, -1))
+        phases = jnp.asarray(phase(order(spec), self.every, total, self.stagger), jnp.int32)
+        usable = jnp.isfinite(largest) & (largest > 0)
         return (count % self.every == phases) | ((times == 0) & usable)
 
     def refresh_leaf(
@@ -200,16 +216,18 @@ class Refresh:
         G: Array,
         index: Int[Array, " matrices"],
         i: Int[Array, ""],
-        leaf: tuple[tuple[Array, ...], Array, Array, list[Array]],
-    ) -> tuple[tuple[Array, ...], Array, Array, list[Array]]:
+        leaf: tuple[tuple[Array, ...], Array, Array, Array, list[Array]],
+    ) -> tuple[tuple[Array, ...], Array, Array, Array, list[Array]]:
         """The i-th matrix of one leaf: its new bases and core, and its part of what is carried."""
-        kept, Rs, times, arrays = leaf
+        kept, Rs, finite, times, arrays = leaf
         n = spec.take(times, i)
         # Tied to the carry, or the compiler would take what depends on G alone, such as its largest
         # entry, out of the loop: a pass over the gradient on every step.
         G, n = lax.optimization_barrier((G, n))
-        gradient = spec.matrix(G, i).astype(Rs.dtype)
-        unit, usable = normalised(gradient)
+        # Turned last, where the products are: before that the compiler would turn all of G for it.
+        part = spec.cut(G, i).astype(Rs.dtype)
+        unit, usable = normalised(part)
+        gradient, unit = spec.as_matrix(part), spec.as_matrix(unit)
         olds, nexts = [], []
         for side, (view, x) in enumerate(zip((spec, spec.turned), kept, strict=False)):
             P = expand(view.take(x, i), view, Rs.dtype)
@@ -234,9 +252,11 @@ class Refresh:
                 spec.put(x, i, keep(new, part))
                 for x, new, part in zip(arrays, carried, old, strict=True)
             ]
+        R = to_core(gradient, *bases)
         return (
             kept,
-            spec.put(Rs, i, to_core(gradient, *bases)),
+            spec.put(Rs, i, R),
+            spec.put(finite, i, jnp.isfinite(R).all()),
             spec.put(times, i, n + usable.astype(n.dtype)),
             arrays,
         )

@@ -103,14 +103,19 @@ class LeafSpec:
         inverse = tuple(axes.index(axis) for axis in range(len(axes)))
         return x.reshape([self.sizes[axis] for axis in axes]).transpose(inverse).reshape(self.shape)
 
-    def matrix(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "m n"]:
-        """The i-th matrix of the leaf, cut out before it is turned: the others are not touched."""
+    def cut(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "..."]:
+        """The i-th matrix of the leaf as it lies there, its rows and columns in the leaf's order."""
         place = dict(zip(self.batch, self._place(i), strict=True))
         starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
-        sizes = tuple(1 if axis in self.batch else n for axis, n in enumerate(self.sizes))
-        one = dataclasses.replace(self, shape=sizes, split=())
-        cut = lax.dynamic_slice(x.reshape(self.sizes), starts, sizes)
-        return one.to_view(cut).reshape(self.m, self.n)
+        sizes = [1 if axis in self.batch else n for axis, n in enumerate(self.sizes)]
+        part = lax.dynamic_slice(x.reshape(self.sizes), starts, sizes)
+        return part.reshape([n for axis, n in enumerate(self.sizes) if axis not in self.batch])
+
+    def as_matrix(self, part: Float[Array, "..."]) -> Float[Array, "m n"]:
+        """What `cut` gives, with the projected side first."""
+        left = [axis for axis in range(len(self.sizes)) if axis not in self.batch]
+        axes = [left.index(axis) for axis in (*self.rows, *self.cols)]
+        return part.transpose(axes).reshape(self.m, self.n)
 
     def take(self, x: Array, i: Int[Array, ""]) -> Array:
         """The i-th matrix's part of a state array, whose batch axes come first."""

@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         "refresh",
         "core of the stale basis",
-        "spec.put(Rs, i, to_core(gradient, *bases))",
-        "spec.put(Rs, i, to_core(gradient, *olds))",
+        "R = to_core(gradient, *bases)",
+        "R = to_core(gradient, *olds)",
     ),
     Mutant("refresh", "C transposed", "matmul(new.mT, P) for", "matmul(P.mT, new) for"),
     Mutant(
@@ -426,15 +426,15 @@ MUTANTS = [
 
 FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "basis": ["test_basis", "test_engine", "test_trajectory"],
-    "linalg": ["test_linalg", "test_fisher", "test_basis"],
+    "linalg": ["test_linalg", "test_fisher", "test_basis", "test_manual"],
     "manual": ["test_manual"],
-    "refresh": ["test_trajectory", "test_engine"],
+    "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "boxes": ["test_boxes", "test_flax"],
     "fisher_window": ["test_fisher", "test_trajectory"],
     "fisher_core": ["test_fisher", "test_trajectory"],
     "transport": ["test_transport", "test_trajectory", "test_partners"],
-    "decay": ["test_decay", "test_partners"],
+    "decay": ["test_decay", "test_manual", "test_partners"],
     "recipes": ["test_trajectory", "test_injection"],
     "checks": ["test_project", "test_injection"],
     "project": ["test_project", "test_trajectory"],
@@ -444,7 +444,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "select": ["test_select"],
     "sharding": ["test_sharding", "test_offload", "test_flax"],
     "offload": ["test_offload"],
-    "placement": ["test_sharding"],
+    "placement": ["test_sharding", "test_manual"],
     "roles": ["test_roles", "test_partners"],
     "spec": ["test_spec", "test_trajectory"],
 }
@@ -485,7 +485,8 @@ def verdict(mutant: Mutant) -> tuple[str, float]:
         for name in ("natgalore_jax", "tests", "examples", "docs", "benchmarks"):
             ignore = shutil.ignore_patterns("__pycache__", "runs")
             shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, copy)
         room = copy / "natgalore_jax" / f"{mutant.room}.py"
         room.write_text(planted(mutant, room.read_text()))
         for files in quick_tests(mutant):

@@ -5,11 +5,14 @@ import pytest
 
 from natgalore_jax.fisher_core import damped
 from natgalore_jax.linalg import (
+    cholesky_qr,
+    householder_qr,
     inverse_root,
     newton_schulz,
-    newton_schulz_steps,
+    newton_schulz_scales,
     orthonormalise,
     power_of_two,
+    product,
     rounded,
 )
 
@@ -45,10 +48,70 @@ def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, 
 def test_newton_schulz_gives_both_roots(key):
     X = jax.random.normal(key, (3, 8, 8))
     A = X @ X.mT + jnp.broadcast_to(jnp.eye(8), X.shape)
-    Y, Z = newton_schulz(A, newton_schulz_steps(1e3))
+    Y, Z = newton_schulz(A, 1e3)
     Y, Z = np.asarray(Y, np.float64), np.asarray(Z, np.float64)
     np.testing.assert_allclose(Y @ Y, A, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(Y @ Z, np.broadcast_to(np.eye(8), A.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize("condition", [2.0, 1e3, 1e6])
+def test_scales_bring_every_eigenvalue_to_one_in_few_turns(condition):
+    scales = newton_schulz_scales(condition)
+    # A turn multiplies a small root by 2.6 at most; from 0.3 on five square its error away.
+    assert len(scales) <= np.log(condition) / 2 / np.log(1.5 * np.sqrt(3)) + 5
+    x = np.geomspace(condition**-0.5, 1, 1001)
+    for scale in scales:
+        x = scale * x * (3 - (scale * x) ** 2) / 2
+    np.testing.assert_allclose(x, 1, atol=1e-7)  # float32's rounding
+
+
+def sketches():
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(96, 24))
+    Q = np.linalg.qr(normal)[0]
+    falling = np.geomspace(1, 1e-3, 24)
+    return {
+        "orthonormal": Q,
+        "normal": normal,
+        "huge": 1e12 * normal,
+        "tiny": 1e-12 * normal,
+        "long and short": Q * np.geomspace(1, 1e-6, 24),
+        "a turn from a warm basis": Q * falling @ (np.eye(24) + 0.2 * normal[:24]),
+        "columns alike": normal[:, :1] + 1e-4 * normal,
+        "rank deficient": normal[:, :8] @ normal[:8, :] + 1e-6 * Q,
+        "a column of zeros": normal * (np.arange(24) != 3),
+        "zero": 0 * normal,
+    }
+
+
+@pytest.mark.parametrize("sketch", sketches())
+@pytest.mark.parametrize("factorise", [cholesky_qr, householder_qr])
+def test_a_q_is_that_of_a_qr(factorise, sketch):
+    Y = sketches()[sketch]
+    Q = np.asarray(factorise(jnp.asarray(Y, jnp.float32)), np.float64)
+    np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=2e-6)  # some eps of float32
+    length = np.linalg.norm(Y, axis=0)
+    Y = Y / np.where(length > 0, length, 1)
+    T = Q.T @ Y
+    small = 5e-6  # eps times the root of the size, in each of some turns
+    np.testing.assert_allclose(Q @ T, Y, atol=small)
+    np.testing.assert_allclose(np.tril(T, -1), 0, atol=small)
+    assert np.diagonal(T).min() > -small
+    if np.linalg.cond(Y) < 100:  # else the last columns hang on digits that float32 has not
+        exact = np.linalg.qr(Y)
+        np.testing.assert_allclose(Q, exact.Q * np.sign(np.diagonal(exact.R)), atol=1e-5)
+
+
+def test_cholesky_qr_of_what_is_not_finite_is_not_finite():
+    assert not np.isfinite(cholesky_qr(jnp.full((8, 2), jnp.nan))).any()
+
+
+@pytest.mark.parametrize(("asked", "precision"), [(None, "HIGH"), ("highest", "HIGHEST")])
+def test_products_are_as_precise_as_jax_is_asked_for(asked, precision):
+    x = jnp.ones((2, 2))
+    with jax.default_matmul_precision(asked):
+        (dot,) = jax.make_jaxpr(product)(x, x).eqns
+    assert {str(p) for p in dot.params["precision"]} == {precision}
 
 
 def test_orthonormalise_undoes_no_sign():

@@ -143,7 +143,7 @@ class TestBlocks:
         np.testing.assert_array_equal(spec.to_view(x), np.stack([q.T, k.T, v.T]))
         np.testing.assert_array_equal(spec.from_view(spec.to_view(x)), x)
         for i, part in enumerate((q, k, v)):
-            np.testing.assert_array_equal(spec.matrix(x, jnp.int32(i)), part.T)
+            np.testing.assert_array_equal(spec.as_matrix(spec.cut(x, jnp.int32(i))), part.T)
 
     @settings(deadline=None, max_examples=25)  # each compiles a few reshapes
     @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())

@@ -42,7 +42,7 @@ def test_views_lose_and_mix_nothing(seed):
     np.testing.assert_array_equal(view.ravel(), moved.ravel())
     stack = view.reshape(-1, spec.m, spec.n)
     for i in range(spec.matrices):
-        np.testing.assert_array_equal(spec.matrix(x, jnp.int32(i)), stack[i])
+        np.testing.assert_array_equal(spec.as_matrix(spec.cut(x, jnp.int32(i))), stack[i])
 
 
 @pytest.mark.parametrize("seed", range(8))
