@@ -1,8 +1,8 @@
 """Which arithmetic should a projection and a lift use: what does each cost, and which digits?
 
-For R = PᵀG (`down`) and W + a W + P U (`up`) at the sizes of Llama's matrices, in every arithmetic that
-the device's compiler offers: median time, share of the time to read and write the large arrays
-once as fast as an elementwise pass does (`pass`), and relative error against float64.
+For R = PᵀG (`down`) and W + P U + a W (`up`) at the sizes of Llama's matrices, in every arithmetic
+that the device's compiler offers: median time, beside that of an elementwise pass over the large
+arrays (`pass`), and relative error against float64.
 
     python benchmarks/bench_matmul.py [--out benchmarks/results/matmul.json]
 """
@@ -75,7 +75,8 @@ def measure(m: int, n: int, r: int, layers: int, dtype, repeats: int) -> dict:
         return lambda P, G: jnp.matmul(P.mT, G.astype(jnp.float32), precision=precision)
 
     def up(precision):
-        return lambda W, P, U: W + (jnp.matmul(P, U, precision=precision) - 1e-4 * W).astype(W.dtype)
+        dot = lambda P, U: jnp.matmul(P, U, precision=precision)
+        return lambda W, P, U: W + (dot(P, U) - 1e-4 * W).astype(W.dtype)
 
     def lifted(precision):
         return lambda P, U: jnp.matmul(P, U, precision=precision)

@@ -157,8 +157,7 @@ def scale_by_core_fisher(
         any_due = functools.reduce(operator.or_, [d.any() for d in due])
         root, root_scale = zip(*when(any_due, compute, old), strict=True)
         out = [
-            precondition(*x, power)
-            for x in zip(rs, units, accepted, root, root_scale, strict=True)
+            precondition(*x, power) for x in zip(rs, units, accepted, root, root_scale, strict=True)
         ]
         return out, *map(list, (weight, scale, fisher, root, root_scale))
 

@@ -1,13 +1,12 @@
 """Which matrices get a new basis now, and what inner remembers carried along to it.
 
 The work of a step on which nothing is due is one comparison: all of it stands behind one condition
-(:func:`when`), and inside, each leaf loops over its own matrices that are due. A stack's loop works
-on one matrix at a time, so a refresh needs the memory of one.
+(:func:`where_due`), and inside, each leaf loops over its own matrices that are due. A stack's loop
+works on one matrix at a time, so a refresh needs the memory of one.
 """
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .basis import Method, basis_key, expand, normalised, to_core
-from .control import when
+from .control import when, where_due
 from .linalg import matmul
 from .placement import Layout, over_shards
 from .roles import per_matrix, walk
@@ -25,7 +24,7 @@ from .spec import Basis, LeafSpec, cores, replace_cores
 from .transport import Transport
 
 
-GROUPS = 20  # of matrices refreshed together under `stagger`; see `phase`
+GROUPS = 100  # of matrices refreshed together under `stagger`; see `phase`
 
 
 def due(index: Any, count: Any, refresh_every: int, total: int, stagger: bool = True) -> Any:
@@ -41,7 +40,8 @@ def phase(index: Any, refresh_every: int, total: int, stagger: bool) -> Any:
     """The step of its period at which a matrix is due: 0, or under `stagger` its group's.
 
     Groups, not matrices, are spread over the period: a step with any refresh pays a fixed price for
-    it (a host synchronisation a leaf on GPUs), which most steps should not.
+    it (some host synchronisations on GPUs), which not every step should. So many groups that one
+    is small beside a step: Llama 350m has 168 matrices.
     """
     if not stagger:
         return 0 * index
@@ -111,24 +111,20 @@ class Refresh:
             for R, x, n in zip(Rs, largest, times, strict=True)
         ]
 
-        def refresh_due(carry):
-            return [
-                over_shards(
-                    functools.partial(self.refresh_leaf, leaf_roles),
-                    *(P.spec, layout, G, (due_now, jnp.asarray(order(P.spec))), leaf),
-                )
-                for G, P, leaf_roles, due_now, leaf in zip(
-                    gradients, bases, roles, flags, carry, strict=True
-                )
-            ]
-
-        any_due = functools.reduce(operator.or_, [due_now.any() for due_now in flags])
         carry = [
             (P, R.value, jnp.isfinite(x), n.value, carried)
             for P, R, x, n, carried in zip(kept, Rs, largest, times, arrays, strict=True)
         ]
+        refreshes = [
+            functools.partial(
+                over_shards,
+                functools.partial(self.refresh_leaf, leaf_roles),
+                *(P.spec, layout, G, (due_now, jnp.asarray(order(P.spec)))),
+            )
+            for G, P, leaf_roles, due_now in zip(gradients, bases, roles, flags, strict=True)
+        ]
         new_P, new_R, finite, new_n, new_arrays = zip(
-            *when(any_due, refresh_due, carry), strict=True
+            *where_due([due_now.any() for due_now in flags], refreshes, carry), strict=True
         )
         trees = []
         for side, old in enumerate(slots):

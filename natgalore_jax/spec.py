@@ -104,7 +104,7 @@ class LeafSpec:
         return x.reshape([self.sizes[axis] for axis in axes]).transpose(inverse).reshape(self.shape)
 
     def cut(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "..."]:
-        """The i-th matrix of the leaf as it lies there, its rows and columns in the leaf's order."""
+        """The i-th matrix of the leaf as it lies there, its axes in the leaf's order."""
         place = dict(zip(self.batch, self._place(i), strict=True))
         starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
         sizes = [1 if axis in self.batch else n for axis, n in enumerate(self.sizes)]

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import zlib
 
@@ -19,3 +20,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def key(request):
     """A key that is this test's own, and the same on every run."""
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A folder of its own, a small Llama as the `tiny` one, and little time for the compiler."""
+    import llama
+
+    monkeypatch.chdir(tmp_path)
+    tiny = dataclasses.replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
+    monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -130,6 +130,7 @@ def test_the_table_of_two_gpus_is_the_measured_one():
         for line in PAGE.splitlines()
         if len(cells := [cell.strip(" `") for cell in line.strip("|").split("|")]) == 8
     }
+    full_names = {"contrib_galore": "optax.contrib.galore", "adamw_unrolled": "adamw"}
     compared = 0
     for layout, measured in results["layouts"].items():
         methods = measured["methods"]
@@ -142,7 +143,7 @@ def test_the_table_of_two_gpus_is_the_measured_one():
             ]
             row = said[
                 f"{layout}, unrolled" if unrolled else layout,
-                {"contrib_galore": "optax.contrib.galore", "adamw_unrolled": "adamw"}.get(name, name),
+                full_names.get(name, name),
             ]
             assert row == [
                 f"{of['tokens_per_second']:,.0f}",

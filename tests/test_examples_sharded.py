@@ -1,11 +1,7 @@
-"""The example on a mesh: pretrain.py's numbers, its shards where they should be, its good manners.
-
-The benchmark of sharded steps is tried here too: it measures what this example does.
-"""
+"""The example on a mesh: pretrain.py's numbers, shards where they should be, good manners."""
 
 import contextlib
 import functools
-import json
 import math
 import os
 import re
@@ -33,7 +29,6 @@ from .test_examples import (
 )
 
 
-import bench_sharded  # isort: skip
 import llama  # isort: skip
 import pretrain  # isort: skip
 import sharded  # isort: skip
@@ -55,17 +50,6 @@ class CompiledOnce:
     def lower(self, *args):
         self.lowered = self.f.lower(*args)
         return self
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """A folder of its own, a small model, and little time for the compiler."""
-    monkeypatch.chdir(tmp_path)
-    tiny = replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
-    monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -267,64 +251,3 @@ class TestShards:
     def test_what_is_left_of_the_devices(self):
         assert tuple(shards.make_mesh((2, -1, 2)).shape.values()) == (2, 2, 2)
         assert shards.make_mesh((-1, 1, 1)).axis_names == ("data", "fsdp", "tensor")
-
-
-class TestBenchmark:
-    OUT = Path("runs/sharded.json")
-
-    def run(self, monkeypatch, *arguments):
-        settings = "--size tiny --seq-len 16 --batch-per-device 1 --refresh-every 2"
-        monkeypatch.setattr(sys, "argv", [bench_sharded.__file__, *settings.split(), *arguments])
-        bench_sharded.main()
-        return json.loads(self.OUT.read_text())
-
-    def test_a_layout_is_measured_once_and_shown(self, small, monkeypatch, capsys):
-        make = bench_sharded.make_optimizer
-
-        def make_optimizer(method, *settings):
-            if method == "galore":
-                raise ValueError("not today:\nit is late")
-            return make(method, *settings)
-
-        monkeypatch.setattr(bench_sharded, "make_optimizer", make_optimizer)
-        self.OUT.parent.mkdir()
-        what = ["--layouts", "fsdp", "--methods", "adamw,galore", "--steps", "3"]
-        results = self.run(monkeypatch, *what, "--one")
-        assert results["environment"]["device_count"] == 8
-        layout = results["layouts"]["fsdp"]
-        assert layout["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
-        assert layout["methods"]["galore"] == {"does not run": "not today:"}
-        adamw = layout["methods"]["adamw"]
-        assert adamw["steps"] == 3
-        assert 0 < adamw["median_step_seconds"] <= adamw["slowest_step_seconds"]
-        assert adamw["tokens_per_second"] == pytest.approx(8 * 16 / adamw["median_step_seconds"])
-        assert adamw["loss"] < math.log(256)
-        # An eighth of weights and both moments, but for three norms and a count; and 17 tokens.
-        norms = 3 * 32
-        parts = (3 * adamw["parameters"] - norms) // 8
-        assert adamw["argument_bytes"] == 4 * (parts + norms + 1 + 17)
-        # Each weight is gathered for the forward pass at least: 7 of 8 parts come from others.
-        gathered = adamw["collectives"]["every step"]["all-gather"]["bytes"]
-        assert gathered >= 7 / 8 * 4 * (adamw["parameters"] - norms)
-        assert "refresh" not in adamw["collectives"]
-
-        monkeypatch.setattr(bench_sharded.subprocess, "run", None)  # nothing is left to do
-        assert self.run(monkeypatch, *what) == results
-        shown = capsys.readouterr().out
-        assert "galore does not run: not today:\n" in shown
-        assert "1.000" in shown  # adamw to adamw
-
-    @pytest.mark.slow
-    def test_all_methods_run(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        methods = ",".join(bench_sharded.METHODS)
-        what = ["--layouts", "fsdp", "--devices", "8", "--steps", "3", "--methods", methods]
-        rows = self.run(monkeypatch, *what)["layouts"]["fsdp"]["methods"]
-        assert list(rows) == list(bench_sharded.METHODS)
-        assert all(row["steps"] == 3 for row in rows.values())
-        moved = {name: row["collectives"].get("refresh", {}) for name, row in rows.items()}
-        assert not moved["adamw"]
-        assert not moved["adamw_unrolled"]
-        # A refresh by SVD gathers whole gradients, ours sums what is r wide.
-        gathered = lambda name: moved[name]["all-gather"]["bytes"]
-        assert gathered("contrib_galore") > 2 * gathered("galore")

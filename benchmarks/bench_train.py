@@ -1,20 +1,21 @@
-"""What does a step cost on several devices, in time, in memory and between them?
+"""What does a training step cost under each optimizer, in time, in memory and between devices?
 
 A Llama in bfloat16 with float32 weights, its layers scanned and recomputed in the backward pass, on
-random tokens, in three layouts of all the devices of a host, or in that of --mesh:
+random tokens, in some layouts of all the devices of a host, or in that of --mesh:
 
+    data   weights and state on each; on one device the only one
     fsdp   weights and state sharded over all
     zero   weights on each, the optimizer's state sharded over all (ZeRO-1)
-    data   weights and state on each
 
 The methods of a layout take turns, step by step, so that what disturbs one disturbs all; compare
 times within one layout. Step 0, on which all bases are new, is apart; the slowest step is that of
-the steps after it, which meet each later refresh once if --steps is --refresh-every. Optax's own
-GaLore does not take stacked layers: `contrib_galore` runs with its layers unrolled, and so does
-`adamw_unrolled`, to compare it with; its refresh falls on step 0.
+the steps after it, which meet each later refresh once if --steps is --refresh-every. A method whose
+name ends in `_unrolled` runs on layers that are not stacked, and so does `contrib_galore`, which
+takes no others.
 
-    python benchmarks/bench_sharded.py [--out benchmarks/results/sharded.json]
-    python benchmarks/bench_sharded.py --size tiny --devices 8 --seq-len 16 --steps 3    a try
+    python benchmarks/bench_train.py --size 350m [--out benchmarks/results/train-350m.json]
+    python benchmarks/bench_train.py --layouts fsdp,zero,data    on several devices
+    python benchmarks/bench_train.py --size tiny --seq-len 16 --steps 3    a try
 
 Each layout is a process of its own. Results are written as they come, and what --out holds already
 of the same settings and machine is not measured again; --minutes ends the taking of turns in time.
@@ -39,6 +40,7 @@ from environment import environment
 from flax import nnx
 from hlo import collectives
 from jax.sharding import NamedSharding, PartitionSpec
+from methods import METHODS, RANKS, REFERENCE, UNROLLED_ONLY
 from rich.console import Console
 from rich.table import Table
 
@@ -51,13 +53,12 @@ import llama
 import shards
 
 
-RANKS = {"tiny": 32, "60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 LAYOUTS = {  # mesh, and the axis over which state is sharded that would be the same along it
+    "data": ("-1,1,1", None),
     "fsdp": ("1,-1,1", "fsdp"),
     "zero": ("-1,1,1", "data"),
-    "data": ("-1,1,1", None),
 }
-METHODS = ("natural_galore", "galore", "adamw", "adamw_unrolled", "contrib_galore")
+UNROLLED = "_unrolled"  # at the end of a method's name
 ABOUT = ("size", "seq_len", "batch_per_device", "refresh_every", "remat", "dtype")
 
 
@@ -69,20 +70,12 @@ class Program(NamedTuple):
     facts: dict[str, Any]
 
 
+def is_unrolled(method: str) -> bool:
+    return method.endswith(UNROLLED) or method in UNROLLED_ONLY
+
+
 def make_optimizer(method: str, rank: int, refresh_every: int) -> optax.GradientTransformation:
-    rate, decay = 1e-3, 0.1
-    if method == "contrib_galore":
-        return optax.contrib.galore(
-            rate,
-            rank=rank,
-            update_proj_gap=refresh_every,
-            weight_decay=decay,
-            weight_dimension_numbers=llama.galore_dimension_numbers,
-        )
-    if method.startswith("adamw"):
-        return optax.adamw(rate, weight_decay=decay)
-    recipe = getattr(natgalore, method)
-    return recipe(rate, rank=rank, refresh_every=refresh_every, weight_decay=decay)
+    return METHODS[method.removesuffix(UNROLLED)](rank, refresh_every, 0.1)
 
 
 def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, args) -> Program:
@@ -90,7 +83,7 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
     batch, whole = (NamedSharding(mesh, spec) for spec in (shards.BATCH, PartitionSpec()))
     config = replace(
         llama.CONFIGS[args.size],
-        scan=method not in ("adamw_unrolled", "contrib_galore"),
+        scan=not is_unrolled(method),
         remat=args.remat,
         dtype=jnp.dtype(args.dtype),
         activations=batch,
@@ -254,8 +247,8 @@ def show(results: dict[str, Any]) -> None:
             if "does not run" in row:
                 failures.append(f"{method} does not run: {row['does not run']}")
                 continue
-            unrolled = method in ("adamw_unrolled", "contrib_galore")
-            adamw = layout["methods"].get("adamw_unrolled" if unrolled else "adamw", {})
+            reference = REFERENCE + UNROLLED * is_unrolled(method)
+            adamw = layout["methods"].get(reference, {})
             speed, other = row.get("tokens_per_second"), adamw.get("tokens_per_second")
             moved = {
                 when: sum(x["bytes"] for x in row["collectives"].get(when, {}).values())
@@ -300,8 +293,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=RANKS, default="350m")
-    parser.add_argument("--methods", type=lambda x: x.split(","), default=list(METHODS[:3]))
-    parser.add_argument("--layouts", type=lambda x: x.split(","), default=list(LAYOUTS))
+    parser.add_argument("--methods", type=lambda x: x.split(","), default=list(METHODS)[:3])
+    parser.add_argument("--layouts", type=lambda x: x.split(","), default=["data"])
     parser.add_argument("--mesh", help="this one instead, as data,fsdp,tensor")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-per-device", type=int, default=8, help="sequences")
@@ -316,11 +309,12 @@ def main():
     )
     parser.add_argument("--devices", type=int, help="CPU devices to simulate")
     parser.add_argument("--minutes", type=float, default=60, help="after which nothing begins")
-    parser.add_argument("--out", type=pathlib.Path, default="runs/sharded.json")
+    parser.add_argument("--out", type=pathlib.Path, default="runs/train.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a process
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if unknown := [*{*args.methods} - {*METHODS}, *{*args.layouts} - {*LAYOUTS}]:
+    named = {method.removesuffix(UNROLLED) for method in args.methods}
+    if unknown := [*named - {*METHODS}, *{*args.layouts} - {*LAYOUTS}]:
         parser.error(f"neither method nor layout: {', '.join(unknown)}")
     if args.mesh:
         args.layouts = [args.mesh]

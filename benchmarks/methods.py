@@ -1,0 +1,60 @@
+"""The optimizers that the benchmarks compare: ours and their peers in Optax, at one rate."""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import natgalore_jax as natgalore
+
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+import llama
+
+
+RANKS = {"tiny": 32, "60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # as GaLore's
+RATE = 1e-3
+
+# Of rank, steps between refreshes, and weight decay.
+Make = Callable[[int, int, float], optax.GradientTransformation]
+
+
+def ours(recipe: str, **settings: Any) -> Make:
+    return lambda rank, every, decay: getattr(natgalore, recipe)(
+        RATE, rank, refresh_every=every, weight_decay=decay, **settings
+    )
+
+
+def contrib_galore(rank: int, every: int, decay: float) -> optax.GradientTransformation:
+    return optax.contrib.galore(
+        RATE,
+        rank=rank,
+        update_proj_gap=every,
+        weight_decay=decay,
+        weight_dimension_numbers=llama.galore_dimension_numbers,
+    )
+
+
+def adafactor(rank: int, every: int, decay: float) -> optax.GradientTransformation:
+    del rank, every
+    return optax.adafactor(
+        RATE, multiply_by_parameter_scale=False, weight_decay_rate=RATE * decay or None
+    )
+
+
+METHODS: dict[str, Make] = {
+    "natural_galore": ours("natural_galore"),
+    "galore": ours("galore"),
+    "adamw": lambda rank, every, decay: optax.adamw(RATE, weight_decay=decay),
+    "contrib_galore": contrib_galore,
+    "natural_galore_window": ours("natural_galore", fisher="window"),
+    "galore_random": ours("galore", basis="random"),
+    "muon": lambda rank, every, decay: optax.contrib.muon(RATE, weight_decay=decay),
+    "adafactor": adafactor,
+    "lion": lambda rank, every, decay: optax.lion(RATE / 10, weight_decay=decay),
+}
+UNROLLED_ONLY = ("contrib_galore",)  # takes no stacked layers
+REFERENCE = "adamw"  # what ratios are to

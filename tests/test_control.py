@@ -1,0 +1,24 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from natgalore_jax.control import BRANCHES, when, where_due
+
+
+@pytest.mark.parametrize("predicate", [False, True])
+def test_when_is_if(predicate):
+    result = jax.jit(lambda p, x: when(p, lambda x: x + 1, x))(predicate, 1.0)
+    assert result == 1 + predicate
+
+
+@settings(max_examples=20, deadline=None)
+@given(due=st.lists(st.booleans(), min_size=1, max_size=2 * BRANCHES**2))
+def test_what_is_due_runs_and_little_else(due):
+    """States count their runs, so they tell which part of the tree each of them stood in."""
+    functions = [lambda x: x + 1] * len(due)
+    run = jax.jit(lambda due: where_due(list(due), functions, [jnp.int32(0)] * len(due)))
+    ran, due = np.array(run(jnp.array(due))), np.array(due)
+    assert (ran[due] == 1).all()
+    assert ran.sum() <= BRANCHES * due.sum()
