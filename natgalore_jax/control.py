@@ -5,6 +5,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
@@ -26,7 +27,7 @@ def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:
     return lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, x: f(x), state)
 
 
-BRANCHES = 8  # of the tree of `where_due`
+BRANCHES = 8  # of a node of the trees below
 
 
 def where_due(
@@ -41,9 +42,31 @@ def where_due(
     def run(states):
         if len(states) <= BRANCHES:
             return [f(state) for f, state in zip(functions, states, strict=True)]
-        size = -(-len(states) // BRANCHES)
-        starts = range(0, len(states), size)
-        parts = [[x[i : i + size] for x in (due, functions, states)] for i in starts]
-        return [new for part in parts for new in where_due(*part)]
+        return [new for part in _parts(due, functions, states) for new in where_due(*part)]
 
     return when(functools.reduce(operator.or_, due), run, states)
+
+
+def chosen(here: Sequence[Bool[Array, ""]], values: Sequence[Callable[[], T]], other: T) -> T:
+    """The value of which `here` holds, or `other`; also in a tree.
+
+    `lax.switch` hands all that any branch needs to every branch, so that the program would grow
+    with the square of their number.
+    """
+
+    def run(other):
+        if len(here) <= BRANCHES:
+            for is_here, value in zip(here, values, strict=True):
+                other = jax.tree.map(functools.partial(jnp.where, is_here), value(), other)
+            return other
+        for part in _parts(here, values):
+            other = chosen(*part, other)
+        return other
+
+    return when(functools.reduce(operator.or_, here), run, other)
+
+
+def _parts(*lists: Sequence[Any]) -> list[list[Sequence[Any]]]:
+    """At most BRANCHES slices of each list."""
+    size = -(-len(lists[0]) // BRANCHES)
+    return [[x[i : i + size] for x in lists] for i in range(0, len(lists[0]), size)]

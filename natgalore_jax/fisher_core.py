@@ -15,7 +15,7 @@ arXiv:1802.09568; Gong et al., "Alice", arXiv:2502.07752.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,33 +131,42 @@ def scale_by_core_fisher(
 
     def step(Rs, weight, scale, fisher, root, root_scale, in_turn):
         """All of it on lists of arrays: the answers, and the fields of the state but its count."""
-        largest = [jnp.abs(R).max(axis=(-2, -1)) for R in Rs]
-        accepted = [x > 0 for x in largest]
-        units = [power_of_two(x) for x in largest]
-        rs = [R / unit[..., None, None] for R, unit in zip(Rs, units, strict=True)]
-        means = zip(weight, scale, fisher, strict=True)
-        tracked = [
-            track(*x, *mean, decay) for *x, mean in zip(rs, units, accepted, means, strict=True)
-        ]
-        weight, scale, fisher = zip(*tracked, strict=True)
-        old = list(zip(root, root_scale, strict=True))
-        due = [
-            a & (in_turn | (s > OUTGROWN * root_scale))
-            for a, s, (_, root_scale) in zip(accepted, scale, old, strict=True)
+        groups = alike(Rs)
+        (unit,) = together(
+            lambda R: (power_of_two(R),), groups, [jnp.abs(R).max(axis=(-2, -1)) for R in Rs]
+        )
+        rs = [R / by[..., None, None] for R, by in zip(Rs, unit, strict=True)]
+        # However r is rounded in a product with itself, the product is semidefinite.
+        squares = [product(r, r.mT) for r in rs]
+        traces = ([jnp.trace(L, axis1=-2, axis2=-1) for L in Ls] for Ls in (fisher, squares))
+        kept, added, weight, scale, due, accepted = together(
+            lambda *of: track(*of, decay, in_turn),
+            *(groups, unit, weight, scale, *traces, root_scale),
+        )
+        fisher = [
+            a[..., None, None] * L + b[..., None, None] * square
+            for a, L, b, square in zip(kept, fisher, added, squares, strict=True)
         ]
 
-        def compute(old):
-            A = [damped(L, w, damping) for L, w in zip(fisher, weight, strict=True)]
-            Zs = together(lambda A: inverse_root(A, power, least_damping), A)
-            return [
-                (jnp.where(d[..., None, None], Z, Z_old), jnp.where(d, s, s_old))
-                for (Z_old, s_old), Z, s, d in zip(old, Zs, scale, due, strict=True)
-            ]
+        def renew(fisher, weight, scale, due, root, root_scale):
+            def compute(old):
+                Z = inverse_root(damped(fisher, weight, damping), power, least_damping)
+                new = jnp.where(due[..., None, None], Z, old[0]), jnp.where(due, scale, old[1])
+                return new
+
+            return when(due.any(), compute, (root, root_scale))
 
         any_due = functools.reduce(operator.or_, [d.any() for d in due])
-        root, root_scale = zip(*when(any_due, compute, old), strict=True)
+        root, root_scale = when(
+            any_due,
+            lambda old: together(renew, groups, fisher, weight, scale, due, *old),
+            [list(root), list(root_scale)],
+        )
+        (factor,) = together(
+            lambda *of: (answer_scale(*of, power),), groups, unit, accepted, root_scale
+        )
         out = [
-            precondition(*x, power) for x in zip(rs, units, accepted, root, root_scale, strict=True)
+            product(Z, r) * by[..., None, None] for Z, r, by in zip(root, rs, factor, strict=True)
         ]
         return out, *map(list, (weight, scale, fisher, root, root_scale))
 
@@ -165,31 +174,57 @@ def scale_by_core_fisher(
 
 
 def track(
-    r: Float[Array, "*batch r n"],
     unit: Float[Array, "*batch"],
-    accepted: Bool[Array, "*batch"],
     weight: Float[Array, "*batch"],
     scale: Float[Array, "*batch"],
-    fisher: Float[Array, "*batch r r"],
+    fisher: Float[Array, "*batch"],
+    square: Float[Array, "*batch"],
+    root_scale: Float[Array, "*batch"],
     decay: Scalar,
-) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Float[Array, "*batch r r"]]:
-    """Equation (1) for R = `unit` r and L in units of σ²; returns the new weight, σ and L / σ²."""
+    in_turn: Bool[Array, ""],
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """The numbers of (1), for R = `unit` r and L in units of σ².
+
+    Args:
+      unit: a power of two.
+      weight: w.
+      scale: σ.
+      fisher: the trace of L / σ².
+      square: the trace of r rᵀ; zero where nothing comes in.
+      root_scale: σ at the time of the root.
+      decay: β.
+      in_turn: whether all roots are.
+
+    Returns:
+      a and b of L / σ² ← a L / σ² + b r rᵀ, the new w and σ, which roots are due, and for which
+      matrices something came in.
+    """
     beta = jnp.asarray(decay, fisher.dtype)
+    accepted = square > 0
     common = jnp.maximum(scale, unit)
-    # However r is rounded in a product with itself, it is semidefinite.
-    square = product(r, r.mT)
     # Both ratios are powers of two of at most 1; where one underflows, its term is beyond rounding.
-    L = (beta * jnp.square(scale / common))[..., None, None] * fisher
-    L += ((1 - beta) * jnp.square(unit / common))[..., None, None] * square
-    _, exponent = jnp.frexp(jnp.trace(L, axis1=-2, axis2=-1))
-    half = (exponent - 1) >> 1
-    L = jnp.ldexp(L, -2 * half[..., None, None])
-    common = jnp.ldexp(common, half)
+    a, b = beta * jnp.square(scale / common), (1 - beta) * jnp.square(unit / common)
+    growth = power_of_two(a * fisher + b * square, root=True)
+    scale = jnp.where(accepted, common * growth, scale)
     return (
+        jnp.where(accepted, a, 1.0) / jnp.where(accepted, growth * growth, 1.0),
+        jnp.where(accepted, b, 0.0) / jnp.where(accepted, growth * growth, 1.0),
         jnp.where(accepted, beta * weight + (1 - beta), weight),
-        jnp.where(accepted, common, scale),
-        jnp.where(accepted[..., None, None], L, fisher),
+        scale,
+        accepted & (in_turn | (scale > OUTGROWN * root_scale)),
+        accepted,
     )
+
+
+def answer_scale(
+    unit: Float[Array, "*batch"],
+    accepted: Bool[Array, "*batch"],
+    root_scale: Float[Array, "*batch"],
+    power: float,
+) -> Float[Array, "*batch"]:
+    """What the product of a root and r lacks to be (2): both have units, so it cannot overflow."""
+    root_unit = jnp.where(accepted, root_scale, 1.0)
+    return jnp.where(accepted, unit / root_unit * root_unit ** (1 - 2 * power), 0.0)
 
 
 def damped(
@@ -206,33 +241,38 @@ def damped(
     return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)
 
 
-def precondition(
-    r: Float[Array, "*batch r n"],
-    unit: Float[Array, "*batch"],
-    accepted: Bool[Array, "*batch"],
-    root: Float[Array, "*batch r r"],
-    root_scale: Float[Array, "*batch"],
-    power: float,
-) -> Float[Array, "*batch r n"]:
-    """Equation (2) for R = `unit` r, in the root's units: no product overflows on the way."""
-    root_unit = jnp.where(accepted, root_scale, 1.0)
-    factor = (unit / root_unit) * root_unit ** (1 - 2 * power)
-    U = product(root, r) * factor[..., None, None]
-    return jnp.where(accepted[..., None, None], U, 0.0)
+TOGETHER = 24  # single matrices at most, so that one new root costs no more than so many
 
 
-def together(f: Callable[[Array], Array], matrices: list[Array]) -> list[Array]:
-    """`f`, which maps stacks of matrices, on a list of matrices and stacks.
+def alike(Rs: list[Float[Array, "..."]]) -> list[list[int]]:
+    """The places of leaves that :func:`together` stacks: single matrices of one type.
 
-    Single matrices of one type go through it as one stack: one loop to compile and to launch where
-    an unrolled model has hundreds of leaves. A stack stays its own, and where it is.
+    A stack of matrices is its own group, and stays where it is.
     """
-    out = [f(A) if A.ndim > 2 else A for A in matrices]
     groups: dict[Any, list[int]] = {}
-    for i, A in enumerate(matrices):
-        if A.ndim == 2:
-            groups.setdefault(jax.typeof(A), []).append(i)
-    for places in groups.values():
-        for i, B in zip(places, f(jnp.stack([matrices[i] for i in places])), strict=True):
-            out[i] = B
-    return out
+    for i, R in enumerate(Rs):
+        groups.setdefault(i if R.ndim > 2 else jax.typeof(R), []).append(i)
+    return [
+        places[i : i + TOGETHER]
+        for places in groups.values()
+        for i in range(0, len(places), TOGETHER)
+    ]
+
+
+def together(
+    f: Callable[..., Sequence[Array]], groups: list[list[int]], *lists: Sequence[Array]
+) -> list[list[Array]]:
+    """`f` of lists of the leaves' arrays, a list for each of its results.
+
+    One program for a group and one launch, where an unrolled model has hundreds of leaves.
+    """
+    results: dict[int, Sequence[Array]] = {}
+    for places in groups:
+        if len(places) == 1:
+            (i,) = places
+            results[i] = f(*(xs[i] for xs in lists))
+            continue
+        stacks = f(*(jnp.stack([xs[i] for i in places]) for xs in lists))
+        for j, i in enumerate(places):
+            results[i] = [x[j] for x in stacks]
+    return [list(xs) for xs in zip(*(results[i] for i in sorted(results)), strict=True)]

@@ -48,10 +48,19 @@ def rounded(x: Array, dtype: Any) -> Array:
     return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
-def power_of_two(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """The largest power of two that is at most x, and 1 for x = 0."""
-    _, exponent = jnp.frexp(x)
-    return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), exponent - 1), 1.0)
+def power_of_two(x: Float[Array, "*batch"], root: bool = False) -> Float[Array, "*batch"]:
+    """The largest power of two that is at most x, or whose square is with `root`; 1 for x = 0.
+
+    Below the least normal number it is that number, or 1 where the machine flushes to zero.
+    """
+    # By the bits of the exponent: the compiler would repeat a frexp and an ldexp at every use.
+    info = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(jnp.maximum(x, info.tiny), f"int{info.bits}")
+    exponent, bias = bits >> info.nmant, 1 - info.minexp
+    if root:
+        exponent = ((exponent - bias) >> 1) + bias
+    power = lax.bitcast_convert_type(exponent << info.nmant, x.dtype)
+    return jnp.where(x > 0, power, 1.0)
 
 
 def orthonormalise(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:

@@ -183,6 +183,12 @@ def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
         return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
 
 
+def batch_partition(spec: LeafSpec, layout: Layout) -> PartitionSpec:
+    """How the batch axes of a leaf are sharded; an empty one where they are whole."""
+    entry = _by_axis(spec, layout.at(spec.path))
+    return trimmed([entry[axis] for axis in spec.batch])
+
+
 def over_shards(
     f: Callable[..., PyTree],
     spec: LeafSpec,
@@ -203,11 +209,11 @@ def over_shards(
       which: arrays that are not returned.
       state: those that are.
     """
-    entry = _by_axis(spec, layout.at(spec.path))
-    batch = PartitionSpec(*[entry[axis] for axis in spec.batch])
-    names = {name for part in batch for name in held(part)}
-    if not names:
+    batch = batch_partition(spec, layout)
+    if not batch:
         return f(spec, G, which, state)
+    entry = _by_axis(spec, layout.at(spec.path))
+    names = {name for part in batch for name in held(part)}
     context = get_abstract_mesh()
     mesh = layout.mesh if context.empty else context
     sizes = [

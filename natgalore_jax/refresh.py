@@ -1,13 +1,11 @@
 """Which matrices get a new basis now, and what inner remembers carried along to it.
 
-The work of a step on which nothing is due is one comparison: all of it stands behind one condition
-(:func:`where_due`), and inside, each leaf loops over its own matrices that are due. A stack's loop
-works on one matrix at a time, so a refresh needs the memory of one.
+The work of a step on which nothing is due is one comparison: all of it stands behind one condition.
+Matrices that are due come one at a time (`sweep.py`), so a refresh needs the memory of one.
 """
 
 import dataclasses
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +14,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .basis import Method, basis_key, expand, normalised, to_core
-from .control import when, where_due
 from .linalg import matmul
-from .placement import Layout, over_shards
+from .placement import Layout
 from .roles import per_matrix, walk
 from .spec import Basis, LeafSpec, cores, replace_cores
+from .sweep import Leaf, sweep
 from .transport import Transport
 
 
@@ -53,6 +51,24 @@ def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:
     """The places of a leaf's matrices in the refresh order."""
     first, last = spec.index, spec.index + spec.matrices
     return np.arange(first, last, dtype=np.int32).reshape(spec.batch_shape)
+
+
+class OfMatrices(NamedTuple):
+    """What a refresh changes of a leaf's matrices, or of one of them.
+
+    Attributes:
+      kept: what the state keeps of P, or of P and Q.
+      R: the core.
+      finite: whether that is.
+      times: of refreshes so far.
+      carried: inner's state, as far as transport carries it.
+    """
+
+    kept: tuple[Array, ...]
+    R: Array
+    finite: Array
+    times: Array
+    carried: list[Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,20 +127,17 @@ class Refresh:
             for R, x, n in zip(Rs, largest, times, strict=True)
         ]
 
-        carry = [
-            (P, R.value, jnp.isfinite(x), n.value, carried)
-            for P, R, x, n, carried in zip(kept, Rs, largest, times, arrays, strict=True)
-        ]
-        refreshes = [
-            functools.partial(
-                over_shards,
-                functools.partial(self.refresh_leaf, leaf_roles),
-                *(P.spec, layout, G, (due_now, jnp.asarray(order(P.spec)))),
+        leaves = [
+            Leaf(
+                *(P.spec, tuple(leaf_roles), G, due_now, jnp.asarray(order(P.spec))),
+                OfMatrices(x, R.value, jnp.isfinite(most), n.value, carried),
             )
-            for G, P, leaf_roles, due_now in zip(gradients, bases, roles, flags, strict=True)
+            for G, P, leaf_roles, due_now, x, R, most, n, carried in zip(
+                gradients, bases, roles, flags, kept, Rs, largest, times, arrays, strict=True
+            )
         ]
         new_P, new_R, finite, new_n, new_arrays = zip(
-            *where_due([due_now.any() for due_now in flags], refreshes, carry), strict=True
+            *sweep(self.refresh_matrix, leaves, layout), strict=True
         )
         trees = []
         for side, old in enumerate(slots):
@@ -179,80 +192,39 @@ class Refresh:
         usable = jnp.isfinite(largest) & (largest > 0)
         return (count % self.every == phases) | ((times == 0) & usable)
 
-    def refresh_leaf(
-        self,
-        roles: list[Any],
-        spec: LeafSpec,
-        G: Array,
-        which: tuple[Bool[Array, "*batch"], Int[Array, "*batch"]],
-        leaf: Any,
-    ) -> Any:
-        """Refreshes the matrices of one leaf that are due, one at a time.
-
-        `which`: are they due, and their places in the refresh order.
-        """
-        due_now, index = (x.reshape(-1) for x in which)
-        one = functools.partial(self.refresh_matrix, roles, spec, G, index)
-        if spec.matrices == 1:
-            return when(due_now[0], functools.partial(one, jnp.int32(0)), leaf)
-        some = due_now.any()
-        lo = jnp.argmax(due_now).astype(jnp.int32)
-        hi = spec.matrices - jnp.argmax(due_now[::-1]).astype(jnp.int32)
-        return lax.fori_loop(
-            lo,
-            jnp.where(some, hi, lo),
-            lambda i, x: when(due_now[i], functools.partial(one, i), x),
-            leaf,
-        )
-
     def refresh_matrix(
         self,
-        roles: list[Any],
         spec: LeafSpec,
-        G: Array,
-        index: Int[Array, " matrices"],
-        i: Int[Array, ""],
-        leaf: tuple[tuple[Array, ...], Array, Array, Array, list[Array]],
-    ) -> tuple[tuple[Array, ...], Array, Array, Array, list[Array]]:
-        """The i-th matrix of one leaf: its new bases and core, and its part of what is carried."""
-        kept, Rs, finite, times, arrays = leaf
-        n = spec.take(times, i)
-        # Tied to the carry, or the compiler would take what depends on G alone, such as its largest
-        # entry, out of the loop: a pass over the gradient on every step.
-        G, n = lax.optimization_barrier((G, n))
+        roles: tuple[Any, ...],
+        part: Array,
+        index: Int[Array, ""],
+        old: "OfMatrices",
+    ) -> "OfMatrices":
+        """What a refresh makes of one matrix, whose gradient lies in `part` as in the leaf."""
+        # Tied to the state, or the compiler would take what depends on the gradient alone, such as
+        # its largest entry, out of the loop: a pass over the gradient on every step.
+        part, n = lax.optimization_barrier((part, old.times))
+        dtype = old.R.dtype
         # Turned last, where the products are: before that the compiler would turn all of G for it.
-        part = spec.cut(G, i).astype(Rs.dtype)
+        part = part.astype(dtype)
         unit, usable = normalised(part)
-        gradient, unit = spec.as_matrix(part), spec.as_matrix(unit)
+        G, unit = spec.as_matrix(part), spec.as_matrix(unit)
+        views = (spec, spec.turned)
         olds, nexts = [], []
-        for side, (view, x) in enumerate(zip((spec, spec.turned), kept, strict=False)):
-            P = expand(view.take(x, i), view, Rs.dtype)
-            key = basis_key(self.seed, index[i], n + 1, side)
+        for side, (view, x) in enumerate(zip(views, old.kept, strict=False)):
+            P = expand(x, view, dtype)
+            key = basis_key(self.seed, index, n + 1, side)
             new = self.method.next(unit.mT if side else unit, P, key, n == 0)
             usable &= jnp.isfinite(new).all()
             olds.append(P)
             nexts.append(new)
         keep = lambda new, old: jnp.where(usable, new, old)
-        kept = tuple(
-            spec.put(x, i, keep(new, spec.take(x, i))) for x, new in zip(kept, nexts, strict=True)
-        )
-        bases = [
-            expand(view.take(x, i), view, Rs.dtype)
-            for view, x in zip((spec, spec.turned), kept, strict=False)
-        ]
+        kept = tuple(keep(new, x) for new, x in zip(nexts, old.kept, strict=True))
+        bases = [expand(x, view, dtype) for view, x in zip(views, kept, strict=False)]
+        carried = old.carried
         if self.transport is not None:
-            old = [spec.take(x, i) for x in arrays]
             turns = [matmul(new.mT, P) for new, P in zip(bases, olds, strict=True)]
-            carried = self.transport(list(zip(roles, old, strict=True)), *turns)
-            arrays = [
-                spec.put(x, i, keep(new, part))
-                for x, new, part in zip(arrays, carried, old, strict=True)
-            ]
-        R = to_core(gradient, *bases)
-        return (
-            kept,
-            spec.put(Rs, i, R),
-            spec.put(finite, i, jnp.isfinite(R).all()),
-            spec.put(times, i, n + usable.astype(n.dtype)),
-            arrays,
-        )
+            new = self.transport(list(zip(roles, carried, strict=True)), *turns)
+            carried = [keep(x, before) for x, before in zip(new, carried, strict=True)]
+        R = to_core(G, *bases)
+        return OfMatrices(kept, R, jnp.isfinite(R).all(), n + usable.astype(n.dtype), carried)

@@ -105,10 +105,13 @@ class LeafSpec:
 
     def cut(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "..."]:
         """The i-th matrix of the leaf as it lies there, its axes in the leaf's order."""
+        x = x.reshape(self.sizes)
+        if not self.batch:
+            return x
         place = dict(zip(self.batch, self._place(i), strict=True))
         starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
         sizes = [1 if axis in self.batch else n for axis, n in enumerate(self.sizes)]
-        part = lax.dynamic_slice(x.reshape(self.sizes), starts, sizes)
+        part = lax.dynamic_slice(x, starts, sizes)
         return part.reshape([n for axis, n in enumerate(self.sizes) if axis not in self.batch])
 
     def as_matrix(self, part: Float[Array, "..."]) -> Float[Array, "m n"]:
@@ -119,12 +122,24 @@ class LeafSpec:
 
     def take(self, x: Array, i: Int[Array, ""]) -> Array:
         """The i-th matrix's part of a state array, whose batch axes come first."""
+        if not self.batch:
+            return x
         return lax.dynamic_slice(x, *self._cut(x, i)).reshape(x.shape[len(self.batch) :])
 
     def put(self, x: Array, i: Int[Array, ""], part: Array) -> Array:
         """`x` with the i-th matrix's part replaced."""
+        if not self.batch:
+            return part
         starts, sizes = self._cut(x, i)
         return lax.dynamic_update_slice(x, part.reshape(sizes), starts)
+
+    def take_all(self, state: PyTree, i: Int[Array, ""]) -> PyTree:
+        """`take` of each array of a tree."""
+        return jax.tree.map(lambda x: self.take(x, i), state)
+
+    def put_all(self, state: PyTree, i: Int[Array, ""], part: PyTree) -> PyTree:
+        """`put` into each array of a tree."""
+        return jax.tree.map(lambda x, new: self.put(x, i, new), state, part)
 
     def _place(self, i: Int[Array, ""]) -> tuple[Array, ...]:
         return jnp.unravel_index(i, self.batch_shape) if self.batch else ()

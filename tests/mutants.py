@@ -81,29 +81,53 @@ MUTANTS = [
     Mutant(
         "refresh",
         "core of the stale basis",
-        "R = to_core(gradient, *bases)",
-        "R = to_core(gradient, *olds)",
+        "R = to_core(G, *bases)",
+        "R = to_core(G, *olds)",
     ),
     Mutant("refresh", "C transposed", "matmul(new.mT, P) for", "matmul(P.mT, new) for"),
     Mutant(
         "refresh",
         "state turned by a bad gradient",
-        "spec.put(x, i, keep(new, part))",
-        "spec.put(x, i, new)",
+        "keep(x, before) for x",
+        "x for x",
     ),
-    Mutant("refresh", "basis of a bad gradient", "keep(new, spec.take(x, i))", "new"),
+    Mutant("refresh", "basis of a bad gradient", "keep(new, x) for new", "new for new"),
     Mutant(
         "refresh",
         "Q never refreshed",
         "self.method.next(unit.mT if side else unit, P, key, n == 0)",
         "P if side else self.method.next(unit, P, key, n == 0)",
     ),
-    Mutant("refresh", "one key for a stack", "index[i], n + 1, side", "index[0], n + 1, side"),
+    Mutant("sweep", "one key for a stack", "spec.cut(G, i), order[i]", "spec.cut(G, i), order[0]"),
+    Mutant("sweep", "one key for leaves alike", "part, order[e], old", "part, order[0], old"),
+    Mutant("sweep", "what is of experts alike", "e // spec.matrices, e % spec.matrices", "e, e"),
+    Mutant("control", "a tree of no depth", "if len(states) <= BRANCHES", "if True"),
+    Mutant(
+        "linalg",
+        "a Q that is not checked",
+        "return lax.cond(near(gram), ",
+        "return (lambda p, f, g: f())(True, ",
+    ),
+    Mutant(
+        "linalg", "columns long and short", "Q = Y / jnp.where(length > 0, length, 1.0)", "Q = Y"
+    ),
+    Mutant(
+        "linalg",
+        "scales of another condition",
+        "least = 1 / math.sqrt(condition)",
+        "least = 1 / condition",
+    ),
+    Mutant(
+        "fisher_core",
+        "all roots at each new basis",
+        "jnp.where(due[..., None, None], Z, old[0])",
+        "Z",
+    ),
     Mutant(
         "refresh",
         "the same random basis again",
-        "index[i], n + 1, side",
-        "index[i], 1, side",
+        "index, n + 1, side",
+        "index, 1, side",
     ),
     Mutant("refresh", "matrices, not groups", "index * groups // max(total, 1) *", "index *"),
     Mutant(
@@ -210,8 +234,10 @@ MUTANTS = [
         "fisher / jnp.where(known, weight, 1.0)[..., None, None]",
         "fisher",
     ),
-    Mutant("fisher_core", "a spike passes", "(in_turn | (s > OUTGROWN * root_scale))", "in_turn"),
-    Mutant("fisher_core", "a sum, not a mean", "((1 - beta) * jnp.square", "(1.0 * jnp.square"),
+    Mutant(
+        "fisher_core", "a spike passes", "(in_turn | (scale > OUTGROWN * root_scale))", "in_turn"
+    ),
+    Mutant("fisher_core", "a sum, not a mean", "(1 - beta) * jnp.square", "1.0 * jnp.square"),
     Mutant(
         "fisher_core", "unit of another power", "unit ** (1 - 2 * power)", "unit ** (1 - power)"
     ),
@@ -317,7 +343,7 @@ MUTANTS = [
     Mutant(
         "placement",
         "a stack is gathered",
-        "if not names:\n        return f(",
+        "if not batch:\n        return f(",
         "if True:\n        return f(",
     ),
     Mutant(
@@ -351,7 +377,7 @@ MUTANTS = [
     ),
     Mutant("manual", "casts none", 'to="varying") if axes else x', 'to="varying") if None else x'),
     Mutant("linalg", "an identity that all devices share", "jnp.zeros_like(A) + jnp", "jnp"),
-    Mutant("fisher_core", "two dtypes in one stack", "jax.typeof(A), []", "A.shape, []"),
+    Mutant("fisher_core", "two dtypes in one stack", "else jax.typeof(R), []", "else R.shape, []"),
     Mutant("decay", "a number that was cast is none", ', "pvary"),', "),"),
     Mutant("sharding", "the host is not told", '"pinned_host" if x else', '"device" if x else'),
     Mutant("offload", "vectors too", "chosen = x.ndim > 1 and", "chosen = x.ndim > 0 and"),
@@ -365,8 +391,8 @@ MUTANTS = [
     Mutant(
         "refresh",
         "a pass over the gradient on every step",
-        "G, n = lax.optimization_barrier((G, n))",
-        "pass",
+        "part, n = lax.optimization_barrier((part, old.times))",
+        "n = old.times",
     ),
     Mutant(
         "project",
@@ -431,6 +457,8 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "boxes": ["test_boxes", "test_flax"],
+    "sweep": ["test_trajectory", "test_engine", "test_sharding"],
+    "control": ["test_control"],
     "fisher_window": ["test_fisher", "test_trajectory"],
     "fisher_core": ["test_fisher", "test_trajectory"],
     "transport": ["test_transport", "test_trajectory", "test_partners"],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from natgalore_jax.control import BRANCHES, when, where_due
+from natgalore_jax.control import BRANCHES, chosen, when, where_due
 
 
 @pytest.mark.parametrize("predicate", [False, True])
@@ -22,3 +22,28 @@ def test_what_is_due_runs_and_little_else(due):
     ran, due = np.array(run(jnp.array(due))), np.array(due)
     assert (ran[due] == 1).all()
     assert ran.sum() <= BRANCHES * due.sum()
+
+
+@pytest.mark.parametrize("count", [1, 2, BRANCHES, BRANCHES + 1, 3 * BRANCHES**2])
+def test_one_is_chosen(count):
+    values = [lambda i=i: {"value": jnp.int32(i)} for i in range(count)]
+
+    @jax.jit
+    def choose(which):
+        return chosen([which == i for i in range(count)], values, {"value": jnp.int32(-1)})["value"]
+
+    for which in {-1, 0, count // 2, count - 1, count}:
+        assert choose(which) == (which if 0 <= which < count else -1)
+
+
+def test_programs_grow_as_what_they_choose_from():
+    def lines(count):
+        arrays = [jnp.ones(4)] * count
+
+        def choose(which, arrays):
+            here = [which == i for i in range(count)]
+            return chosen(here, [lambda x=x: x for x in arrays], jnp.zeros(4))
+
+        return len(jax.jit(choose).lower(0, arrays).as_text().splitlines())
+
+    assert lines(256) < 2.2 * lines(128)

@@ -143,3 +143,14 @@ def test_rounded_is_to_the_nearest_and_ties_to_even(dtype):
 )
 def test_power_of_two_is_the_largest_below(x, expected):
     assert power_of_two(jnp.float32(x)) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_powers_of_two_of_all_sizes(dtype):
+    with jax.enable_x64(True):
+        x = dtype(1.1) ** np.arange(-800, 800, 7, dtype=dtype)
+        _, exponent = np.frexp(x)
+        power, root = power_of_two(jnp.asarray(x)), power_of_two(jnp.asarray(x), root=True)
+        assert power.dtype == root.dtype == dtype
+        np.testing.assert_array_equal(power, np.ldexp(dtype(1), exponent - 1))
+        np.testing.assert_array_equal(root, np.ldexp(dtype(1), (exponent - 1) // 2))
