@@ -15,7 +15,7 @@ PACKAGES := examples$(addprefix -,$(filter-out cpu,$(ACCELERATOR)))
 $(if $(filter cpu gpu cuda12 tpu,$(ACCELERATOR)),,$(error ACCELERATOR is cpu, gpu, cuda12 or tpu))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all mutants lint
+.PHONY: help train test test-all mutants bench lint
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; \
@@ -32,6 +32,11 @@ test-all: $(VENV)/.test ## run all tests
 
 mutants: $(VENV)/.test ## plant faults, see that the quick tests notice; ARGS="engine" for one room
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+bench: $(VENV)/.bench ## time a small model's updates beside Optax's, into runs/step.json
+	@mkdir -p runs
+	$(BIN)/python benchmarks/bench_step.py --trees tiny --dtype float32 --out runs/step.json \
+		--methods adamw,galore,natural_galore,contrib_galore $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check
