@@ -108,10 +108,10 @@ def cholesky_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
 def inverse_root(
     A: Float[Array, "*batch r r"], power: float, damping: float
 ) -> Float[Array, "*batch r r"]:
-    """A⁻ᵖ of a symmetric A whose smallest eigenvalue is at least `damping` of its mean one."""
+    """A⁻ᵖ of A = L + λI, with λ at least `damping` of the mean eigenvalue of L, none below 0."""
     if power == 1.0:
         return jsp.linalg.cho_solve((jnp.linalg.cholesky(A), True), eye_like(A))
-    condition = A.shape[-1] / damping
+    condition = A.shape[-1] * (1 + 1 / damping)  # the trace of A over its least eigenvalue
     square_root, inverse = newton_schulz(A, condition)
     if power == 0.5:
         return inverse

@@ -14,7 +14,7 @@ ROOMS = [
     {"kinds", "placement", "rules"},
     {"layout"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
-    {"transport"},
+    {"sweep", "transport"},
     {"refresh"},
     {"engine"},
     {"project"},

@@ -45,6 +45,18 @@ def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, 
     )
 
 
+@pytest.mark.parametrize("power", [0.5, 0.25, 1.0])
+@pytest.mark.parametrize("damping", [1.0, 4.0, 100.0])
+@pytest.mark.parametrize("r", [1, 3, 32])
+def test_roots_are_accurate_where_damping_is_most_of_it(r, damping, power, key):
+    X = jax.random.normal(key, (r, r))
+    L = np.asarray(X @ X.T, np.float64)
+    A = damped(jnp.asarray(L, jnp.float32), jnp.float32(1.0), damping)
+    expected = oracles.inverse_root(L, damping, power)
+    error = np.linalg.norm(inverse_root(A, power, damping) - expected)
+    assert error < 5e-6 * np.linalg.norm(expected)  # eps times the condition, at most 2 r here
+
+
 def test_newton_schulz_gives_both_roots(key):
     X = jax.random.normal(key, (3, 8, 8))
     A = X @ X.mT + jnp.broadcast_to(jnp.eye(8), X.shape)
