@@ -109,9 +109,6 @@ MUTANTS = [
         "return (lambda p, f, g: f())(True, ",
     ),
     Mutant(
-        "linalg", "columns long and short", "Q = Y / jnp.where(length > 0, length, 1.0)", "Q = Y"
-    ),
-    Mutant(
         "linalg",
         "scales of another condition",
         "least = 1 / math.sqrt(condition)",

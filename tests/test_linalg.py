@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from natgalore_jax import linalg
 from natgalore_jax.fisher_core import damped
 from natgalore_jax.linalg import (
     cholesky_qr,
@@ -112,6 +113,14 @@ def test_a_q_is_that_of_a_qr(factorise, sketch):
     if np.linalg.cond(Y) < 100:  # else the last columns hang on digits that float32 has not
         exact = np.linalg.qr(Y)
         np.testing.assert_allclose(Q, exact.Q * np.sign(np.diagonal(exact.R)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "sketch", ["orthonormal", "huge", "long and short", "a turn from a warm basis", "columns alike"]
+)
+def test_cholesky_qr_does_without_reflections(sketch, monkeypatch):
+    monkeypatch.setattr(linalg, "householder_qr", lambda Y: jnp.nan * Y)
+    assert np.isfinite(cholesky_qr(jnp.asarray(sketches()[sketch], jnp.float32))).all()
 
 
 def test_cholesky_qr_of_what_is_not_finite_is_not_finite():
