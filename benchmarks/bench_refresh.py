@@ -7,7 +7,7 @@ Three questions that fixed the engine's scheme, answered on whatever device JAX 
    leaf, one `fori_loop` with traced bounds per leaf, or one outer `lax.cond`, or a loop of no
    turn or one, around either?
 2. `root`: (L + λI)^(-1/2) by eigh against the coupled Newton-Schulz iteration, batched.
-3. `orth`: Householder QR of an m x r sketch against CholeskyQR2.
+3. `orth`: Householder QR of an m x r sketch against shifted Cholesky QR.
 
 Timings are medians; compare them within one run only.
 
@@ -18,7 +18,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import pathlib
 import statistics
 import time
@@ -27,6 +26,13 @@ import jax
 import jax.numpy as jnp
 from environment import environment
 from jax import lax
+
+from natgalore_jax.linalg import (
+    cholesky_qr,
+    householder_qr,
+    newton_schulz,
+    newton_schulz_scales,
+)
 
 
 SKETCHES = ((1024, 128), (1024, 256), (2048, 512), (4096, 1024))
@@ -141,29 +147,9 @@ def bench_scheme(leaves, shape, rank, repeats):
     return rows
 
 
-def newton_schulz(A, steps):
-    c = jnp.linalg.norm(A, axis=(-2, -1), keepdims=True)
-    eye = jnp.broadcast_to(jnp.eye(A.shape[-1]), A.shape)
-
-    def turn(_, YZ):
-        Y, Z = YZ
-        T = 1.5 * eye - 0.5 * dot(Z, Y)
-        return dot(Y, T), dot(T, Z)
-
-    return lax.fori_loop(0, steps, turn, (A / c, eye))[1] / jnp.sqrt(c)
-
-
 def eigh_root(A):
     w, V = jnp.linalg.eigh(A)
     return dot(V * w[..., None, :] ** -0.5, V.mT)
-
-
-def cholesky_qr2(Y):
-    for _ in range(2):
-        R = jnp.linalg.cholesky(dot(Y.mT, Y)).mT
-        eye = jnp.broadcast_to(jnp.eye(R.shape[-1]), R.shape)
-        Y = dot(Y, lax.linalg.triangular_solve(R, eye, left_side=True, lower=False))
-    return Y
 
 
 def timed(f, *args, repeats):
@@ -177,13 +163,14 @@ def timed(f, *args, repeats):
 
 
 def bench_root(r, batch, repeats, damping=0.1):
-    steps = math.ceil(math.log(r / damping) / 0.81) + 7
+    condition = r * (1 + 1 / damping)
     Q = jnp.linalg.qr(jax.random.normal(jax.random.key(1), (batch, r, r)))[0]
     spectrum = 1.0 / jnp.arange(1, r + 1) ** 2
     A = dot(Q * spectrum, Q.mT) + damping * spectrum.mean() * jnp.eye(r)
     exact = dot(Q * (spectrum + damping * spectrum.mean()) ** -0.5, Q.mT)
-    row = {"steps": steps}
-    for name, f in {"newton_schulz": lambda A: newton_schulz(A, steps), "eigh": eigh_root}.items():
+    row = {"turns": len(newton_schulz_scales(condition))}
+    roots = {"newton_schulz": lambda A: newton_schulz(A, condition)[1], "eigh": eigh_root}
+    for name, f in roots.items():
         row[f"{name}_ms"] = timed(f, A, repeats=repeats)
         error = jnp.linalg.norm(f(A) - exact) / jnp.linalg.norm(exact)
         row[f"{name}_error"] = float(error)
@@ -194,8 +181,8 @@ def bench_root(r, batch, repeats, damping=0.1):
 def bench_orth(m, r, repeats):
     Y = jax.random.normal(jax.random.key(2), (m, r))
     row = {
-        "householder_ms": timed(lambda Y: jnp.linalg.qr(Y)[0], Y, repeats=repeats),
-        "cholesky2_ms": timed(cholesky_qr2, Y, repeats=repeats),
+        "householder_ms": timed(householder_qr, Y, repeats=repeats),
+        "cholesky_ms": timed(cholesky_qr, Y, repeats=repeats),
     }
     print(f"orth {m}x{r}", {k: round(v, 3) for k, v in row.items()}, flush=True)
     return row

@@ -151,8 +151,7 @@ def scale_by_core_fisher(
         def renew(fisher, weight, scale, due, root, root_scale):
             def compute(old):
                 Z = inverse_root(damped(fisher, weight, damping), power, least_damping)
-                new = jnp.where(due[..., None, None], Z, old[0]), jnp.where(due, scale, old[1])
-                return new
+                return jnp.where(due[..., None, None], Z, old[0]), jnp.where(due, scale, old[1])
 
             return when(due.any(), compute, (root, root_scale))
 

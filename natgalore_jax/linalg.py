@@ -22,7 +22,7 @@ def product(a: Array, b: Array) -> Array:
     """a @ b for what is done with a gradient or its core on every step.
 
     In float32 on CPUs, tensor-float32 on NVIDIA's, three bfloat16 passes on TPUs: the core and the
-    update are then right to 3e-4 on a GPU, a tenth of what rounding a gradient to bfloat16 costs,
+    update are then right to 3e-4 on a GPU, a sixth of what rounding a gradient to bfloat16 costs,
     and both products are 2.2 to 2.9 times faster on one H100 (`benchmarks/bench_matmul.py`). Where
     `jax_default_matmul_precision` is "highest" they are in float32 everywhere.
     """

@@ -83,7 +83,7 @@ def project(
         params, or a prefix of one; or a function from the params to such a tree. A view is a
         :class:`MatrixView`, one of Optax's `GaLoreDimensionNumbers` and `MuonDimensionNumbers`,
         None for a leaf to be left whole, or `"auto"`.
-      stagger: refresh matrices in at most 20 groups spread over T, so that no step pays for all.
+      stagger: refresh matrices in at most 100 groups spread over T, so that no step pays for all.
         False refreshes all at once.
       seed: of random bases, which all are before the first refresh.
 
