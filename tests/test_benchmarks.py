@@ -16,6 +16,7 @@ import bench_matmul
 import bench_offload
 import bench_step
 import bench_train
+import profile_step
 
 
 def run(benchmark, monkeypatch, *arguments):
@@ -161,6 +162,15 @@ def test_offloading_moves_state_and_keeps_what_it_needs(small, monkeypatch):
     vectors = 2 * 4 * 32 + 4  # both moments of the last norm, and a count: not worth the way
     assert there["state_on_device"] == vectors
     assert there["state_on_host"] == here["state_on_device"] - vectors
+
+
+def test_a_profile_names_the_operations_of_a_step(small, monkeypatch, capsys):
+    run(profile_step, monkeypatch, "--tree", "tiny", "--method", "adamw", "--steps", "2")
+    total, *rows = capsys.readouterr().out.splitlines()
+    taken = [float(row.split()[0]) for row in rows]
+    assert taken == sorted(taken, reverse=True)
+    assert 0 < sum(taken) <= 1.01 * float(total.split()[0]) + 0.05  # each is rounded
+    assert any("fusion" in row for row in rows)
 
 
 def test_matmul_errors_are_those_of_the_arithmetic(monkeypatch, tmp_path):
