@@ -16,6 +16,7 @@ the same settings and machine is not measured again.
 """
 
 import argparse
+import gc
 import json
 import pathlib
 import statistics
@@ -122,6 +123,8 @@ def measure(row: dict[str, Any], params: Any, rank: int, args, save: Callable[[]
         except Exception as error:  # of many types: a compiler's, or a method's that does not run
             methods[name] = {"does not run": str(error).splitlines()[0]}
         save()
+    gc.collect()  # or Python does it in the middle of some step: what compiling left, 0.2 s of it
+    gc.freeze()
     for turn in range(1 + args.refresh_every):
         for stepper in list(steppers.values())[:: 1 if turn % 2 else -1]:
             stepper.step(grads)

@@ -65,3 +65,15 @@ def test_which_arithmetic(words, name):
         f"{of['down_error']:.0e}",
         f"{of['up_error']:.0e}",
     ]
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore", "natural_galore", "contrib_galore"])
+def test_on_a_cpu(name):
+    (tree,) = results("step-cpu")["trees"]
+    of, theirs = tree["methods"][name], tree["methods"]["contrib_galore"]
+    assert cells("On a CPU", f"`{name.replace('contrib_', 'optax.contrib.')}`") == [
+        f"{of['hot_ms']:.2f}",
+        f"{of['hot_ms'] / theirs['hot_ms']:.2f}",
+        f"{of['slowest_ms'] / of['median_ms']:.2f}",
+        f"{of['slowest_ms']:.1f}",
+    ]
