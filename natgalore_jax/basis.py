@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from .linalg import matmul, orthonormalise, product
+from .linalg import matmul, orthonormalise, product, rounded_product
 from .spec import LeafSpec
 
 
@@ -155,10 +155,13 @@ def to_core(
 
 
 def from_core(
-    U: Float[Array, "..."], P: Float[Array, "*batch m r"], *Q: Float[Array, "*batch n r"]
+    dtype: Any,
+    U: Float[Array, "..."],
+    P: Float[Array, "*batch m r"],
+    *Q: Float[Array, "*batch n r"],
 ) -> Float[Array, "*batch m n"]:
-    """P U, or P U Qᵀ."""
-    return product(P, product(U, Q[0].mT) if Q else U)
+    """P U, or P U Qᵀ, in `dtype`."""
+    return rounded_product(P, product(U, Q[0].mT) if Q else U, dtype)
 
 
 def basis_key(

@@ -200,11 +200,12 @@ class Engine:
         def at(P, Q, U, ok, w):
             if P is None:
                 return U.astype(w.dtype)
-            full = from_core(self.scale * U.value, *expanded(U.value.dtype, P, Q))
+            dtype = U.value.dtype
+            full = from_core(w.dtype, self.scale * U.value, *expanded(dtype, P, Q))
             a = next(left)
             if a is not None:
-                weight = P.spec.to_view(w).astype(full.dtype)
-                full += jnp.where(ok.value[..., None, None], a * weight, 0)
+                weight = P.spec.to_view(w).astype(dtype)
+                full = full.astype(dtype) + jnp.where(ok.value[..., None, None], a * weight, 0)
             return P.spec.from_view(full).astype(w.dtype)
 
         return jax.tree.map(lambda w, *x: at(*x, w), weights, *bases, answer, finite)

@@ -373,6 +373,8 @@ MUTANTS = [
         "varying(G) & varying(kept",
     ),
     Mutant("manual", "casts none", 'to="varying") if axes else x', 'to="varying") if None else x'),
+    Mutant("linalg", "narrow factors of any update", "dtype != jnp.bfloat16 or", "False and"),
+    Mutant("linalg", "narrow factors for all that was asked", "16 or all_digits_asked()", "16"),
     Mutant("linalg", "an identity that all devices share", "jnp.zeros_like(A) + jnp", "jnp"),
     Mutant("fisher_core", "two dtypes in one stack", "else jax.typeof(R), []", "else R.shape, []"),
     Mutant("decay", "a number that was cast is none", ', "pvary"),', "),"),

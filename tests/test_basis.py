@@ -222,8 +222,8 @@ def test_there_and_back(key):
     assert (one.shape, two.shape) == ((2, R, N), (2, R, R))
     close = {"rtol": 0, "atol": 1e-5}  # sums of 24 products of size one
     np.testing.assert_allclose(two, p.mT @ g @ q, **close)
-    np.testing.assert_allclose(from_core(one, P), p @ p.mT @ g, **close)
-    np.testing.assert_allclose(from_core(two, P, Q), p @ p.mT @ g @ q @ q.mT, **close)
+    np.testing.assert_allclose(from_core(one.dtype, one, P), p @ p.mT @ g, **close)
+    np.testing.assert_allclose(from_core(two.dtype, two, P, Q), p @ p.mT @ g @ q @ q.mT, **close)
 
 
 def test_a_function_that_returns_another_shape_is_refused(key):

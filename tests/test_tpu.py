@@ -133,15 +133,15 @@ def digits_are_asked(tx):
     (_, update) = programs(tx)
     asked = lambda: set(matmuls(jax.make_jaxpr(update[0])(*update[1]).jaxpr))
     all_digits, three_passes = (lax.Precision.HIGHEST,) * 2, (lax.Precision.HIGH,) * 2
-    assert asked() == {all_digits, three_passes}
+    assert asked() - {all_digits} == {three_passes}
     with jax.default_matmul_precision("highest"):
         assert asked() == {all_digits}
 
 
 def as_on_a_tpu(f, heed=True):
-    """`f` whose matmuls take their inputs in bfloat16, as a TPU's do, unless all digits are asked.
+    """`f` whose matmuls are of bfloat16, as a TPU's: one pass, three, or six for all digits.
 
-    `heed`: whether asking is of any use.
+    `heed`: whether asking for more than one pass is of any use.
     """
 
     def run(*args):
@@ -168,17 +168,25 @@ def applied(eqn, heed, inputs):
     run = lambda closed: lambda *args: evaluated(closed, heed, args)
     match name:
         case "dot_general":
-            if not heed or params["precision"] != (lax.Precision.HIGHEST,) * 2:
-                inputs = [lax.reduce_precision(x, 8, 7) for x in inputs]
+            asked = (params["precision"] or [None])[0] if heed else None
             params = params | {"precision": (lax.Precision.HIGHEST,) * 2}
-            return [eqn.primitive.bind(*inputs, **params)]
+            dot = lambda *of: eqn.primitive.bind(*of, **params)
+            if asked == lax.Precision.HIGHEST:
+                return [dot(*inputs)]
+            (a, a_rest), (b, b_rest) = map(in_two, inputs)
+            few = dot(a, b)
+            return [few + dot(a, b_rest) + dot(a_rest, b) if asked == lax.Precision.HIGH else few]
         case "while":
             a, b = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
             go_on = lambda carry: run(params["cond_jaxpr"])(*inputs[:a], *carry)[0]
             turn = lambda carry: run(params["body_jaxpr"])(*inputs[a:b], *carry)
             return lax.while_loop(go_on, turn, inputs[b:])
         case "scan":
-            a, b = params["num_consts"], params["num_consts"] + params["num_carry"]
+            if "num_carry" in params:
+                sizes = params["num_consts"], params["num_carry"]
+            else:  # of JAX 0.11
+                sizes = [len(x) for x in params["ft_in"].unpack()[:2]]
+            a, b = sizes[0], sum(sizes)
 
             def one(carry, xs):
                 out = run(params["jaxpr"])(*inputs[:a], *carry, *xs)
@@ -194,6 +202,12 @@ def applied(eqn, heed, inputs):
         return run(programs[0])(*inputs)
     out = eqn.primitive.bind(*inputs, **params)
     return out if eqn.primitive.multiple_results else [out]
+
+
+def in_two(x):
+    """What bfloat16 keeps of x, and of the rest."""
+    high = lax.reduce_precision(x, 8, 7)
+    return high, lax.reduce_precision(x - high, 8, 7)
 
 
 def weights(seed):
@@ -220,11 +234,12 @@ def test_training_loses_no_digits_to_bfloat16(settings):
     actual, state = trained(tx, as_on_a_tpu(tx.update))
     rounded, _ = trained(tx, as_on_a_tpu(tx.update, heed=False))
     for name, w in expected.items():
-        # The same operations, fused otherwise: float32's 6e-8, through an inverse root. Weights
-        # have moved by up to 8e-2. Measured: no difference.
-        np.testing.assert_allclose(actual[name], w, rtol=0, atol=1e-6)
-        # 5e-4 to 1e-2 were measured, and 8e-5 for random bases.
-        assert np.abs(rounded[name] - w).max() > 3e-5
+        # Three passes are right to 4e-6, and weights have moved by up to 8e-2 in eight steps. At
+        # most 1.4e-6 was measured, and 3e-5 of a window, whose inverse makes more of an error.
+        atol = 1e-4 if settings["fisher"] == "window" else 4e-6
+        np.testing.assert_allclose(actual[name], w, rtol=0, atol=atol)
+        # One pass: 1.5e-3 to 1.2e-2 were measured.
+        assert np.abs(rounded[name] - w).max() > 5e-4
     for basis in jax.tree.leaves(state[0].basis):
         if jnp.issubdtype(basis.dtype, jnp.floating):
             # Householder's QR: 4e-7 was measured.
