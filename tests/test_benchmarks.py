@@ -81,9 +81,11 @@ class TestTrain:
         moved = {name: row["collectives"].get("refresh", {}) for name, row in rows.items()}
         assert not moved["adamw"]
         assert not moved["adamw_unrolled"]
-        # A refresh by SVD gathers whole gradients, ours sums what is r wide.
-        gathered = lambda name: moved[name]["all-gather"]["bytes"]
-        assert gathered("contrib_galore") > 2 * gathered("galore")
+        # A refresh moves less than the gradients, which each device has summed whole here.
+        of = lambda name: sum(kind["bytes"] for kind in moved[name].values())
+        summed = rows["galore"]["collectives"]["every step"]["all-reduce"]["bytes"]
+        assert 0 < of("galore") < summed / 4
+        assert of("galore") < of("natural_galore")  # which turns more
 
 
 class TestStep:
