@@ -1,0 +1,145 @@
+"""Does it learn better? A Llama under many optimizers, each at its own best learning rate.
+
+    python benchmarks/bench_convergence.py --methods adamw,galore,natural_galore
+    python benchmarks/bench_convergence.py --size toy    a try of a minute on a CPU
+    python benchmarks/bench_convergence.py --show        the table and pictures of what is there
+
+All see the same data in the same order, the same schedule and the same weights at the start. Each
+method's rate is looked for among four at least; the best one is run with more seeds. Every run that
+ends is one more line of --out, so what is cut off goes on where it was, and nothing is run twice.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from convergence import corpus, results
+from convergence.contenders import CONTENDERS
+from convergence.search import next_run
+from convergence.training import SIZES, Setting, compiled, train
+from environment import environment
+from rich.console import Console
+
+
+USUAL = {  # of the sizes: vocabulary, steps, batch, length
+    "toy": (512, 60, 8, 64),
+    "33m": (8192, 1000, 64, 256),
+    "60m": (32_000, 1000, 64, 256),
+    "130m": (32_000, 2000, 128, 256),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = lambda x: x.split(",")
+    parser.add_argument("--size", choices=SIZES, default="33m")
+    parser.add_argument("--methods", type=words, default=["adamw", "galore", "natural_galore"])
+    parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
+    parser.add_argument("--rate", type=float, help="only this one, and no search")
+    parser.add_argument("--rest-rate", type=float, default=2e-3, help="of embedding, head, norms")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, help="sequences in a step")
+    parser.add_argument("--length", type=int, help="tokens in a sequence")
+    parser.add_argument("--rank", type=int, help="a quarter of the width by default")
+    parser.add_argument("--refresh-every", type=int, default=200)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dataset", choices=corpus.DATASETS, default="python")
+    parser.add_argument("--texts", type=int, help="read so many at most")
+    parser.add_argument(
+        "--cache", type=Path, default="runs/cache", help="where tokens and programs are kept"
+    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no run begins")
+    parser.add_argument("--out", type=Path, default="runs/convergence.jsonl")
+    parser.add_argument("--figure", type=Path, help="draw the losses here")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    if unknown := [name for name in args.methods if name not in CONTENDERS]:
+        parser.error(f"no method {unknown[0]!r}: choose from {', '.join(CONTENDERS)}")
+    for name in ("seeds", "steps", "batch", "length", "rank", "refresh_every", "texts"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    return args
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    vocabulary, steps, batch, length = USUAL[args.size]
+    return Setting(
+        size=args.size,
+        vocabulary=vocabulary,
+        steps=args.steps or steps,
+        batch=args.batch or batch,
+        length=args.length or length,
+        rank=args.rank or SIZES[args.size].hidden // 4,
+        refresh_every=args.refresh_every,
+        rest_rate=args.rest_rate,
+        dtype=args.dtype,
+    )
+
+
+def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> None:
+    """Runs until nothing is left to run, or time is up."""
+    until = time.time() + 60 * args.minutes
+    about = {"setting": dataclasses.asdict(setting), "data": text.about}
+    flags = os.environ.get("XLA_FLAGS", "")
+    header: dict[str, Any] = about | {"environment": environment() | {"xla_flags": flags}}
+    methods = {name: CONTENDERS[name].first for name in args.methods}
+    programs: dict[str, Any] = {}
+    while time.time() < until:
+        done = results.read(args.out, about)
+        if args.rate is None:
+            run = next_run(methods, args.seeds, [one.done for one in done])
+        else:
+            asked = [(name, args.rate, seed) for seed in range(args.seeds) for name in methods]
+            made = [one.done[:3] for one in done]
+            run = next((one for one in asked if one not in made), None)
+        if run is None:
+            return
+        name, rate, seed = run
+        if name not in programs:
+            programs = {name: compiled(name, setting)}  # of one at a time: they hold memory
+        program, records = programs[name], []
+        print(f"{name}, rate {rate:g}, seed {seed}: ", end="", flush=True)
+        began = time.time()
+        for record in train(program, setting, text, rate, seed):
+            records.append(record)
+            if len(records) % 4 == 0 or record["validation_loss"] is None:
+                print(f"{results.loss_of(record):.3f} ", end="", flush=True)
+        print(f"in {time.time() - began:.0f} s", flush=True)
+        sizes = {name: getattr(program, name) for name in ("state_bytes", "matrix_state_bytes")}
+        line = header | {"method": name, "rate": rate, "seed": seed, **sizes, "records": records}
+        results.append(args.out, line)
+
+
+def main():
+    args = arguments()
+    setting = setting_of(args)
+    jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
+    if not args.show:
+        try:
+            text = corpus.load(args.dataset, setting.vocabulary, args.cache, args.texts)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        shortest = min(len(text.train), len(text.validation))
+        if shortest <= setting.length + 1:
+            sys.exit(f"error: {shortest} tokens are too few for sequences of {setting.length}")
+        print(", ".join(f"{name} {value}" for name, value in text.about.items()), flush=True)
+        try:
+            search(args, setting, text)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from the runs that have ended")
+    for about, runs in results.groups(args.out):
+        if about["setting"] == dataclasses.asdict(setting):
+            Console(width=None if sys.stdout.isatty() else 140).print(results.table(about, runs))
+            if args.figure:
+                results.draw(runs).savefig(args.figure, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The optimizers that are compared, each with the learning rates among which to begin.
+
+A contender sees the matrices of the layers alone; everything else is under Adam, for all alike.
+Rates are in steps of two, four to begin with; `search` goes on where the best is at an end.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optax
+
+import natgalore_jax as natgalore
+
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import llama
+
+
+class Contender(NamedTuple):
+    """An optimizer of the comparison.
+
+    Attributes:
+      make: (learning rate, rank, refresh_every) -> the transformation; the rate may be traced.
+      first: the lowest of the four rates to begin with.
+      stacked: whether it takes layers that are one stack; else it is given them apart.
+    """
+
+    make: Callable[[Any, int, int], optax.GradientTransformation]
+    first: float
+    stacked: bool = True
+
+
+def ours(recipe: str, **settings: Any) -> Callable[..., optax.GradientTransformation]:
+    return lambda rate, rank, every: getattr(natgalore, recipe)(
+        rate, rank, refresh_every=every, **settings
+    )
+
+
+def contrib_galore(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
+    return optax.contrib.galore(
+        rate,
+        rank=rank,
+        update_proj_gap=every,
+        weight_dimension_numbers=llama.galore_dimension_numbers,
+    )
+
+
+def adafactor(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
+    del rank, every
+    return optax.adafactor(rate, multiply_by_parameter_scale=False)
+
+
+CONTENDERS = {
+    "adamw": Contender(lambda rate, rank, every: optax.adamw(rate, weight_decay=0.0), 5e-4),
+    "adamw_b2_95": Contender(
+        lambda rate, rank, every: optax.adamw(rate, b2=0.95, weight_decay=0.0), 5e-4
+    ),
+    "galore": Contender(ours("galore"), 1.25e-3),
+    "natural_galore": Contender(ours("natural_galore"), 1.25e-3),
+    "natural_galore_window": Contender(ours("natural_galore", fisher="window"), 1.25e-3),
+    "contrib_galore": Contender(contrib_galore, 1.25e-3, stacked=False),
+    "muon": Contender(lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 5e-3),
+    "adafactor": Contender(adafactor, 1e-3),
+    "lion": Contender(lambda rate, rank, every: optax.lion(rate, weight_decay=0.0), 6.25e-5),
+}

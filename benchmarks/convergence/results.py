@@ -1,0 +1,248 @@
+"""What runs say together: the table of a setting, and its pictures.
+
+A result is a line of a file of JSON lines: setting, data, environment, method, rate, seed, bytes of
+state, and the records of the run.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from rich.table import Table
+
+from .search import Done, best_rate, near
+
+
+REFERENCE = "adamw"
+
+
+class Run(NamedTuple):
+    """A line of results."""
+
+    method: str
+    rate: float
+    seed: int
+    state_bytes: int
+    matrix_state_bytes: int
+    records: list[dict[str, Any]]
+
+    @property
+    def loss(self) -> float:
+        """The last validation loss, infinite if the run broke."""
+        return loss_of(self.records[-1])
+
+    @property
+    def done(self) -> Done:
+        return Done(self.method, self.rate, self.seed, self.loss)
+
+    @property
+    def step_seconds(self) -> float:
+        """The median over the stretches between validations."""
+        stretches = zip(self.records[1:], self.records[2:], strict=False)
+        taken = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in stretches]
+        return statistics.median(taken) if taken else math.nan
+
+
+class Summary(NamedTuple):
+    """A method at its best rate.
+
+    Attributes:
+      runs: of the best rate, one a seed.
+      tried: (rate, loss) of the first seed, by rate.
+      at_an_end: whether the best rate is the lowest or highest tried.
+    """
+
+    method: str
+    runs: list[Run]
+    tried: list[tuple[float, float]]
+    at_an_end: bool
+
+    @property
+    def rate(self) -> float:
+        return self.runs[0].rate
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(run.loss for run in self.runs)
+
+    @property
+    def spread(self) -> float | None:
+        """Of the seeds, the standard deviation."""
+        return statistics.stdev(run.loss for run in self.runs) if len(self.runs) > 1 else None
+
+    def curve(self, along: str) -> tuple[list[float], list[float]]:
+        """The mean validation loss over seeds, against tokens, steps or seconds."""
+        rows = list(zip(*(run.records for run in self.runs), strict=False))
+        mean = lambda name, row: statistics.mean(record[name] for record in row)
+        losses = [statistics.mean(map(loss_of, row)) for row in rows]
+        return [mean(along, row) for row in rows], losses
+
+    def tokens_to(self, loss: float) -> float | None:
+        """When the mean curve falls to a loss for good, between validations along a line."""
+        tokens, losses = self.curve("tokens")
+        if losses[-1] > loss:
+            return None
+        last = max((i for i, x in enumerate(losses) if x > loss), default=None)
+        if last is None:
+            return tokens[0]
+        part = (losses[last] - loss) / (losses[last] - losses[last + 1])
+        return tokens[last] + part * (tokens[last + 1] - tokens[last])
+
+
+def loss_of(record: dict[str, Any]) -> float:
+    loss = record["validation_loss"]
+    return math.inf if loss is None else loss
+
+
+def lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The results of a file; one that a kill cut short is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Adds a result; what a kill cut short before it stays a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(line) + "\n")
+
+
+def groups(path: Path) -> list[tuple[dict[str, Any], list[Run]]]:
+    """The runs that may be compared: of one setting and one corpus."""
+    found: list[tuple[dict[str, Any], list[Run]]] = []
+    for line in lines(path):
+        about = {name: line[name] for name in ("setting", "data")}
+        run = Run(*(line[name] for name in Run._fields))
+        for other, runs in found:
+            if other == about:
+                runs.append(run)
+                break
+        else:
+            found.append((about, [run]))
+    return found
+
+
+def read(path: Path, about: dict[str, Any]) -> list[Run]:
+    return next((runs for other, runs in groups(path) if other == about), [])
+
+
+def summaries(runs: list[Run]) -> list[Summary]:
+    """Each method at its best rate, lowest loss first."""
+    found = []
+    for method in dict.fromkeys(run.method for run in runs):
+        of = [run for run in runs if run.method == method]
+        rate = best_rate(method, [run.done for run in of], seed=min(run.seed for run in of))
+        best = [run for run in of if near(run.rate, rate)]
+        tried = sorted((run.rate, run.loss) for run in of if run.seed == 0)
+        at_an_end = len(tried) > 1 and any(near(rate, tried[i][0]) for i in (0, -1))
+        found.append(Summary(method, best, tried, at_an_end))
+    return sorted(found, key=lambda summary: summary.loss)
+
+
+def rows(runs: list[Run]) -> list[dict[str, Any]]:
+    """The table's figures: one row a method."""
+    found = summaries(runs)
+    reference = next((s for s in found if s.method == REFERENCE), None)
+    table = []
+    for s in found:
+        row: dict[str, Any] = {
+            "method": s.method,
+            "rate": s.rate,
+            "at_an_end": s.at_an_end,
+            "loss": s.loss,
+            "spread": s.spread,
+            "seeds": len(s.runs),
+            "matrix_state_bytes": s.runs[0].matrix_state_bytes,
+            "state_bytes": s.runs[0].state_bytes,
+            "step_ms": 1e3 * statistics.median(run.step_seconds for run in s.runs),
+        }
+        if reference is not None:
+            needed, whole = s.tokens_to(reference.loss), reference.runs[0].records[-1]["tokens"]
+            other = {run.seed: run.loss for run in reference.runs}
+            # Seed by seed: all methods have a seed's weights and batches in common.
+            apart = [run.loss - other[run.seed] for run in s.runs if run.seed in other]
+            row |= {
+                "to_reference": statistics.mean(apart) if apart else None,
+                "to_reference_spread": statistics.stdev(apart) if len(apart) > 1 else None,
+                "tokens_to_reference": needed and needed / whole,
+            }
+        table.append(row)
+    return table
+
+
+def table(about: dict[str, Any], runs: list[Run]) -> Table:
+    """For a terminal."""
+    setting, data = about["setting"], about["data"]
+    tokens = setting["steps"] * setting["batch"] * setting["length"]
+    view = Table(
+        *("method", "rate", "validation loss", "seeds", f"to {REFERENCE}", "tokens to its loss"),
+        *("state of matrices, MB", "step, ms"),
+        title=f"{setting['size']}, rank {setting['rank']}, {tokens / 1e6:.1f}M tokens of "
+        f"{data['dataset']} {data['sha256'][:8]}",
+    )
+    text = lambda value, form: "-" if value is None else format(value, form)
+    spread = lambda value: "" if value is None else f" ± {value:.3f}"
+    for row in rows(runs):
+        view.add_row(
+            row["method"],
+            f"{row['rate']:.3g}" + (" (at an end)" if row["at_an_end"] else ""),
+            f"{row['loss']:.3f}{spread(row['spread'])}",
+            str(row["seeds"]),
+            text(row.get("to_reference"), "+.3f") + spread(row.get("to_reference_spread")),
+            text(row.get("tokens_to_reference"), ".2f"),
+            f"{row['matrix_state_bytes'] / 1e6:.1f}",
+            f"{row['step_ms']:.1f}",
+        )
+    return view
+
+
+def draw(runs: list[Run]) -> Figure:
+    """Loss against tokens, time, bytes of state, and learning rate."""
+    found = summaries(runs)
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    against_tokens, against_time, against_bytes, against_rate = figure.subplots(2, 2).flat
+    last = [s.loss for s in found if math.isfinite(s.loss)]
+    top = min(last) + 3 * max(0.05, max(last) - min(last)) if last else 1.0
+    for i, s in enumerate(found):
+        style: dict[str, Any] = {"label": s.method, "color": f"C{i % 10}"}
+        style["linestyle"] = "-" if i < 10 else "--"
+        against_tokens.plot(*s.curve("tokens"), **style)
+        against_time.plot(*s.curve("seconds"), **style)
+        against_rate.plot(*zip(*s.tried, strict=True), marker="o", **style)
+        megabytes = s.runs[0].matrix_state_bytes / 1e6
+        against_bytes.errorbar(
+            megabytes, s.loss, yerr=s.spread, fmt="o", capsize=3, color=style["color"]
+        )
+        against_bytes.annotate(
+            s.method, (megabytes, s.loss), xytext=(6, 4), textcoords="offset points", fontsize=8
+        )
+    against_tokens.set(xlabel="tokens", xscale="linear")
+    against_tokens.xaxis.set_major_formatter(EngFormatter())
+    against_time.set(xlabel="seconds of training")
+    against_bytes.set(xlabel="optimizer state of the layers' matrices, MB")
+    against_bytes.margins(x=0.25)
+    against_rate.set(xlabel="learning rate", xscale="log")
+    for axes in (against_tokens, against_time, against_rate):
+        limited(axes, min(last, default=0.0), top)
+    for axes in figure.axes:
+        axes.set_ylabel("validation loss, nats per token")
+        axes.grid(alpha=0.3)
+    against_tokens.legend(fontsize=8)
+    return figure
+
+
+def limited(axes: Axes, best: float, top: float) -> None:
+    """Shows where losses end rather than where all begin."""
+    axes.set_ylim(best - 0.05 * (top - best), top)

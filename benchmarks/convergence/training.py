@@ -1,0 +1,202 @@
+"""One run: a Llama, an optimizer for the matrices of its layers, a learning rate, a seed.
+
+Embedding, head and norms are under Adam at a rate of their own. Both rates rise for a tenth of the
+steps and fall along a cosine to a tenth of their peak. A batch is a function of seed and step, the
+same for all optimizers, and so are the weights at the start. The program of an optimizer is
+compiled once: the rate is an argument of it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from .contenders import CONTENDERS, llama
+from .corpus import Corpus
+
+
+SIZES = {
+    "toy": llama.LlamaConfig(64, 176, heads=4, layers=2),
+    "33m": llama.CONFIGS["60m"],  # with 8,192 tokens in place of 32,000
+    "60m": llama.CONFIGS["60m"],
+    "130m": llama.CONFIGS["130m"],
+}
+CLIP = 1.0  # the gradient's global norm at most
+VALIDATIONS = 20  # in a run
+VALIDATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs that are compared have in common.
+
+    Attributes:
+      size: of the model, one of SIZES.
+      vocabulary: number of tokens.
+      steps: of a run.
+      batch: sequences in a step.
+      length: tokens in a sequence.
+      rank: of all low-rank methods.
+      refresh_every: steps between their bases.
+      rest_rate: peak learning rate of what is not a matrix of a layer.
+      dtype: of activations and products; weights are float32.
+    """
+
+    size: str
+    vocabulary: int
+    steps: int
+    batch: int
+    length: int
+    rank: int
+    refresh_every: int
+    rest_rate: float
+    dtype: str
+
+    @property
+    def model(self) -> llama.LlamaConfig:
+        dtype = jnp.dtype(self.dtype)
+        return replace(SIZES[self.size], vocabulary=self.vocabulary, scan=True, dtype=dtype)
+
+    def schedule(self, step: int) -> float:
+        """The part of the peak rate at a step, counted from 0."""
+        rising = max(1, self.steps // 10)
+        if step < rising:
+            return (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+
+
+class Program(NamedTuple):
+    """An optimizer's compiled functions, and what is known of its state.
+
+    Attributes:
+      init: seed -> (weights, state).
+      step: ((weights, state), tokens, starts, rate, rest's rate) -> (the same after it, loss).
+      loss: (weights, tokens, starts) -> the mean loss.
+      state_bytes: of all state.
+      matrix_state_bytes: of what is remembered of the layers' matrices.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    loss: Callable[..., Any]
+    state_bytes: int
+    matrix_state_bytes: int
+
+
+def is_matrix(path: tuple[Any, ...], w: Any) -> bool:
+    """Whether a weight is a matrix of a layer, or a stack of them."""
+    return path[0].key == "layers" and path[-1].key == "kernel"
+
+
+def apart(params: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The params with each layer a tree of its own, as a model that is not scanned has them."""
+    each = {i: jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(layers)}
+    return params | {"layers": each}
+
+
+def stacked(params: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of :func:`apart`."""
+    each = params["layers"].values()
+    return params | {"layers": jax.tree.map(lambda *ws: jnp.stack(ws), *each)}
+
+
+def compiled(name: str, setting: Setting) -> Program:
+    """The program of a contender."""
+    config, contender = setting.model, CONTENDERS[name]
+    structure = llama.structure(config)
+    seen = (lambda x: x) if contender.stacked else (lambda x: apart(x, config.layers))
+    back = (lambda x: x) if contender.stacked else stacked
+
+    def optimizer(rate, rest_rate):
+        matrices = contender.make(rate, setting.rank, setting.refresh_every)
+        rest = optax.adamw(rest_rate, weight_decay=0.0)
+        labels = lambda params: jax.tree.map_with_path(
+            lambda path, w: "matrices" if is_matrix(path, w) else "rest", params
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(CLIP),
+            optax.partition({"matrices": matrices, "rest": rest}, labels),
+        )
+
+    def init(seed):
+        model = llama.Llama(config, nnx.Rngs(jax.random.key(seed)))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return params, optimizer(1.0, 1.0).init(seen(params))
+
+    def loss(params, tokens, starts):
+        batch = tokens[starts[:, None] + jnp.arange(setting.length + 1)[None]].astype(jnp.int32)
+        return llama.next_token_loss(nnx.merge(structure, params), batch)
+
+    def step(carry, tokens, starts, rate, rest_rate):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params, tokens, starts)
+        updates, state = optimizer(rate, rest_rate).update(seen(grads), state, seen(params))
+        return (optax.apply_updates(params, back(updates)), state), value
+
+    _, state = jax.eval_shape(init, 0)
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return Program(
+        jax.jit(init),
+        jax.jit(step, donate_argnums=0),
+        jax.jit(loss),
+        size(state),
+        size(state[1].inner_states["matrices"]),
+    )
+
+
+def starts_of(tokens: Any, setting: Setting, seed: int, step: int) -> np.ndarray:
+    """Where the sequences of a step begin."""
+    random = np.random.default_rng((seed, step))
+    return random.integers(len(tokens) - setting.length, size=setting.batch, dtype=np.int32)
+
+
+def train(
+    program: Program, setting: Setting, corpus: Corpus, rate: float, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Trains, and yields a record now and then: step, tokens, seconds, and both losses.
+
+    Seconds are of steps alone, the first, which compiles, left out. A run whose loss is not finite
+    ends there, with None for losses.
+    """
+    tokens, held_out = jnp.asarray(corpus.train), jnp.asarray(corpus.validation)
+    spread = np.linspace(
+        0, len(corpus.validation) - setting.length - 1, VALIDATION_BATCHES * setting.batch
+    )
+    groups = np.split(spread.astype(np.int32), VALIDATION_BATCHES)
+    carry = program.init(seed)
+    losses, seconds, mark = [], 0.0, time.perf_counter()
+    every = max(1, setting.steps // VALIDATIONS)
+    for step in range(setting.steps):
+        part = setting.schedule(step)
+        starts = starts_of(corpus.train, setting, seed, step)
+        carry, loss = program.step(carry, tokens, starts, rate * part, setting.rest_rate * part)
+        losses.append(loss)
+        if step == 0:
+            jax.block_until_ready(carry)
+            mark = time.perf_counter()
+        if (step + 1) % every and step + 1 < setting.steps:
+            continue
+        train_loss = float(np.mean(jax.device_get(losses)))
+        jax.block_until_ready(carry)
+        seconds += time.perf_counter() - mark
+        whole = [program.loss(carry[0], held_out, group) for group in groups]
+        validation_loss = float(np.mean(jax.device_get(whole)))
+        finite = math.isfinite(train_loss) and math.isfinite(validation_loss)
+        yield {
+            "step": step + 1,
+            "tokens": (step + 1) * setting.batch * setting.length,
+            "seconds": round(seconds, 4),
+            "train_loss": train_loss if finite else None,
+            "validation_loss": validation_loss if finite else None,
+        }
+        if not finite:
+            return
+        losses, mark = [], time.perf_counter()

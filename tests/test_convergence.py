@@ -1,0 +1,291 @@
+"""The harness that compares optimizers: what it searches, reads and says is what was run."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_convergence
+from convergence import contenders, corpus, results, search, training
+from convergence.search import Done, next_run
+
+
+class TestSearch:
+    def all_runs(self, loss, methods=None, seeds=3):
+        """Makes runs until none is left."""
+        methods, done = methods or {"a": 1e-3, "b": 1e-2}, []
+        while (run := next_run(methods, seeds, done)) is not None:
+            done.append(Done(*run, loss(*run)))
+        return done
+
+    def test_looks_at_four_rates_and_beyond_the_end_that_is_best(self):
+        done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 0.0321)), seeds=1)
+        rates = [run.rate for run in done if run.method == "a"]
+        assert rates == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3]
+        assert search.best_rate("a", done) == 32e-3
+        assert [run.rate for run in done if run.method == "b"] == [1e-2, 2e-2, 4e-2, 8e-2]
+
+    def test_looks_below_too(self):
+        done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 2e-4)), {"a": 1e-3}, 1)
+        rates = [run.rate for run in done]
+        assert rates == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 5e-4, 2.5e-4, 1.25e-4])
+
+    def test_other_seeds_follow_when_all_are_tuned(self):
+        done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 3e-3)) + seed)
+        seeds = [run.seed for run in done]
+        assert seeds == sorted(seeds)
+        last = [(run.method, run.seed) for run in done[-4:]]
+        assert last == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+        # A seed's luck does not move the rate.
+        assert {run.rate for run in done[-4:] if run.method == "a"} == {4e-3}
+
+    def test_a_method_that_always_breaks_is_left(self):
+        done = self.all_runs(lambda method, rate, seed: math.inf if method == "a" else 1.0)
+        assert len([run for run in done if run.method == "a" and run.seed == 0]) == 4
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.floats(-20, 20), st.floats(-12, -3))
+    def test_ends_with_neighbours_on_both_sides(self, best, first):
+        loss = lambda method, rate, seed: abs(math.log2(rate) - best)
+        done = self.all_runs(loss, {"a": 2.0**first}, 1)
+        assert len(done) <= search.MOST
+        rates, found = [run.rate for run in done], search.best_rate("a", done)
+        assert len(done) == search.MOST or min(rates) < found < max(rates)
+
+
+class TestCorpus:
+    @pytest.fixture
+    def texts(self, monkeypatch):
+        texts = [f"def f_{i}():\n    return {i} * 'é'\n".encode() * 3 for i in range(120)]
+        monkeypatch.setitem(corpus.DATASETS, "python", lambda limit: iter(texts[:limit]))
+        return texts
+
+    def test_tokens_are_the_texts(self, texts, tmp_path):
+        text = corpus.load("python", 300, tmp_path)
+        strings = [one.decode() for one in texts]
+        encoding = corpus.taught(strings[:: corpus.TAUGHT_BY], 300)
+        held_out = strings[:: corpus.HELD_OUT]
+        assert len(held_out) == 3
+        for tokens, part in (
+            (text.train, [s for i, s in enumerate(strings) if i % corpus.HELD_OUT]),
+            (text.validation, held_out),
+        ):
+            assert encoding.decode(tokens.tolist()) == "".join(part)
+            assert (tokens == encoding.token_to_id(corpus.END)).sum() == len(part)
+        assert text.about["bytes"] == sum(map(len, texts))
+        assert text.about["train_tokens"] == len(text.train)
+        assert max(text.train.max(), text.validation.max()) < 300
+
+    def test_is_kept_for_these_texts_alone(self, texts, tmp_path, monkeypatch):
+        first = corpus.load("python", 300, tmp_path)
+        monkeypatch.setattr(corpus, "taught", None)  # not again
+        again = corpus.load("python", 300, tmp_path)
+        np.testing.assert_array_equal(again.train, first.train)
+        assert again.about == first.about
+        texts[7] = b"another\n"
+        with pytest.raises(TypeError):
+            corpus.load("python", 300, tmp_path)
+
+    def test_reads_python_here_once_each(self):
+        texts = list(corpus.python_sources(50))
+        assert len(texts) == 50
+        assert len(set(texts)) == 50
+        assert sum(b"import" in text for text in texts) > 25
+
+    def test_says_what_is_missing(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(ValueError, match="bench-c4"):
+            corpus.load("c4", 300, tmp_path)
+
+
+SETTING = training.Setting(
+    size="toy",
+    vocabulary=64,
+    steps=40,
+    batch=4,
+    length=16,
+    rank=4,
+    refresh_every=4,
+    rest_rate=0.0,
+    dtype="float32",
+)
+
+
+@pytest.fixture
+def toy(small, monkeypatch):
+    model = dataclasses.replace(training.SIZES["toy"], hidden=16, intermediate=24, heads=2)
+    monkeypatch.setitem(training.SIZES, "toy", model)
+
+
+def text():
+    random = np.random.default_rng(0)
+    draw = lambda n: random.integers(64, size=n).astype(np.uint16)
+    return corpus.Corpus(draw(2000), draw(500), {})
+
+
+class TestTraining:
+    def test_rate_rises_for_a_tenth_and_falls_to_a_tenth(self):
+        rates = [SETTING.schedule(step) for step in range(SETTING.steps + 1)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert rates[4] == 1.0
+        assert rates[22] == pytest.approx(0.55)
+        assert rates[40] == pytest.approx(0.1)
+
+    def test_batches_are_of_seed_and_step_alone(self):
+        one = training.starts_of(range(100), SETTING, 1, 2)
+        np.testing.assert_array_equal(one, training.starts_of(range(100), SETTING, 1, 2))
+        assert not np.array_equal(one, training.starts_of(range(100), SETTING, 2, 1))
+        many = [training.starts_of(range(SETTING.length + 2), SETTING, 0, i) for i in range(50)]
+        assert {0, 1} == set(np.concatenate(many))  # a sequence and the token after it fit
+
+    @pytest.mark.usefixtures("toy")
+    def test_layers_apart_are_the_stack(self):
+        params = contenders.llama.abstract_params(SETTING.model)
+        params = jax.tree.map(
+            lambda x: np.random.default_rng(0).normal(size=x.shape).astype("f"), params
+        )
+        layers = training.apart(params, 2)
+        assert layers["layers"][1]["mlp"]["up"]["kernel"].shape == (16, 24)
+        jax.tree.map(np.testing.assert_array_equal, training.stacked(layers), params)
+
+    @pytest.mark.usefixtures("toy")
+    @pytest.mark.parametrize("name", ["galore", "contrib_galore"])
+    def test_a_rate_moves_what_it_is_for(self, name):
+        """The contender's rate the matrices of the layers, the other one the rest."""
+        program = training.compiled(name, SETTING)
+        tokens = jnp.asarray(text().train)
+        starts = training.starts_of(tokens, SETTING, 0, 0)
+        before = program.init(0)[0]
+        for rates in ((1e-2, 0.0), (0.0, 1e-2)):
+            (after, _), loss = program.step(program.init(0), tokens, starts, *rates)
+            np.testing.assert_allclose(loss, program.loss(before, tokens, starts), rtol=1e-5)
+            moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, after)
+            moved = jax.tree.leaves_with_path(moved)
+            matrices = {training.is_matrix(path, None): is_moved for path, is_moved in moved}
+            assert matrices == {True: rates[0] > 0, False: rates[1] > 0}
+            assert len(moved) == 7 + 2 + 3
+
+    @pytest.mark.usefixtures("toy")
+    def test_matrix_state_is_counted_apart(self):
+        program = training.compiled("adamw", SETTING)
+        numbers = 2 * (4 * 16 * 16 + 3 * 16 * 24)
+        assert program.matrix_state_bytes == 8 * numbers + 4
+        rest = 2 * 64 * 16 + (2 * 2 + 1) * 16
+        assert program.state_bytes == 8 * (numbers + rest) + 2 * 4
+
+    @pytest.mark.usefixtures("toy")
+    def test_a_run_that_breaks_ends_there(self):
+        program = training.compiled("adamw", SETTING)
+        setting = dataclasses.replace(SETTING, rest_rate=math.nan)
+        records = list(training.train(program, setting, text(), 1e-3, 0))
+        assert len(records) == 1
+        assert records[0]["validation_loss"] is None
+        assert results.loss_of(records[0]) == math.inf
+
+
+def line(method, rate, seed, losses, setting="s", step_seconds=0.1):
+    records = [
+        {
+            "step": 10 * (i + 1),
+            "tokens": 1000 * (i + 1),
+            "seconds": 10 * (i + 1) * step_seconds,
+            "train_loss": loss,
+            "validation_loss": loss,
+        }
+        for i, loss in enumerate(losses)
+    ]
+    sizes = {"state_bytes": 5_000_000, "matrix_state_bytes": 2_000_000}
+    of = {"setting": setting, "data": "d", "environment": {}}
+    return of | {"method": method, "rate": rate, "seed": seed, **sizes, "records": records}
+
+
+class TestResults:
+    @pytest.fixture
+    def file(self, tmp_path):
+        lines = [
+            line("adamw", 1e-3, 0, [5.0, 4.0, 3.5]),
+            line("adamw", 2e-3, 0, [5.0, 3.6, 3.0]),
+            line("adamw", 2e-3, 1, [5.0, 3.8, 3.2]),
+            line("adamw", 4e-3, 0, [5.0, 4.0, 3.4]),
+            line("galore", 2e-3, 0, [4.0, 3.0, 2.8], step_seconds=0.2),
+            line("galore", 2e-3, 1, [4.0, 3.1, 3.1], step_seconds=0.2),
+            line("lion", 1e-3, 0, [4.0, None]),
+            line("adamw", 2e-3, 2, [1.0], setting="another"),
+        ]
+        path = tmp_path / "runs.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)) + '\n{"setting": "s", "da')
+        return path
+
+    def test_rows_are_of_each_methods_best_rate(self, file):
+        assert [about["setting"] for about, _ in results.groups(file)] == ["s", "another"]
+        runs = results.read(file, {"setting": "s", "data": "d"})
+        first, second, third = results.rows(runs)
+        assert [row["method"] for row in (first, second, third)] == ["galore", "adamw", "lion"]
+        assert first["loss"] == pytest.approx(2.95)
+        assert first["spread"] == pytest.approx(0.3 / math.sqrt(2))
+        assert first["to_reference"] == pytest.approx(-0.15)  # -0.2 and -0.1 of the two seeds
+        assert first["to_reference_spread"] == pytest.approx(0.1 / math.sqrt(2))
+        # AdamW's 3.1: galore's mean falls from 4.0 to 3.05 between 1000 and 2000 tokens.
+        assert first["tokens_to_reference"] == pytest.approx((1000 + 1000 * 0.9 / 0.95) / 3000)
+        assert first["step_ms"] == pytest.approx(200)
+        assert (second["rate"], second["at_an_end"], second["seeds"]) == (2e-3, False, 2)
+        assert second["tokens_to_reference"] == pytest.approx(1.0)
+        assert third["loss"] == math.inf
+        assert third["tokens_to_reference"] is None
+
+    def test_nothing_is_read_of_no_file(self, tmp_path):
+        assert results.groups(tmp_path / "none") == []
+
+
+@pytest.mark.usefixtures("toy")
+class TestCommand:
+    def run(self, monkeypatch, *arguments):
+        monkeypatch.setattr(sys, "argv", ["bench_convergence.py", "--size", "toy", *arguments])
+        cache = jax.config.jax_compilation_cache_dir
+        try:
+            bench_convergence.main()
+        finally:
+            jax.config.update("jax_compilation_cache_dir", cache)
+
+    def test_goes_on_where_it_was(self, monkeypatch, capsys):
+        monkeypatch.setitem(bench_convergence.USUAL, "toy", (64, 4, 4, 16))
+        monkeypatch.setattr(corpus, "load", lambda *of: text()._replace(about={"sha256": "0" * 64}))
+        monkeypatch.setattr(results, "table", lambda about, runs: len(runs))
+        what = ["--methods", "adamw,galore", "--rate", "1e-3", "--seeds", "2"]
+        self.run(monkeypatch, *what, "--out", "runs.jsonl", "--figure", "runs.png")
+        lines = Path("runs.jsonl").read_text().splitlines()
+        assert [(x["method"], x["seed"]) for x in map(json.loads, lines)] == [
+            *(("adamw", 0), ("galore", 0), ("adamw", 1), ("galore", 1))
+        ]
+        assert Path("runs.png").stat().st_size > 10_000
+        Path("runs.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:200])
+        self.run(monkeypatch, *what, "--out", "runs.jsonl")
+        again = Path("runs.jsonl").read_text().splitlines()
+        assert again[:3] == lines[:3]
+        assert json.loads(again[-1])["records"][-1]["train_loss"] == pytest.approx(
+            json.loads(lines[3])["records"][-1]["train_loss"], rel=1e-5
+        )
+        monkeypatch.setattr(bench_convergence, "compiled", None)  # nothing is left to do
+        self.run(monkeypatch, *what, "--out", "runs.jsonl")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--methods", "adamv"], "no method 'adamv'"),
+            (["--steps", "0"], "--steps must be at least 1, got 0"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, arguments, message, monkeypatch, capsys):
+        with pytest.raises(SystemExit):
+            self.run(monkeypatch, *arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]
