@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-import peers
+from convergence import peers
 
 
 M, N, R, EVERY, STEPS = 6, 8, 3, 3, 7

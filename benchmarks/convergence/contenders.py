@@ -13,6 +13,8 @@ import optax
 
 import natgalore_jax as natgalore
 
+from . import peers
+
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
@@ -63,6 +65,22 @@ CONTENDERS = {
     "natural_galore_window": Contender(ours("natural_galore", fisher="window"), 1.25e-3),
     "contrib_galore": Contender(contrib_galore, 1.25e-3, stacked=False),
     "muon": Contender(lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 5e-3),
+    "soap": Contender(lambda rate, rank, every: peers.soap(rate), 1.25e-3),
+    "fira": Contender(
+        lambda rate, rank, every: peers.fira(rate, rank, refresh_every=every), 1.25e-3
+    ),
+    "apollo": Contender(
+        lambda rate, rank, every: peers.apollo(rate, rank, refresh_every=every), 2.5e-3
+    ),
+    "apollo_mini": Contender(
+        lambda rate, rank, every: peers.apollo_mini(rate, refresh_every=every), 2.5e-3
+    ),
+    "ldadam": Contender(
+        # The β of its experiments.
+        lambda rate, rank, every: peers.ldadam(rate, rank, b1=0.908, b2=0.99),
+        5e-4,
+    ),
+    "dion": Contender(lambda rate, rank, every: peers.dion(rate, rank), 5e-3),
     "adafactor": Contender(adafactor, 1e-3),
     "lion": Contender(lambda rate, rank, every: optax.lion(rate, weight_decay=0.0), 6.25e-5),
 }
