@@ -1,6 +1,7 @@
 """Does it learn better? A Llama under many optimizers, each at its own best learning rate.
 
     python benchmarks/bench_convergence.py --methods adamw,galore,natural_galore
+    python benchmarks/bench_convergence.py --methods natural_galore:refresh_every=20+basis=svd
     python benchmarks/bench_convergence.py --size toy    a try of a minute on a CPU
     python benchmarks/bench_convergence.py --show        the table and pictures of what is there
 
@@ -11,7 +12,6 @@ ends is one more line of --out, so what is cut off goes on where it was, and not
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 from convergence import corpus, results
-from convergence.contenders import CONTENDERS
+from convergence.contenders import contender
 from convergence.search import next_run
 from convergence.training import SIZES, Setting, compiled, train
 from environment import environment
@@ -60,8 +60,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, help="draw the losses here")
     parser.add_argument("--show", action="store_true", help="run nothing")
     args = parser.parse_args()
-    if unknown := [name for name in args.methods if name not in CONTENDERS]:
-        parser.error(f"no method {unknown[0]!r}: choose from {', '.join(CONTENDERS)}")
+    try:
+        args.methods = {name: contender(name).first for name in args.methods}
+    except ValueError as error:
+        parser.error(str(error))
     for name in ("seeds", "steps", "batch", "length", "rank", "refresh_every", "texts"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -87,16 +89,14 @@ def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> N
     """Runs until nothing is left to run, or time is up."""
     until = time.time() + 60 * args.minutes
     about = {"setting": dataclasses.asdict(setting), "data": text.about}
-    flags = os.environ.get("XLA_FLAGS", "")
-    header: dict[str, Any] = about | {"environment": environment() | {"xla_flags": flags}}
-    methods = {name: CONTENDERS[name].first for name in args.methods}
+    header: dict[str, Any] = about | {"environment": environment()}
     programs: dict[str, Any] = {}
     while time.time() < until:
         done = results.read(args.out, about)
         if args.rate is None:
-            run = next_run(methods, args.seeds, [one.done for one in done])
+            run = next_run(args.methods, args.seeds, [one.done for one in done])
         else:
-            asked = [(name, args.rate, seed) for seed in range(args.seeds) for name in methods]
+            asked = [(name, args.rate, seed) for seed in range(args.seeds) for name in args.methods]
             made = [one.done[:3] for one in done]
             run = next((one for one in asked if one not in made), None)
         if run is None:

@@ -1,6 +1,7 @@
 """The environment every results file carries: figures mean little without it."""
 
 import importlib.metadata
+import os
 import platform
 
 import jax
@@ -16,5 +17,6 @@ def environment() -> dict[str, str | int]:
         "device_count": jax.device_count(),
         "host": f"{platform.machine()} {platform.system()}",
         "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **versions,
     }

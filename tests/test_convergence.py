@@ -108,6 +108,26 @@ class TestCorpus:
             corpus.load("c4", 300, tmp_path)
 
 
+class TestContenders:
+    def test_settings_are_those_of_the_recipe(self):
+        params = {"kernel": jnp.zeros((64, 96))}
+        basis = lambda text: contenders.contender(text).make(1e-3, 16, 5).init(params)[0].basis
+        assert basis("natural_galore")["kernel"].value.shape == (64, 16)
+        assert basis("natural_galore:rank=8")["kernel"].value.shape == (64, 8)
+        assert basis("galore:rank=8+side=right")["kernel"].value.shape == (96, 8)
+        assert basis("galore:basis=random")["kernel"].value.shape == (2,)
+
+    def test_settings_of_the_fisher_stage(self):
+        params = {"kernel": jnp.zeros((64, 96))}
+        inner = lambda text: (
+            contenders.contender(text).make(1e-3, 16, 5).init(params)[0].inner_state
+        )
+        window = inner("natural_galore_window:fisher.window=3")[0].window["kernel"].value
+        assert window.shape == (3, 16, 96)
+        assert inner("natural_galore:fisher=window")[0].window["kernel"].value.shape[0] == 20
+        assert inner("natural_galore:fisher.power=0.25")[0].root["kernel"].value.shape == (16, 16)
+
+
 SETTING = training.Setting(
     size="toy",
     vocabulary=64,
@@ -282,6 +302,10 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--methods", "adamv"], "no method 'adamv'"),
+            (["--methods", "lion:b1=0.9"], "lion takes no settings, got 'b1=0.9'"),
+            (["--methods", "galore:rank"], "a setting is name=value, got 'rank'"),
+            (["--methods", "galore:transport=turn"], "`transport` must be one of"),
+            (["--methods", "natural_galore:fisher.damping=0"], "damping"),
             (["--steps", "0"], "--steps must be at least 1, got 0"),
         ],
     )

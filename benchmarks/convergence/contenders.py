@@ -1,9 +1,15 @@
 """The optimizers that are compared, each with the learning rates among which to begin.
 
+Ours can be given settings after a colon, which is how one thing at a time is taken away or added:
+
+    natural_galore:refresh_every=20+transport=keep    an argument of the recipe
+    natural_galore:fisher.damping=0.01+rank=64        of its Fisher stage, and the rank
+
 A contender sees the matrices of the layers alone; everything else is under Adam, for all alike.
 Rates are in steps of two, four to begin with; `search` goes on where the best is at an end.
 """
 
+import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,9 +42,12 @@ class Contender(NamedTuple):
 
 
 def ours(recipe: str, **settings: Any) -> Callable[..., optax.GradientTransformation]:
-    return lambda rate, rank, every: getattr(natgalore, recipe)(
-        rate, rank, refresh_every=every, **settings
-    )
+    def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
+        return getattr(natgalore, recipe)(
+            rate, **({"rank": rank, "refresh_every": every} | settings)
+        )
+
+    return make
 
 
 def contrib_galore(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
@@ -55,7 +64,7 @@ def adafactor(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
     return optax.adafactor(rate, multiply_by_parameter_scale=False)
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Contender] = {
     "adamw": Contender(lambda rate, rank, every: optax.adamw(rate, weight_decay=0.0), 5e-4),
     "adamw_b2_95": Contender(
         lambda rate, rank, every: optax.adamw(rate, b2=0.95, weight_decay=0.0), 5e-4
@@ -84,3 +93,48 @@ CONTENDERS = {
     "adafactor": Contender(adafactor, 1e-3),
     "lion": Contender(lambda rate, rank, every: optax.lion(rate, weight_decay=0.0), 6.25e-5),
 }
+
+STAGES = {"core": natgalore.scale_by_core_fisher, "window": natgalore.scale_by_fisher}
+
+
+def contender(text: str) -> Contender:
+    """The contender of a name, with its settings if it has any.
+
+    Raises:
+      ValueError: there is none of this name, or it does not take these settings.
+    """
+    name, colon, rest = text.partition(":")
+    if name not in CONTENDERS:
+        raise ValueError(f"no method {name!r}: choose from {', '.join(CONTENDERS)}")
+    if not colon:
+        return CONTENDERS[name]
+    recipe = name.removesuffix("_window")
+    if recipe not in ("galore", "natural_galore"):
+        raise ValueError(f"{name} takes no settings, got {rest!r}")
+    settings: dict[str, Any] = {}
+    of_stage: dict[str, Any] = {}
+    for part in rest.split("+"):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"a setting is name=value, got {part!r}")
+        of = of_stage if key.startswith("fisher.") else settings
+        of[key.removeprefix("fisher.")] = literal(value)
+    form = settings.get("fisher", "core" if name == recipe else "window")
+    if of_stage:
+        settings["fisher"] = STAGES[form](**of_stage)
+    elif name != recipe:
+        settings["fisher"] = form
+    made = CONTENDERS[name]._replace(make=ours(recipe, **settings))
+    try:
+        made.make(1e-3, 8, 1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{text}: {error}") from error
+    return made
+
+
+def literal(value: str) -> Any:
+    """A number, True, False or None, or else the word itself."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from .contenders import CONTENDERS, llama
+from .contenders import contender as contender_of, llama
 from .corpus import Corpus
 
 
@@ -110,7 +110,7 @@ def stacked(params: dict[str, Any]) -> dict[str, Any]:
 
 def compiled(name: str, setting: Setting) -> Program:
     """The program of a contender."""
-    config, contender = setting.model, CONTENDERS[name]
+    config, contender = setting.model, contender_of(name)
     structure = llama.structure(config)
     seen = (lambda x: x) if contender.stacked else (lambda x: apart(x, config.layers))
     back = (lambda x: x) if contender.stacked else stacked
