@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=words, default=["adamw", "galore", "natural_galore"])
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
     parser.add_argument("--rate", type=float, help="only this one, and no search")
-    parser.add_argument("--rest-rate", type=float, default=2e-3, help="of embedding, head, norms")
+    parser.add_argument("--rest-rate", type=float, default=4e-3, help="of embedding, head, norms")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="sequences in a step")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
@@ -72,6 +72,7 @@ def arguments() -> argparse.Namespace:
 
 def setting_of(args: argparse.Namespace) -> Setting:
     vocabulary, steps, batch, length = USUAL[args.size]
+    quick = jax.default_backend() == "gpu" and args.dtype == "bfloat16"
     return Setting(
         size=args.size,
         vocabulary=vocabulary,
@@ -82,6 +83,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
         refresh_every=args.refresh_every,
         rest_rate=args.rest_rate,
         dtype=args.dtype,
+        attention="cudnn" if quick else "xla",
     )
 
 
@@ -119,8 +121,8 @@ def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> N
 
 def main():
     args = arguments()
-    setting = setting_of(args)
     jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
+    setting = setting_of(args)
     if not args.show:
         try:
             text = corpus.load(args.dataset, setting.vocabulary, args.cache, args.texts)
@@ -135,7 +137,7 @@ def main():
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the runs that have ended")
     for about, runs in results.groups(args.out):
-        if about["setting"] == dataclasses.asdict(setting):
+        if args.show or about["setting"] == dataclasses.asdict(setting):
             Console(width=None if sys.stdout.isatty() else 140).print(results.table(about, runs))
             if args.figure:
                 results.draw(runs).savefig(args.figure, dpi=150)

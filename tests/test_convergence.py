@@ -138,6 +138,7 @@ SETTING = training.Setting(
     refresh_every=4,
     rest_rate=0.0,
     dtype="float32",
+    attention="xla",
 )
 
 

@@ -65,33 +65,33 @@ def adafactor(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "adamw": Contender(lambda rate, rank, every: optax.adamw(rate, weight_decay=0.0), 5e-4),
+    "adamw": Contender(lambda rate, rank, every: optax.adamw(rate, weight_decay=0.0), 2.5e-4),
     "adamw_b2_95": Contender(
-        lambda rate, rank, every: optax.adamw(rate, b2=0.95, weight_decay=0.0), 5e-4
+        lambda rate, rank, every: optax.adamw(rate, b2=0.95, weight_decay=0.0), 2.5e-4
     ),
-    "galore": Contender(ours("galore"), 1.25e-3),
-    "natural_galore": Contender(ours("natural_galore"), 1.25e-3),
-    "natural_galore_window": Contender(ours("natural_galore", fisher="window"), 1.25e-3),
-    "contrib_galore": Contender(contrib_galore, 1.25e-3, stacked=False),
+    "galore": Contender(ours("galore"), 6.25e-4),
+    "natural_galore": Contender(ours("natural_galore"), 6.25e-4),
+    "natural_galore_window": Contender(ours("natural_galore", fisher="window"), 6.25e-4),
+    "contrib_galore": Contender(contrib_galore, 6.25e-4, stacked=False),
     "muon": Contender(lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 5e-3),
-    "soap": Contender(lambda rate, rank, every: peers.soap(rate), 1.25e-3),
+    "soap": Contender(lambda rate, rank, every: peers.soap(rate), 5e-4),
     "fira": Contender(
-        lambda rate, rank, every: peers.fira(rate, rank, refresh_every=every), 1.25e-3
+        lambda rate, rank, every: peers.fira(rate, rank, refresh_every=every), 6.25e-4
     ),
     "apollo": Contender(
-        lambda rate, rank, every: peers.apollo(rate, rank, refresh_every=every), 2.5e-3
+        lambda rate, rank, every: peers.apollo(rate, rank, refresh_every=every), 5e-4
     ),
     "apollo_mini": Contender(
-        lambda rate, rank, every: peers.apollo_mini(rate, refresh_every=every), 2.5e-3
+        lambda rate, rank, every: peers.apollo_mini(rate, refresh_every=every), 5e-4
     ),
     "ldadam": Contender(
         # The β of its experiments.
         lambda rate, rank, every: peers.ldadam(rate, rank, b1=0.908, b2=0.99),
-        5e-4,
+        2.5e-4,
     ),
     "dion": Contender(lambda rate, rank, every: peers.dion(rate, rank), 5e-3),
-    "adafactor": Contender(adafactor, 1e-3),
-    "lion": Contender(lambda rate, rank, every: optax.lion(rate, weight_decay=0.0), 6.25e-5),
+    "adafactor": Contender(adafactor, 5e-4),
+    "lion": Contender(lambda rate, rank, every: optax.lion(rate, weight_decay=0.0), 3.125e-5),
 }
 
 STAGES = {"core": natgalore.scale_by_core_fisher, "window": natgalore.scale_by_fisher}

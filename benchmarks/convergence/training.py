@@ -47,6 +47,7 @@ class Setting:
       refresh_every: steps between their bases.
       rest_rate: peak learning rate of what is not a matrix of a layer.
       dtype: of activations and products; weights are float32.
+      attention: what computes it, as `llama.LlamaConfig` has it.
     """
 
     size: str
@@ -58,11 +59,17 @@ class Setting:
     refresh_every: int
     rest_rate: float
     dtype: str
+    attention: str
 
     @property
     def model(self) -> llama.LlamaConfig:
-        dtype = jnp.dtype(self.dtype)
-        return replace(SIZES[self.size], vocabulary=self.vocabulary, scan=True, dtype=dtype)
+        return replace(
+            SIZES[self.size],
+            vocabulary=self.vocabulary,
+            scan=True,
+            dtype=jnp.dtype(self.dtype),
+            attention=self.attention,
+        )
 
     def schedule(self, step: int) -> float:
         """The part of the peak rate at a step, counted from 0."""
