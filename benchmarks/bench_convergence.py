@@ -59,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default="runs/convergence.jsonl")
     parser.add_argument("--figure", type=Path, help="draw the losses here")
     parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--markdown", action="store_true", help="the table as a page has it")
     args = parser.parse_args()
     try:
         args.methods = {name: contender(name).first for name in args.methods}
@@ -138,7 +139,11 @@ def main():
             print("\ninterrupted; the same command goes on from the runs that have ended")
     for about, runs in results.groups(args.out):
         if args.show or about["setting"] == dataclasses.asdict(setting):
-            Console(width=None if sys.stdout.isatty() else 140).print(results.table(about, runs))
+            if args.markdown:
+                print(results.markdown(runs))
+            else:
+                console = Console(width=None if sys.stdout.isatty() else 140)
+                console.print(results.table(about, runs))
             if args.figure:
                 results.draw(runs).savefig(args.figure, dpi=150)
 

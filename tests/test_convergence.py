@@ -264,6 +264,15 @@ class TestResults:
         assert third["loss"] == math.inf
         assert third["tokens_to_reference"] is None
 
+    def test_a_page_says_it_in_words(self, file):
+        runs = results.read(file, {"setting": "s", "data": "d"})
+        _, _, galore, adamw, lion = results.markdown(runs).splitlines()
+        assert galore == (
+            "| `galore` | 0.002 | 2.950 ± 0.212 | 2 | -0.150 ± 0.071 | 0.65 | 2.0 | 200.0 |"
+        )
+        assert adamw.startswith("| `adamw` | 0.002 | 3.100 ± 0.141 | 2 | +0.000 ± 0.000 | 1.00 |")
+        assert "| inf | 1 | +inf | - |" in lion
+
     def test_nothing_is_read_of_no_file(self, tmp_path):
         assert results.groups(tmp_path / "none") == []
 

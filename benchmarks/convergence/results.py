@@ -182,30 +182,45 @@ def rows(runs: list[Run]) -> list[dict[str, Any]]:
     return table
 
 
+COLUMNS = ("method", "learning rate", "validation loss", "seeds", f"to {REFERENCE}")
+COLUMNS += ("tokens to its loss", "state of matrices, MB", "step, ms")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of :func:`rows` as words, in the order of COLUMNS."""
+    text = lambda value, form: "-" if value is None else format(value, form)
+    spread = lambda value: "" if value is None else f" ± {value:.3f}"
+    return (
+        row["method"],
+        f"{row['rate']:.3g}" + (" (at an end)" if row["at_an_end"] else ""),
+        f"{row['loss']:.3f}{spread(row['spread'])}",
+        str(row["seeds"]),
+        text(row.get("to_reference"), "+.3f") + spread(row.get("to_reference_spread")),
+        text(row.get("tokens_to_reference"), ".2f"),
+        f"{row['matrix_state_bytes'] / 1e6:.1f}",
+        f"{row['step_ms']:.1f}",
+    )
+
+
 def table(about: dict[str, Any], runs: list[Run]) -> Table:
     """For a terminal."""
     setting, data = about["setting"], about["data"]
     tokens = setting["steps"] * setting["batch"] * setting["length"]
     view = Table(
-        *("method", "rate", "validation loss", "seeds", f"to {REFERENCE}", "tokens to its loss"),
-        *("state of matrices, MB", "step, ms"),
+        *COLUMNS,
         title=f"{setting['size']}, rank {setting['rank']}, {tokens / 1e6:.1f}M tokens of "
-        f"{data['dataset']} {data['sha256'][:8]}",
+        f"{data['dataset']} {data['sha256'][:8]}, rest at {setting['rest_rate']:g}",
     )
-    text = lambda value, form: "-" if value is None else format(value, form)
-    spread = lambda value: "" if value is None else f" ± {value:.3f}"
     for row in rows(runs):
-        view.add_row(
-            row["method"],
-            f"{row['rate']:.3g}" + (" (at an end)" if row["at_an_end"] else ""),
-            f"{row['loss']:.3f}{spread(row['spread'])}",
-            str(row["seeds"]),
-            text(row.get("to_reference"), "+.3f") + spread(row.get("to_reference_spread")),
-            text(row.get("tokens_to_reference"), ".2f"),
-            f"{row['matrix_state_bytes'] / 1e6:.1f}",
-            f"{row['step_ms']:.1f}",
-        )
+        view.add_row(*cells(row))
     return view
+
+
+def markdown(runs: list[Run]) -> str:
+    """For a page."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [(f"`{name}`", *rest) for name, *rest in map(cells, rows(runs))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(runs: list[Run]) -> Figure:
