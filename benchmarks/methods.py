@@ -56,5 +56,5 @@ METHODS: dict[str, Make] = {
     "adafactor": adafactor,
     "lion": lambda rank, every, decay: optax.lion(RATE / 10, weight_decay=decay),
 }
-UNROLLED_ONLY = ("contrib_galore",)  # takes no stacked layers
+UNROLLED_ONLY = ("contrib_galore", "muon")  # take no stacked layers: muon gives them to Adam
 REFERENCE = "adamw"  # what ratios are to

@@ -73,7 +73,9 @@ CONTENDERS: dict[str, Contender] = {
     "natural_galore": Contender(ours("natural_galore"), 6.25e-4),
     "natural_galore_window": Contender(ours("natural_galore", fisher="window"), 6.25e-4),
     "contrib_galore": Contender(contrib_galore, 6.25e-4, stacked=False),
-    "muon": Contender(lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 5e-3),
+    "muon": Contender(
+        lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 2.5e-3, stacked=False
+    ),
     "soap": Contender(lambda rate, rank, every: peers.soap(rate), 5e-4),
     "fira": Contender(
         lambda rate, rank, every: peers.fira(rate, rank, refresh_every=every), 6.25e-4
