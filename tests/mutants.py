@@ -456,7 +456,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "boxes": ["test_boxes", "test_flax"],
-    "sweep": ["test_trajectory", "test_engine", "test_sharding"],
+    "sweep": ["test_sweep", "test_trajectory", "test_engine", "test_sharding"],
     "control": ["test_control"],
     "fisher_window": ["test_fisher", "test_trajectory"],
     "fisher_core": ["test_fisher", "test_trajectory"],
