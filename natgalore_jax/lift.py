@@ -42,16 +42,16 @@ def lift(
     def at(w, P, Q, U, ok, *left):
         if P is None:
             return U.astype(w.dtype), None
-        U, dtype, norm = U.value, U.value.dtype, None
+        U, dtype, S, norm = U.value, U.value.dtype, None, None
         factors = expanded(dtype, P, Q)
-        if residual is None:
-            full = from_core(w.dtype, scale * U, *factors)
-        else:
+        if residual is not None:
             G, R, before = left
             G = P.spec.to_view(G).astype(dtype)
             U, S, norm = added(residual, G, R.value, U, ok.value, before.value, *factors)
-            full = from_core(w.dtype, scale * U, *factors).astype(dtype) + scale * S
             norm = before.replace(norm)
+        full = from_core(w.dtype, scale * U, *factors)
+        if S is not None:
+            full = full.astype(dtype) + scale * S
         a = next(decays)
         if a is not None:
             weight = P.spec.to_view(w).astype(dtype)

@@ -92,7 +92,7 @@ def added(
       G: gradients.
       R: their cores, k = n, or r on both sides; 0 where not finite.
       U: inner's answers; 0 where not finite.
-      finite: where they are; elsewhere S is 0 and leaves the norm as it was.
+      finite: where they are; elsewhere S is 0, which leaves the norm as it was.
       before: |S_before|.
       *bases: P, or P and Q.
     """
@@ -105,10 +105,10 @@ def added(
             raise ValueError(f"`residual` must return an array of shape {m_n}, got {got}.")
         S = jnp.where(whole, S, 0).astype(G.dtype)
         size = norms(S, (-2, -1))
-        limit, norm = limited(size[..., 0, 0], finite, before)
+        limit, norm = limited(size[..., 0, 0], before)
         return U, limit[..., None, None] * S, norm
     phi, size = fira(G, R, U, two_sided=len(bases) == 2)
-    limit, norm = limited(size, finite, before)
+    limit, norm = limited(size, before)
     phi = limit[..., None, None] * phi
     return U - phi * R, phi * G, norm
 
@@ -130,13 +130,13 @@ def fira(
 
 
 def limited(
-    size: Float[Array, "*batch"], finite: Bool[Array, "*batch"], before: Float[Array, "*batch"]
+    size: Float[Array, "*batch"], before: Float[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     """The factor of (2), and the norm to remember. An S of zero says nothing, and changes none."""
     grown = size > GROWTH * before
     limit = jnp.where((before > 0) & grown, GROWTH * before / jnp.where(grown, size, 1.0), 1.0)
     norm = limit * size
-    return limit, jnp.where(finite & (norm > 0) & jnp.isfinite(norm), norm, before)
+    return limit, jnp.where((norm > 0) & jnp.isfinite(norm), norm, before)
 
 
 def norms(
