@@ -98,10 +98,9 @@ def project(
 
     Returns:
       A transformation with state :class:`SubspaceState`, within a :class:`ResidualState` if there
-      is a `residual`. A matrix (or other leaf) whose gradient is
-      not finite gets a zero update, counts as a zero gradient in what `inner` averages, and is
-      counted in `skipped`. A finite gradient
-      above 1e19 still overflows the squares of an inner Adam, as it does without us.
+      is a `residual`. A matrix (or other leaf) whose gradient is not finite gets a zero update,
+      counts as a zero gradient in what `inner` averages, and is counted in `skipped`. A finite
+      gradient above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
       TypeError, ValueError: if an argument is out of range; or, at init, if a rule of `select` or

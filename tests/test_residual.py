@@ -301,6 +301,12 @@ RATED = {
     "averaged": optax.chain(optax.scale(-1e-2), optax.ema(0.9)),
     "preconditioned": optax.chain(optax.scale(-1e-2), natgalore.scale_by_fisher(3)),
     "negative": optax.stateless(lambda g, _: jax.tree.map(jnp.negative, g)),
+    "of two cases": optax.stateless(
+        lambda g, _: jax.tree.map(lambda x: jax.lax.cond(x.sum() > 0, jnp.negative, abs, x), g)
+    ),
+    "chosen": optax.stateless(
+        lambda g, _: jax.tree.map(lambda x: jnp.where(x.sum() > 0, -x, abs(x)), g)
+    ),
     "subtracted": optax.stateless(lambda g, _: jax.tree.map(lambda x: 0.0 - x, g)),
 }
 
