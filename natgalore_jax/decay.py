@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from .placement import local
+from .programs import CALLS, called, read
 from .spec import cores, is_core, replace_cores
 
 
@@ -37,7 +38,10 @@ LINEAR = {
     *("add", "add_any", "sub", "neg", "copy", "copy_p", "convert_element_type"),
     *("broadcast_in_dim", "reshape", "squeeze", "pvary"),
 }
-CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint"}
+
+
+# (program, its updates, state and params, the shapes of what it returns), to refuse it
+Check = Callable[[jax_core.ClosedJaxpr, PyTree, PyTree, PyTree, PyTree], None]
 
 
 class Misread(ValueError):
@@ -59,6 +63,7 @@ def update_with_decay(
     updates: PyTree,
     state: PyTree,
     params: PyTree,
+    check: Check | None = None,
     **extra_args: Any,
 ) -> tuple[PyTree, list[Float[Array, ""] | None], PyTree]:
     """Inner's answer at w = 0, the a of (1) for each Core (None where it is 0), its new state.
@@ -67,14 +72,17 @@ def update_with_decay(
       inner: the transformation.
       updates: its input, with Cores.
       state: its state.
-      params: like `updates`: zeros in the Cores, weights elsewhere.
+      params: like `updates`: zeros in the Cores, weights elsewhere; or None.
+      check: of its program.
       **extra_args: handed on.
 
     Raises:
       ValueError: if (1) does not hold for `inner`.
     """
     try:
-        closed, outputs, origins = _read_update(inner, updates, state, params, (), **extra_args)
+        closed, outputs, origins = _read_update(
+            inner, updates, state, params, (), check, **extra_args
+        )
     except Misread:
         raise
     except Exception as error:
@@ -104,7 +112,10 @@ def update_with_decay(
 
 
 def inspect(
-    inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree
+    inner: optax.GradientTransformationExtraArgs,
+    params: PyTree,
+    state: PyTree,
+    check: Check | None = None,
 ) -> PyTree | None:
     """Refuses an inner that misreads weights as soon as its state is made.
 
@@ -112,13 +123,14 @@ def inspect(
       inner: the transformation.
       params: what it was initialised with: Cores and other leaves; shapes suffice.
       state: its state.
+      check: of the program of an update.
 
     Returns:
       A tree like `state` of the origins of what the first update makes of it. None where inner
       asks for extra arguments that are not among Optax's own: then its first update is read.
 
     Raises:
-      ValueError: if `inner` misreads weights.
+      ValueError: if `inner` misreads weights, or by `check`.
     """
     closed = jax.make_jaxpr(inner.init)(params)
     memory = _origins(closed, [WEIGHT if of_core else 0 for of_core in _of_cores(params)])
@@ -135,7 +147,7 @@ def inspect(
         {"grad_fn": evaluated},
     ):
         try:
-            _, _, origins = _read_update(inner, params, state, params, memory, **extra_args)
+            _, _, origins = _read_update(inner, params, state, params, memory, check, **extra_args)
         except Misread:
             raise
         except Exception:  # whatever it is, the first update raises it again
@@ -151,6 +163,7 @@ def _read_update(
     state: PyTree,
     params: PyTree,
     memory: Sequence[int],
+    check: Check | None,
     **extra_args: Any,
 ) -> tuple[Any, Any, PyTree]:
     """The program of an update, the structure of what it returns, the origins of all of that.
@@ -176,6 +189,8 @@ def _read_update(
     others = jax.tree.map(lambda x: None if is_core(x) else x, origins[0], is_leaf=is_core)
     if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(others)):
         refuse("the update of one leaf depends on the weights of another")
+    if check is not None:
+        check(closed, updates, state, params, shapes)
     return closed, outputs, origins
 
 
@@ -205,16 +220,7 @@ def _of_cores(tree: PyTree) -> list[bool]:
 
 def _origins(closed: jax_core.ClosedJaxpr, origins: Sequence[int]) -> list[int]:
     """The origins of a program's outputs from those of its inputs."""
-    jaxpr = closed.jaxpr
-    known = dict(zip(jaxpr.invars, origins, strict=True))
-    known |= {
-        var: VARIES if np.ndim(x) else 0
-        for var, x in zip(jaxpr.constvars, closed.consts, strict=True)
-    }
-    of = lambda var: 0 if isinstance(var, jax_core.Literal) else known[var]
-    for eqn in jaxpr.eqns:
-        known |= zip(eqn.outvars, _through(eqn, [of(var) for var in eqn.invars]), strict=True)
-    return [of(var) for var in jaxpr.outvars]
+    return read(closed, origins, lambda x: VARIES if np.ndim(x) else 0, _through)
 
 
 def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
@@ -224,7 +230,7 @@ def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
         branches = [_origins(branch, inputs[1:]) for branch in eqn.params["branches"]]
         outputs = [_chosen(inputs[0], list(cases)) for cases in zip(*branches, strict=True)]
     elif name in CALLS:
-        outputs = _origins(_called(eqn), inputs)
+        outputs = _origins(called(eqn), inputs)
     elif name in RULES:
         outputs = [RULES[name](eqn, inputs)]
     else:
@@ -234,11 +240,6 @@ def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
         bits if var.aval.shape else bits & (WEIGHT | READ)
         for var, bits in zip(eqn.outvars, outputs, strict=True)
     ]
-
-
-def _called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr:
-    call = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
-    return call if isinstance(call, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(call, ())
 
 
 def _union(inputs: Sequence[int]) -> int:

@@ -11,9 +11,10 @@ from jaxtyping import Array, PyTree
 
 from .basis import normalised, to_core
 from .boxes import unbox
-from .engine import SubspaceState, expanded
+from .engine import SubspaceState
 from .fisher_core import CoreFisherState
 from .fisher_window import FisherState
+from .lift import expanded
 from .linalg import matmul
 from .spec import Basis, cores, is_core, path_name
 

@@ -4,7 +4,8 @@
     project  R = PᵀG, or PᵀG Q
     gate     a matrix whose gradient is not finite hands on a zero core instead
     inner    U = inner(R): one transformation over one tree of Cores and other leaves
-    lift     P U, or P U Qᵀ, in the leaf's shape, and inner's decay of the whole weight
+    lift     P U, or P U Qᵀ, in the leaf's shape, what was left out, if it is asked for, and inner's
+             decay of the whole weight (lift.py, residual.py)
 
 Inner sees float32 (float64 where a leaf is), whatever the dtype of the params: a second moment in
 bfloat16 with b2 = 0.999 cannot move.
@@ -22,13 +23,16 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .basis import basis_key, expand, from_core, to_core
+from .basis import basis_key, to_core
 from .boxes import boxed, rebox, unbox
 from .decay import inspect, update_with_decay
+from .lift import expanded, keep_where, lift
 from .manual import refuse_unreduced, varying_as
 from .placement import Layout, layout_of, local, lying, partition_of
 from .refresh import Refresh
+from .residual import Residual, ResidualState, no_norms
 from .roles import one_number, part_shape, register_state, walk
+from .signs import refuse_learning_rate
 from .spec import Basis, Core, LeafSpec, cores, is_core, replace_cores, subspace
 from .transport import check_roles
 
@@ -68,6 +72,8 @@ register_state(
     SubspaceState, count="scalar", refreshed="scalar", skipped="scalar", version="scalar"
 )
 
+State = SubspaceState | ResidualState
+
 
 class Engine:
     """The transformation behind :func:`project`; its arguments are checked there."""
@@ -78,12 +84,15 @@ class Engine:
         *,
         refresh: Refresh,
         scale: Any,
+        residual: str | Residual | None,
     ):
         self.inner = optax.with_extra_args_support(inner)
         self.refresh = refresh
         self.scale = scale
+        self.residual = residual
+        self.check = None if residual is None else refuse_learning_rate
 
-    def init(self, params: PyTree, specs: PyTree) -> SubspaceState:
+    def init(self, params: PyTree, specs: PyTree) -> State:
         """The state for `params`, out of their boxes seen as `specs`: LeafSpecs, or None."""
         inner, params = boxed(self.inner, params), unbox(params)
         layout = layout_of(params)
@@ -115,7 +124,7 @@ class Engine:
         proxies = jax.tree.map(proxy, params, specs)
         with subspace():
             inner_state = inner.init(proxies)
-            origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
+            origins = inspect(inner, proxies, inner_state, self.check) if cores(proxies) else None
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
         state = SubspaceState(
@@ -127,15 +136,22 @@ class Engine:
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
         )
+        if self.residual is not None:
+            state = ResidualState(state, no_norms(proxies))
         return _placed(state, layout)
 
     def update(
-        self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, SubspaceState]:
+        self,
+        updates: PyTree,
+        state: State,
+        params: PyTree = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, State]:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
         inner, boxes = boxed(self.inner, updates), updates
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
+        state, norm = state if isinstance(state, ResidualState) else (state, None)
         refuse_unreduced(updates, state.skipped)
         layout = layout_of(updates)
         lying_as = lambda role: jax.tree_util.tree_map_with_path(
@@ -147,18 +163,16 @@ class Engine:
         )
         down = functools.partial(self.down, layout=layout)
         *bases, refreshed, inner_state, projected, finite = local(down, like, updates, state)
-        if params is None:
+        if params is None and self.check is None:
             answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
             decay: list[Any] = [None] * len(cores(projected))
         else:
-            proxies = jax.tree.map(
-                lambda x, w: x.replace(jnp.zeros_like(x.value)) if is_core(x) else _working(w),
-                projected,
-                params,
-                is_leaf=is_core,
-            )
+            proxy = lambda x, w: x.replace(jnp.zeros_like(x.value)) if is_core(x) else _working(w)
+            proxies = None
+            if params is not None:
+                proxies = jax.tree.map(proxy, projected, params, is_leaf=is_core)
             answer, decay, inner_state = update_with_decay(
-                inner, projected, inner_state, proxies, **extra_args
+                inner, projected, inner_state, proxies, self.check, **extra_args
             )
         weights = updates if params is None else params  # whose dtypes the updates get
         answer = replace_cores(
@@ -168,11 +182,20 @@ class Engine:
                 for U in cores(answer)
             ],
         )
-        lifted = local(self.lift, weights, answer, decay, finite, bases, weights)
+        if self.residual is None:
+            left, norm = (), None
+        else:
+            norm = no_norms(projected) if norm is None else norm
+            left = updates, projected, norm
+        lifted, norm = local(
+            functools.partial(lift, self.scale, self.residual),
+            (weights, norm),
+            *(answer, decay, finite, bases, weights, left),
+        )
         skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
         count = optax.safe_increment(state.count)
         new = SubspaceState(count, *bases, refreshed, skipped, inner_state, state.version)
-        return rebox(lifted, boxes), new
+        return rebox(lifted, boxes), new if norm is None else ResidualState(new, norm)
 
     def down(
         self, updates: PyTree, state: SubspaceState, layout: Layout
@@ -184,31 +207,6 @@ class Engine:
             updates, projected, state, layout
         )
         return (*bases, refreshed, inner_state, *gate(projected, finite))
-
-    def lift(
-        self,
-        answer: PyTree,
-        decay: list[Any],
-        finite: PyTree,
-        bases: list[PyTree],
-        weights: PyTree,
-    ) -> PyTree:
-        """P U Qᵀ, and a W where inner decays, in the shape and dtype of the leaf."""
-        answer = jax.tree.map(_keep_where, answer, finite, is_leaf=is_core)
-        left = iter(decay)
-
-        def at(P, Q, U, ok, w):
-            if P is None:
-                return U.astype(w.dtype)
-            dtype = U.value.dtype
-            full = from_core(w.dtype, self.scale * U.value, *expanded(dtype, P, Q))
-            a = next(left)
-            if a is not None:
-                weight = P.spec.to_view(w).astype(dtype)
-                full = full.astype(dtype) + jnp.where(ok.value[..., None, None], a * weight, 0)
-            return P.spec.from_view(full).astype(w.dtype)
-
-        return jax.tree.map(lambda w, *x: at(*x, w), weights, *bases, answer, finite)
 
 
 def project(G: Array, P: Basis | None, Q: Basis | None) -> Any:
@@ -224,11 +222,6 @@ def project(G: Array, P: Basis | None, Q: Basis | None) -> Any:
     return Core(to_core(P.spec.to_view(G).astype(dtype), *expanded(dtype, P, Q)), P.spec)
 
 
-def expanded(dtype: Any, *bases: Basis | None) -> list[Array]:
-    """The bases of a leaf, P or P and Q, out of what the state keeps of them."""
-    return [expand(x.value, x.spec, dtype) for x in bases if x is not None]
-
-
 def gate(projected: PyTree, finite: list[Bool[Array, "..."]]) -> tuple[PyTree, PyTree]:
     """`projected` with zeros for what is not finite, and what was: per matrix, or per other leaf.
 
@@ -238,7 +231,7 @@ def gate(projected: PyTree, finite: list[Bool[Array, "..."]]) -> tuple[PyTree, P
     left = iter(finite)
     of = lambda x: x.replace(next(left)) if is_core(x) else jnp.isfinite(x).all()
     ok = jax.tree.map(of, projected, is_leaf=is_core)
-    return jax.tree.map(_keep_where, projected, ok, is_leaf=is_core), ok
+    return jax.tree.map(keep_where, projected, ok, is_leaf=is_core), ok
 
 
 def _lying(role: str, layout: Layout, path: tuple, G: Array, P: Basis | None) -> Any:
@@ -248,7 +241,7 @@ def _lying(role: str, layout: Layout, path: tuple, G: Array, P: Basis | None) ->
     return Core(partition_of(role, P.spec, layout.at(path)), P.spec)
 
 
-def _placed(state: SubspaceState, layout: Layout) -> SubspaceState:
+def _placed(state: State, layout: Layout) -> State:
     """The state on the mesh of the params."""
 
     def at(x, role, spec):
@@ -258,12 +251,6 @@ def _placed(state: SubspaceState, layout: Layout) -> SubspaceState:
         return layout.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
 
     return walk(state, at)
-
-
-def _keep_where(x: Any, ok: Any) -> Any:
-    if is_core(x):
-        return x.replace(jnp.where(ok.value[..., None, None], x.value, 0))
-    return jnp.where(ok, x, jnp.zeros_like(x))
 
 
 def _working_dtype(x: Any) -> Any:

@@ -13,9 +13,10 @@ from jaxtyping import PyTree
 from .basis import METHODS, Tracked, Turn
 from .boxes import unbox
 from .checks import Scalar, check_choice, check_int, check_number
-from .engine import Engine, SubspaceState
+from .engine import Engine, State
 from .placement import entered
 from .refresh import Refresh
+from .residual import RESIDUALS, Residual
 from .select import SIDES, Rank, Select, check_rank, select as select_leaves
 from .spec import LeafSpec
 from .transport import TRANSPORTS
@@ -36,6 +37,7 @@ def project(
     basis: str | Turn = "power",
     side: str = "short",
     transport: str = "rotate",
+    residual: str | Residual | None = None,
     select: Select = None,
     stagger: bool = True,
     seed: int = 0,
@@ -76,6 +78,13 @@ def project(
       transport: what inner's state becomes when P turns. `"rotate"` carries it to the new
         coordinates, `"keep"` leaves it as GaLore and the paper's code do, `"reset"` starts over,
         but for Adam's squares, which become their mean (its count goes on).
+      residual: what becomes of G − P R, which the projection leaves out. None: nothing, as in
+        GaLore. `"fira"` adds it to P U, each column times |U_j| / |R_j|, limited so that its norm
+        grows by 1 % a step: two more reads of G, one number a matrix of state. It starts from
+        nothing if a run that had none goes on with it. Or a pure function (G − P R, R, U) -> S of
+        one matrix (m x n, r x n, r x n; cores are r x r of both sides), whose S is added, limited
+        in the same way; it needs G − P R whole. U must come without the learning rate, so `inner`
+        is a `scale_by_...`, with the rate in a stage after it. See `residual.py`.
       select: which leaves are projected, and as which matrices. None reads names and shapes, which
         is right for most models (`describe` says what it made of yours). Else a list of
         (pattern, view), of which the first whose pattern `re.search` finds in the leaf's name
@@ -88,19 +97,19 @@ def project(
       seed: of random bases, which all are before the first refresh.
 
     Returns:
-      A transformation with state :class:`SubspaceState`. A matrix (or other leaf) whose gradient is
-      not finite gets a zero update, counts as a zero gradient in what `inner` averages, and is
-      counted in `skipped`. A finite gradient
-      above 1e19 still overflows the squares of an inner Adam, as it does without us.
+      A transformation with state :class:`SubspaceState`, within a :class:`ResidualState` if there
+      is a `residual`. A matrix (or other leaf) whose gradient is not finite gets a zero update,
+      counts as a zero gradient in what `inner` averages, and is counted in `skipped`. A finite
+      gradient above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
       TypeError, ValueError: if an argument is out of range; or, at init, if a rule of `select` or
         `rank` fits no leaf, a view does not fit its leaf, `inner` reads weights in any way but
-        decoupled decay (at the first update, if it asks for extra arguments that are none of
-        Optax's), or `transport` is not "keep" and no role is known for something it remembers (see
-        `register_state`); or, at update, if the state was saved by a run of another `rank`, `side`
-        or shape of a weight, or gradients differ between devices that share it
-        (`docs/sharding.md`).
+        decoupled decay or, beside a `residual`, has a learning rate in it (at the first update, if
+        it asks for extra arguments that are none of Optax's), or `transport` is not "keep" and no
+        role is known for something it remembers (see `register_state`); or, at update, if the state
+        was saved by a run of another `rank`, `side` or shape of a weight, or gradients differ
+        between devices that share it (`docs/sharding.md`).
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -109,7 +118,8 @@ def project(
       >>> state.inner_state.trace["kernel"].value.shape
       (8, 64)
 
-    Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2.
+    References: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Chen et al., "Fira",
+    arXiv:2410.01623, of the residual.
     """
     check_rank(rank)
     check_int("refresh_every", refresh_every, minimum=1)
@@ -120,6 +130,9 @@ def project(
         method = METHODS[basis]
     check_choice("side", side, SIDES)
     check_choice("transport", transport, TRANSPORTS)
+    if not callable(residual):
+        choices = (None, *RESIDUALS)
+        check_choice("residual", residual, choices, "a function (G - P R, R, U) -> S")
     check_choice("stagger", stagger, (True, False))
     check_int("seed", seed, minimum=0)
     if isinstance(inner, optax.MultiSteps):
@@ -130,9 +143,10 @@ def project(
         optax.identity() if inner is None else inner,
         refresh=Refresh(refresh_every, method, TRANSPORTS[transport], stagger, seed),
         scale=scale,
+        residual=residual,
     )
 
-    def init(params: PyTree) -> SubspaceState:
+    def init(params: PyTree) -> State:
         specs, reasons = select_leaves(unbox(params), unbox(rank), side, unbox(select))
         chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
         if reasons and not chosen:
@@ -142,7 +156,7 @@ def project(
         with entered(params):
             return engine.init(params, specs)
 
-    def update(updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any):
+    def update(updates: PyTree, state: State, params: PyTree = None, **extra_args: Any):
         with entered(updates):
             return engine.update(updates, state, params, **extra_args)
 
@@ -157,6 +171,7 @@ def project(
             basis=basis,
             side=side,
             transport=transport,
+            residual=residual,
             select=select,
             stagger=stagger,
             seed=seed,

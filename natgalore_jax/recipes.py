@@ -11,6 +11,7 @@ from .checks import Scalar, check_choice, check_decay
 from .fisher_core import scale_by_core_fisher
 from .fisher_window import scale_by_fisher
 from .project import project
+from .residual import Residual
 from .select import Rank, Select
 
 
@@ -27,6 +28,7 @@ def natural_galore(
     basis: str | Turn = "power",
     side: str = "short",
     transport: str = "rotate",
+    residual: str | Residual | None = None,
     select: Select = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -47,7 +49,8 @@ def natural_galore(
       rank: r of the subspace, see :func:`project`.
       fisher: `"core"` (:func:`scale_by_core_fisher`, r x r), `"window"` (:func:`scale_by_fisher`,
         the paper's form, more state than AdamW), None, or a transformation of your own on cores.
-      refresh_every, scale, basis, side, transport, select, stagger, seed: see :func:`project`.
+      refresh_every, scale, basis, side, transport, residual, select, stagger, seed: see
+        :func:`project`.
       b1, b2, eps: Adam's.
       weight_decay: decoupled, on the whole weight, as in `optax.adamw`.
       mask: a tree or callable as in `optax.add_decayed_weights`: which leaves decay.
@@ -87,6 +90,7 @@ def natural_galore(
             basis=basis,
             side=side,
             transport=transport,
+            residual=residual,
             select=select,
             stagger=stagger,
             seed=seed,
@@ -105,6 +109,7 @@ def galore(
     basis: str | Turn = "power",
     side: str = "short",
     transport: str = "rotate",
+    residual: str | Residual | None = None,
     select: Select = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -134,6 +139,7 @@ def galore(
         basis=basis,
         side=side,
         transport=transport,
+        residual=residual,
         select=select,
         b1=b1,
         b2=b2,

@@ -178,7 +178,7 @@ def describe(
         measured["energy"] = explained_energy(state, grads)
     with warnings.catch_warnings(), decisions() as made:
         warnings.filterwarnings("ignore", "natgalore projects none")  # the table says why
-        state = jax.eval_shape(tx.init, params)
+        state = jax.eval_shape(lambda params: tx.init(params), params)  # traced, not remembered
     is_subspace = lambda x: isinstance(x, SubspaceState)
     if not any(map(is_subspace, jax.tree.leaves(state, is_leaf=is_subspace))):
         raise ValueError("`tx` has no natgalore.project in it: there is nothing to describe.")

@@ -208,6 +208,25 @@ class CoreFisher:
         self.fisher, self.weight, self.root, self.unit_of_root = 0.0, 0.0, None, 0.0
 
 
+# --- Residual (Fira, arXiv:2410.01623): what the projection leaves out ---------------------------
+
+
+def fira(left, core, u):
+    """Each column of what is left, scaled as inner has scaled that column of the core.
+
+    The core of both sides has no columns of the gradient: then it is the matrix as a whole.
+    """
+    axis = 0 if core.shape[1] == left.shape[1] else None
+    before, after = (np.linalg.norm(x, axis=axis) for x in (core, u))
+    return left * np.divide(after, before, out=np.zeros_like(after), where=before > 0)
+
+
+def limited(s, before, growth=1.01):
+    """No longer than `growth` times the one before, if there was one."""
+    norm = np.linalg.norm(s)
+    return s if before is None or norm <= growth * before else s * (growth * before / norm)
+
+
 # --- Adam, as optax.scale_by_adam has it --------------------------------------------------------
 
 
@@ -263,6 +282,7 @@ class Matrix:
     bases: list[np.ndarray]  # P, or P and Q
     adam: Adam
     fisher: WindowFisher | CoreFisher | None
+    residual_norm: float | None = None  # of the last residual that was not zero
     skipped: int = 0
     cold: bool = True  # no basis from a gradient yet: the first usable one brings it, at any step
 
@@ -292,6 +312,7 @@ class NaturalGaLore:
       basis: a name, or a function `(G, P, turns) -> P`; for Q it is given Gᵀ and Q.
       side: which side of a matrix is projected: "short", "long", "left", "right" or "both".
       transport: "rotate", "keep" or "reset".
+      residual: makes what is added for what is left out, `(G − P R, R, U) -> S`; None is nothing.
       adam: the kind of Adam.
       decay_after: whether weights decay after they have moved, as in the torch programs.
     """
@@ -309,6 +330,7 @@ class NaturalGaLore:
         basis: str | Callable = "power",
         side: str = "short",
         transport: str = "rotate",
+        residual: Callable | None = None,
         adam: type[Adam] = Adam,
         decay_after: bool = False,
         scale: float = 1.0,
@@ -323,7 +345,7 @@ class NaturalGaLore:
         self.learning_rate, self.scale, self.weight_decay = learning_rate, scale, weight_decay
         self.due, self.refresh_every, self.transport = due, refresh_every, transport
         self.new_basis = BASES.get(basis, basis)
-        self.side, self.decay_after = side, decay_after
+        self.side, self.decay_after, self.residual = side, decay_after, residual
         self.count = 0
         starts = bases if side == "both" else [[p] for p in bases]
         self.matrices = [
@@ -366,19 +388,30 @@ class NaturalGaLore:
                 state.reset(two_sided=len(old) == 2)
 
     def step_matrix(self, matrix, g):
-        """Project, precondition, Adam, lift."""
+        """Project, precondition, Adam, lift, and the residual."""
         finite = np.isfinite(g).all()
         matrix.skipped += not finite
+        g = g if finite else np.zeros_like(g)
         p, *right = matrix.bases
-        core = p.T @ (g if finite else np.zeros_like(g))
+        core = p.T @ g
         for q in right:
             core = core @ q
-        if matrix.fisher is not None:
-            core = matrix.fisher.precondition(core, self.count)
-        lifted = p @ matrix.adam.step(core, self.count) * finite
+        u = core if matrix.fisher is None else matrix.fisher.precondition(core, self.count)
+        u = matrix.adam.step(u, self.count) * finite
+        lifted = self.lift(matrix, u)
+        if self.residual is not None and finite:
+            s = self.residual(g - self.lift(matrix, core), core, u)
+            s = limited(s, matrix.residual_norm)
+            matrix.residual_norm = np.linalg.norm(s) or matrix.residual_norm
+            lifted = lifted + s
+        self.move(projected_side_first(matrix.weight, self.side), self.scale * lifted)
+
+    def lift(self, matrix, x):
+        p, *right = matrix.bases
+        lifted = p @ x
         for q in right:
             lifted = lifted @ q.T
-        self.move(projected_side_first(matrix.weight, self.side), self.scale * lifted)
+        return lifted
 
     def step_other(self, other, g):
         finite = np.isfinite(g).all()

@@ -31,6 +31,7 @@ OPTIMIZERS = {
     "core": natural_galore(),
     "window": natural_galore(fisher="window"),
     "random bases, both sides": natural_galore(fisher=None, basis="random", side="both"),
+    "residual": natural_galore(residual="fira"),
     "clipped, injected": optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.inject_hyperparams(natgalore.natural_galore, static_args=STATIC)(
@@ -142,6 +143,7 @@ def assert_same(actual, expected):
 
 QUICK = {"core": "standard", "window": "pytree"}
 QUICK |= {"random bases, both sides": "standard", "clipped, injected": "pytree"}
+QUICK |= {"residual": "standard"}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,20 @@ def test_float64_weights_take_a_float32_state_over_exactly(standard):
         assert types_after(tx, *restored) == types(restored)
 
 
+def test_a_run_without_a_residual_goes_on_with_one(standard):
+    """Its state has the structure of the first release's, and is taken as it is."""
+    saved(OPTIMIZERS["core"], standard.save)
+    weights, state = standard.restore(target(OPTIMIZERS["core"], random(0)))
+    tx = OPTIMIZERS["residual"]
+    anew = state[0], jax.tree.map(jnp.zeros_like, tx.init(weights)[0].norm)
+    started = (type(tx.init(weights)[0])(*anew), *state[1:])
+    assert_same(
+        go_on(tx, weights, state, SAVED_AT, STEPS), go_on(tx, weights, started, SAVED_AT, STEPS)
+    )
+
+
 OTHERS = {
+    "residual": (natural_galore(residual="fira"), random(0)),
     "side": (natural_galore(side="both"), random(0)),
     "basis": (natural_galore(fisher=None, basis="random"), random(0)),
     "Fisher": (natural_galore(fisher="window"), random(0)),

@@ -36,6 +36,10 @@ TRANSFORMS = {
     ),
     "scale_by_fisher": natgalore.chain(project(), natgalore.scale_by_fisher(3)),
     "scale_by_core_fisher": natgalore.chain(project(), natgalore.scale_by_core_fisher()),
+    "residual": natural_galore(residual="fira", weight_decay=0.1),
+    "residual of one's own, two-sided": project(
+        optax.trace(0.9), side="both", residual=lambda left, R, U: 0.1 * left
+    ),
     "adamw inside": natgalore.chain(project(), optax.adamw(1e-2, weight_decay=0.1)),
 }
 # Each kind of Fisher, basis, side and transport once, for tests that compile.
@@ -44,6 +48,7 @@ QUICK = (
     "project, svd",
     "two-sided, random",
     "scale_by_fisher, bfloat16",
+    "residual",
     "adamw inside",
 )
 PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}, "frozen": None}

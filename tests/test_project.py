@@ -155,6 +155,7 @@ REFUSED = [
     ({"basis": 3}, ValueError),
     ({"side": "top"}, ValueError),
     ({"transport": "reset?"}, ValueError),
+    ({"residual": "fire"}, ValueError),
     ({"stagger": 2}, ValueError),
     ({"seed": -1}, ValueError),
 ]

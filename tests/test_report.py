@@ -27,6 +27,12 @@ ABSTRACT = {
 }
 
 
+def test_describe_listens_to_what_was_traced_before():
+    tx = natgalore.galore(1.0, 4)
+    natgalore.memory_report(ABSTRACT, {"galore": tx})
+    assert natgalore.describe(tx, ABSTRACT).rows[-1].rank == 4
+
+
 def test_describe_says_what_the_optimizer_does():
     rows = {row.path: row for row in natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT).rows}
     up, down, embed = (rows[p] for p in ("layers/1/up/kernel", "down/kernel", "embed/embedding"))

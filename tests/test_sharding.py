@@ -32,6 +32,7 @@ OPTIMIZERS = {
     "two-sided": {"side": "both"},
     "random": {"fisher": None, "basis": "random"},
     "reset, long": {"transport": "reset", "side": "long"},
+    "residual": {"residual": "fira"},
 }
 
 
@@ -224,6 +225,27 @@ def test_little_travels(layout, kind):
         program.out_info[1],
     )
     assert all(jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize("layout", ["rows and columns", "columns of a stack"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_residual_costs_reductions_of_columns(layout, kind):
+    """The lengths of columns and the norm; of what is left out nothing travels."""
+    spec, shape = LARGE[layout]
+    r, n, layers = 16, shape[-1], math.prod(shape[:-2])
+    hot = lambda **settings: sorted(
+        math.prod(moved)
+        for one in collectives(compiled(spec, shape, kind, r, **settings)[0].as_text())
+        for moved in one.shapes
+        if one.hot and one.kind != "all-gather"
+    )
+    with_it, without = hot(residual="fira"), hot()
+    assert with_it != without  # something is seen
+    assert [size for size in with_it if size > layers * n] == [
+        size for size in without if size > layers * n
+    ]
+    program, _ = compiled(spec, shape, kind, r, residual="fira")
+    assert not [x for x in collectives(program.as_text()) if x.hot and x.kind == "all-gather"]
 
 
 def test_a_window_costs_one_reduction_of_its_length():

@@ -147,6 +147,15 @@ BASES = {
     "random": ("random", Following),
 }
 
+
+def damped(left, R, U):
+    """A residual of one's own; NumPy's when the oracle calls it."""
+    return left * (np if isinstance(left, np.ndarray) else jnp).linalg.norm(U) / (1 + abs(R).sum())
+
+
+# The library's residual, and the oracle's.
+RESIDUALS = {"none": (None, None), "fira": ("fira", oracles.fira), "own": (damped, damped)}
+
 TREES = {
     "tall": {"layers": {"0": {"attention": {"query": {"kernel": (20, 12)}}}}},
     "wide": {"layers": {"0": {"attention": {"query": {"kernel": (12, 20)}}}}},
@@ -196,6 +205,7 @@ class Case:
     tree: str
     finish: str
     gradients: str
+    residual: str = "none"
 
     def __str__(self):
         return "-".join(dataclasses.astuple(self))
@@ -211,6 +221,7 @@ FACTORS = {
     "tree": TREES,
     "finish": FINISHES,
     "gradients": ("good", "spoiled"),
+    "residual": RESIDUALS,
 }
 
 
@@ -220,6 +231,8 @@ def makes_sense(levels):
         return True
     if levels.get("fisher", "no_fisher") != "no_fisher":
         return False  # it would stand beside another Adam, not before it
+    if levels.get("residual", "none") != "none":
+        return False  # the learning rate is inside, so it is refused
     # Its decay is inside the gate: see test_a_gated_update_is_zero.
     return (levels.get("finish"), levels.get("gradients")) != ("decayed", "spoiled")
 
@@ -416,7 +429,8 @@ def settings(case, **changes):
 def library(case, **changes):
     kwargs = {"stagger": case.calendar == "staggered", **settings(case, **changes)}
     basis, _ = BASES[case.basis]
-    return SPELLINGS[case.spelling](FISHERS[case.fisher][0](), basis=basis, **kwargs)
+    kwargs |= {"basis": basis, "residual": RESIDUALS[case.residual][0]}
+    return SPELLINGS[case.spelling](FISHERS[case.fisher][0](), **kwargs)
 
 
 def oracle(case, weights, start, **changes):
@@ -429,7 +443,8 @@ def oracle(case, weights, start, **changes):
     matrices, others = unrolled(weights)
     return oracles.NaturalGaLore(
         matrices, others, start, due=calendar, fisher=FISHERS[case.fisher][1],
-        basis=BASES[case.basis][1](), **kwargs.pop("adam"), **kwargs,
+        basis=BASES[case.basis][1](), residual=RESIDUALS[case.residual][1],
+        **kwargs.pop("adam"), **kwargs,
     )  # fmt: skip
 
 
