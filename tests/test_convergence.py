@@ -323,3 +323,16 @@ class TestCommand:
         with pytest.raises(SystemExit):
             self.run(monkeypatch, *arguments)
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_page_has_the_tables_that_the_results_make():
+    root = Path(__file__).parents[1]
+    page = (root / "docs/convergence.md").read_text()
+    of_rates = {
+        about["setting"]["rest_rate"]: runs
+        for about, runs in results.groups(root / "benchmarks/results/convergence.jsonl")
+    }
+    for rate in (0.016, 0.0025):
+        assert results.markdown(of_rates[rate]) in page
+    losses = [f"{of_rates[rate][0].loss:.3f}" for rate in (0.004, 0.008)]
+    assert f"({', '.join(losses)}, 2.558)" in page

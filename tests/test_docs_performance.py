@@ -35,6 +35,15 @@ def test_the_update_alone(name):
     ]
 
 
+@pytest.mark.parametrize("tree", results("step-variants")["trees"], ids=lambda t: t["dtype"])
+def test_the_update_alone_in_variants(tree):
+    adamw, *ours = (
+        tree["methods"][name]["hot_ms"] for name in ("adamw", "galore", "natural_galore")
+    )
+    cells = [tree["dtype"], f"{tree['decay']}", f"{adamw:.2f}", *(f"{x / adamw:.2f}" for x in ours)]
+    assert f"| {' | '.join(cells)} |\n" in PAGE
+
+
 @pytest.mark.parametrize("name", ["adamw", "galore", "natural_galore"])
 def test_a_whole_training_step(name):
     methods = results("train-350m")["layouts"]["data"]["methods"]
