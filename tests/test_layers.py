@@ -9,13 +9,13 @@ import natgalore_jax
 
 
 ROOMS = [
-    {"checks", "control", "linalg", "spec"},
+    {"checks", "control", "linalg", "programs", "spec", "stacks"},
     {"manual", "roles"},
     {"kinds", "placement", "rules"},
     {"layout"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
-    {"sweep", "transport"},
-    {"refresh"},
+    {"residual", "signs", "sweep", "transport"},
+    {"lift", "refresh"},
     {"engine"},
     {"project"},
     {"recipes", "diagnostics", "memory", "offload"},
