@@ -180,7 +180,9 @@ class TestTraining:
         jax.tree.map(np.testing.assert_array_equal, training.stacked(layers), params)
 
     @pytest.mark.usefixtures("toy")
-    @pytest.mark.parametrize("name", ["galore", "contrib_galore"])
+    @pytest.mark.parametrize(
+        "name", ["galore", pytest.param("contrib_galore", marks=pytest.mark.slow)]
+    )
     def test_a_rate_moves_what_it_is_for(self, name):
         """The contender's rate the matrices of the layers, the other one the rest."""
         program = training.compiled(name, SETTING)
@@ -291,11 +293,11 @@ class TestCommand:
         monkeypatch.setitem(bench_convergence.USUAL, "toy", (64, 4, 4, 16))
         monkeypatch.setattr(corpus, "load", lambda *of: text()._replace(about={"sha256": "0" * 64}))
         monkeypatch.setattr(results, "table", lambda about, runs: len(runs))
-        what = ["--methods", "adamw,galore", "--rate", "1e-3", "--seeds", "2"]
+        what = ["--methods", "adamw,lion", "--rate", "1e-3", "--seeds", "2"]
         self.run(monkeypatch, *what, "--out", "runs.jsonl", "--figure", "runs.png")
         lines = Path("runs.jsonl").read_text().splitlines()
         assert [(x["method"], x["seed"]) for x in map(json.loads, lines)] == [
-            *(("adamw", 0), ("galore", 0), ("adamw", 1), ("galore", 1))
+            *(("adamw", 0), ("lion", 0), ("adamw", 1), ("lion", 1))
         ]
         assert Path("runs.png").stat().st_size > 10_000
         Path("runs.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:200])
