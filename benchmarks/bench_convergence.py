@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=words, default=["adamw", "galore", "natural_galore"])
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
     parser.add_argument("--rate", type=float, help="only this one, and no search")
+    parser.add_argument("--finer", action="store_true", help="rates half a step from the best too")
     parser.add_argument("--rest-rate", type=float, default=4e-3, help="of embedding, head, norms")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="sequences in a step")
@@ -97,7 +98,7 @@ def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> N
     while time.time() < until:
         done = results.read(args.out, about)
         if args.rate is None:
-            run = next_run(args.methods, args.seeds, [one.done for one in done])
+            run = next_run(args.methods, args.seeds, [one.done for one in done], args.finer)
         else:
             asked = [(name, args.rate, seed) for seed in range(args.seeds) for name in args.methods]
             made = [one.done[:3] for one in done]

@@ -21,10 +21,10 @@ from convergence.search import Done, next_run
 
 
 class TestSearch:
-    def all_runs(self, loss, methods=None, seeds=3):
+    def all_runs(self, loss, methods=None, seeds=3, finer=False):
         """Makes runs until none is left."""
         methods, done = methods or {"a": 1e-3, "b": 1e-2}, []
-        while (run := next_run(methods, seeds, done)) is not None:
+        while (run := next_run(methods, seeds, done, finer)) is not None:
             done.append(Done(*run, loss(*run)))
         return done
 
@@ -39,6 +39,14 @@ class TestSearch:
         done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 2e-4)), {"a": 1e-3}, 1)
         rates = [run.rate for run in done]
         assert rates == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 5e-4, 2.5e-4, 1.25e-4])
+
+    def test_looks_between_if_asked_to(self):
+        loss = lambda method, rate, seed: abs(math.log2(rate / 3e-3))
+        done = self.all_runs(loss, {"a": 1e-3}, 2, finer=True)
+        half = math.sqrt(2)
+        expected = [1e-3, 2e-3, 4e-3, 8e-3, 4e-3 * half, 4e-3 / half, 4e-3 / half]
+        assert [run.rate for run in done] == pytest.approx(expected)
+        assert [run.seed for run in done] == [0] * 6 + [1]
 
     def test_other_seeds_follow_when_all_are_tuned(self):
         done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 3e-3)) + seed)

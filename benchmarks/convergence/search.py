@@ -1,8 +1,9 @@
 """Which run comes next: a pure function of the runs that are done.
 
 Each method's learning rate is looked for on its own grid of steps of two, with the first seed: four
-rates, then more while the best is at an end. The best one is run with the other seeds. All methods
-are tuned before the first gets a second seed.
+rates, then more while the best is at an end; if asked to be finer, then those half a step from the
+best. The best one is run with the other seeds. All methods are tuned before the first gets a second
+seed.
 """
 
 import math
@@ -28,7 +29,9 @@ def grid(first: float) -> list[float]:
     return [first * FACTOR**i for i in range(RATES)]
 
 
-def tuning(method: str, first: float, done: Sequence[Done], seed: int = 0) -> float | None:
+def tuning(
+    method: str, first: float, done: Sequence[Done], finer: bool = False, seed: int = 0
+) -> float | None:
     """The next rate to try, or None if the best of those tried has neighbours on both sides."""
     losses = {run.rate: run.loss for run in done if (run.method, run.seed) == (method, seed)}
     if untried := [rate for rate in grid(first) if not any(near(rate, r) for r in losses)]:
@@ -40,7 +43,8 @@ def tuning(method: str, first: float, done: Sequence[Done], seed: int = 0) -> fl
         return best * FACTOR
     if near(best, min(losses)):
         return best / FACTOR
-    return None
+    between = [best * math.sqrt(FACTOR), best / math.sqrt(FACTOR)] if finer else []
+    return next((rate for rate in between if not any(near(rate, r) for r in losses)), None)
 
 
 def best_rate(method: str, done: Sequence[Done], seed: int = 0) -> float | None:
@@ -50,7 +54,7 @@ def best_rate(method: str, done: Sequence[Done], seed: int = 0) -> float | None:
 
 
 def next_run(
-    methods: dict[str, float], seeds: int, done: Sequence[Done]
+    methods: dict[str, float], seeds: int, done: Sequence[Done], finer: bool = False
 ) -> tuple[str, float, int] | None:
     """Method, rate and seed of the run to make now, or None if all is done.
 
@@ -58,9 +62,10 @@ def next_run(
       methods: in their order, each with the first rate of its grid.
       seeds: how many runs of the best rate.
       done: the runs so far.
+      finer: whether to look half a step from the best rate too.
     """
     for method, first in methods.items():
-        if (rate := tuning(method, first, done)) is not None:
+        if (rate := tuning(method, first, done, finer)) is not None:
             return method, rate, 0
     for seed in range(1, seeds):
         for method in methods:
