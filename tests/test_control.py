@@ -13,7 +13,7 @@ def test_when_is_if(predicate):
     assert result == 1 + predicate
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(count=st.integers(1, 2 * BRANCHES**2), places=st.sets(st.integers(0), max_size=3))
 def test_what_is_due_runs_and_little_else(count, places):
     """States count their runs, so they tell which part of the tree each of them stood in."""

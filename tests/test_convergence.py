@@ -189,7 +189,7 @@ class TestTraining:
 
     @pytest.mark.usefixtures("toy")
     @pytest.mark.parametrize(
-        "name", ["galore", pytest.param("contrib_galore", marks=pytest.mark.slow)]
+        "name", [pytest.param("galore", marks=pytest.mark.slow), "contrib_galore"]
     )
     def test_a_rate_moves_what_it_is_for(self, name):
         """The contender's rate the matrices of the layers, the other one the rest."""

@@ -34,6 +34,7 @@ def snippets(recipe):
     return re.findall(r"```python\n(.*?)```", RECIPES[recipe], flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_recipes_run():
     scope: dict = {}
     ran = [recipe for recipe in RECIPES if snippets(recipe)]

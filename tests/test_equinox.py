@@ -58,7 +58,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tx, marks=() if name == "core" else pytest.mark.slow, id=name)
+        for name, tx in OPTIMIZERS.items()
+    ],
+)
 def test_a_module_is_trained_as_the_list_of_its_arrays(tx):
     model = Model(jax.random.key(0))
     params, rest = eqx.partition(model, eqx.is_inexact_array)

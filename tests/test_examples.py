@@ -382,7 +382,7 @@ def crash() -> None:
 class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments",
-        [["natural_galore", "--scan"], ["contrib_galore"]],
+        [pytest.param(["natural_galore", "--scan"], marks=pytest.mark.slow), ["contrib_galore"]],
         ids=" ".join,
     )
     def test_a_run_leaves_a_log_a_figure_and_a_sample(self, run, capsys, arguments):
@@ -757,6 +757,7 @@ class TestResume:
 
 
 class TestCompare:
+    @pytest.mark.slow
     def test_an_interrupted_comparison_goes_on(self, run, monkeypatch, capsys):
         arguments = ["--compare", "adamw,galore", "--rank", "4"]
         assert run(*arguments, "--out", "whole") == 0

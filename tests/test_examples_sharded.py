@@ -89,6 +89,7 @@ def losses(folder: str) -> list[float]:
     return [x["train_loss"] for x in log_without_times(folder) if "train_loss" in x]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_from_it(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 3, interrupt)

@@ -28,7 +28,11 @@ def without_context() -> float:
     return -(shares * np.log(shares)).sum()
 
 
-@pytest.mark.parametrize("example", [linen, nnx_optimizer], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "example",
+    [linen, pytest.param(nnx_optimizer, marks=pytest.mark.slow)],
+    ids=["linen", "nnx_optimizer"],
+)
 def test_the_next_byte_is_learned_from_those_before(example, without_context, capsys):
     losses = example.main(steps=120)
     assert losses[0] == pytest.approx(np.log(256), abs=0.2)
@@ -37,6 +41,7 @@ def test_the_next_byte_is_learned_from_those_before(example, without_context, ca
     assert f"{losses[0]:.2f} at first, {np.mean(losses[-20:]):.2f} at the end" in printed
 
 
+@pytest.mark.slow
 def test_equinox_learns_to_sort():
     n = equinox_mlp.NUMBERS
     k = np.arange(1, n + 1)
@@ -46,6 +51,7 @@ def test_equinox_learns_to_sort():
     assert np.mean(losses[-20:]) < equinox_mlp.CONSTANT / 2
 
 
+@pytest.mark.slow
 def test_migrating_changes_nothing_until_it_is_to(without_context, capsys):
     losses = migrate.main(steps=120)  # the second basis comes at step 80
     assert list(losses) == list(migrate.OPTIMIZERS)

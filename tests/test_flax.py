@@ -163,7 +163,10 @@ def not_jitted(step):
     return step
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "core" else pytest.mark.slow) for name in OPTIMIZERS],
+)
 def test_nnx_optimizer_equals_a_dict_of_arrays(name):
     assert_same_training(trained(name), trained_dict(name))
 

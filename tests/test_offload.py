@@ -88,7 +88,11 @@ def test_plain_optax_can_be_offloaded(key):
         natgalore.offload(optax.adamw(1e-2), "basis")
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+    ids=["Auto", "Explicit"],
+)
 def test_sharded_and_on_the_host(kind, key):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
     lies = {"up": P("fsdp", "tensor"), "embed": P("fsdp"), "norm": P()}

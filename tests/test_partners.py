@@ -197,9 +197,10 @@ ALIKE = {
     *("contrib.normalize", "ema", "nadam", "nadamw", "named_chain", "normalize_by_update_norm"),
     *("polyak_sgd", "radam", "set_to_zero", "sgd, nesterov", "sign_sgd", "yogi"),
 }
+SELDOM = {"add_noise", "adabelief", "apply_if_finite", "conditionally_mask", "partition", "rprop"}
 
 
-@lines(INSIDE, quick=INSIDE.keys() - ALIKE, transport="any")
+@lines(INSIDE, quick=INSIDE.keys() - ALIKE - SELDOM, transport="any")
 def test_runs_on_cores_and_is_carried_to_new_ones(name):
     """P inner(PᵀG) through two refreshes; and what it holds of a core is what the page says."""
     line = INSIDE[name]
@@ -390,6 +391,7 @@ def test_trains_with_what_is_around_it(name):
     assert loss(fast(params)) < first / 4
 
 
+@pytest.mark.slow
 def test_per_example_gradients_are_aggregated_in_front():
     private = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=0)
     examples = jax.tree.map(lambda *x: jnp.stack(x), gradients(0), gradients(1))

@@ -170,7 +170,7 @@ def test_a_bad_gradient_adds_nothing_and_leaves_the_norm(residual, bad):
         assert all(jnp.isfinite(x).all() for x in jax.tree.leaves([steps[3:]]))
 
 
-@pytest.mark.parametrize("unit", [1e-25, 1e25])
+@pytest.mark.parametrize("unit", [pytest.param(1e-25, marks=pytest.mark.slow), 1e25])
 def test_gradients_of_any_size_are_scaled(unit):
     """Squares of which are no float32."""
     for side in ("short", "both"):
@@ -195,6 +195,7 @@ def test_weights_of_bfloat16_get_the_same_rounded():
     assert_close(wide, exact, rtol=2**-7, atol=2**-6)
 
 
+@pytest.mark.slow
 def test_scale_multiplies_both_parts_and_not_the_norm():
     gradients = [tree(1), tree(2)]
     one, two = (last(project(optax.scale_by_adam(), scale=scale), gradients) for scale in (1, 2))
@@ -239,6 +240,7 @@ class TestState:
         assert report.projected["fira"] == report.projected["none"] + 4 * 4
         assert "3 x (12 x 20)" in str(natgalore.describe(tx, tree(0)))
 
+    @pytest.mark.slow
     def test_is_found_by_diagnostics(self):
         tx = natgalore.natural_galore(1e-2, R, residual="fira")
         _, state = last(tx, [tree(1)])

@@ -112,12 +112,22 @@ def test_sharded_on_auto_axes_equals_one_device(layout, key):
     same_as_one_device(layout, AxisType.Auto, {}, True, key)
 
 
+@pytest.mark.slow
 def test_sharded_step_by_step_on_auto_axes(key):
     """Without `jit`, a stack over devices: its arrays say how they lie."""
     same_as_one_device("layers", AxisType.Auto, {}, False, key)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS)[1:])
+SELDOM = ("window", "random", "reset, long")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ())
+        for name in list(OPTIMIZERS)[1:]
+    ],
+)
 def test_every_kind_of_state_can_be_sharded(name, key):
     layout = {"window": "layers", "random": "heads"}.get(name, "rows and columns")
     same_as_one_device(layout, AxisType.Explicit, OPTIMIZERS[name], True, key)
