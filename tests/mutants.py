@@ -163,11 +163,11 @@ MUTANTS = [
     ),
     Mutant("engine", "counts the good steps", "n + (~ok).astype", "n + ok.astype"),
     Mutant(
-        "engine", "state in the leaf's dtype", "jnp.promote_types(x.dtype, jnp.float32)", "x.dtype"
+        "lower", "state in the leaf's dtype", "jnp.promote_types(x.dtype, jnp.float32)", "x.dtype"
     ),
     Mutant("engine", "takes a state of any rank", "walk(state, _refuse_misfit)", "pass"),
     Mutant("engine", "another format's number", "FORMAT_VERSION = 1", "FORMAT_VERSION = 2"),
-    Mutant("engine", "takes a gradient of any shape", "G.shape != P.spec.shape", "False"),
+    Mutant("lower", "takes a gradient of any shape", "G.shape != P.spec.shape", "False"),
     Mutant(
         "engine",
         "inner never sees a box",
@@ -488,6 +488,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "lift": ["test_trajectory", "test_engine", "test_residual"],
+    "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
     "signs": ["test_residual"],
     "boxes": ["test_boxes", "test_flax"],
