@@ -11,6 +11,7 @@ from .boxes import rebox, unbox
 from .lift import expanded
 from .lower import core_dtype
 from .lowrank import arrays, evaluate
+from .manual import varying_as
 from .spec import Basis, Core
 from .tagged import Tagged, tag
 
@@ -39,7 +40,7 @@ def backward(
         if path not in bases:
             return w
         P = bases[path][0]
-        return jnp.zeros(P.spec.core_shape, core_dtype(P, w))
+        return varying_as(jnp.zeros(P.spec.core_shape, core_dtype(P, w)), w)
 
     def tagged(path, w, free):
         if path not in bases:

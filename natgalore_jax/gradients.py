@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import PyTree
 
 from .backward import Bases, backward, like
@@ -24,7 +26,9 @@ from .checks import check_choice
 from .control import when
 from .engine import Engine, SubspaceState, finding
 from .lower import lower
-from .placement import entered, layout_of
+from .manual import varying_as
+from .placement import Layout, entered, layout_of, local
+from .refresh import Refresh
 from .residual import ResidualState
 from .spec import Basis, LeafSpec, cores, is_core, path_name
 
@@ -104,9 +108,8 @@ def value_and_grad(
         layout = layout_of(unbox(params))
         with entered(params):
             hot, fallbacks = backward(loss_fn, params, by_path, has_aux, args, kwargs)
-            shapes = jax.eval_shape(hot)
+            blank = jax.tree.map(_blank, jax.eval_shape(hot))
             _tell(fallbacks, on_fallback)
-            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             refreshes = [engines[_key(state)].refresh for state in states]
 
             def due(result):
@@ -123,7 +126,7 @@ def value_and_grad(
                 at = dict(jax.tree_util.tree_leaves_with_path(unbox(grads)))
                 changed = []
                 for refresh, state in zip(refreshes, states, strict=True):
-                    P, Q, projected, times, inner_state, _ = lower(
+                    P, Q, projected, times, inner_state = _lowered(
                         refresh, _of_projected(state, at), state, layout
                     )
                     at |= {R.spec.path: R for R in cores(projected)}
@@ -140,6 +143,22 @@ def value_and_grad(
         return result, treedef.unflatten(leaves)
 
     return fn
+
+
+def _lowered(
+    refresh: Refresh, gradients: PyTree, state: SubspaceState, layout: Layout
+) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
+    """Bases, cores, counts and inner state after a refresh; cores lie as those of `backward`."""
+    whole = jax.tree.map(lambda n: n.replace(PartitionSpec()), state.refreshed, is_leaf=is_core)
+    like = state.basis, state.right_basis, whole, state.refreshed, state.inner_state
+    down = lambda gradients, state: lower(refresh, gradients, state, layout)[:-1]
+    return local(down, like, gradients, state)
+
+
+def _blank(x: jax.ShapeDtypeStruct) -> Any:
+    """Zeros of the type of x."""
+    explicit = x.sharding is not None and AxisType.Explicit in x.sharding.mesh.axis_types
+    return varying_as(lax.full_like(x, 0, sharding=x.sharding if explicit else None), x)
 
 
 def _of_projected(state: SubspaceState, at: dict[tuple[Any, ...], Any]) -> PyTree:

@@ -140,6 +140,7 @@ USES: dict[str, Callable[..., Any]] = {
     "mul": _mul,
     "name": _on_weight,
     "neg": lambda eqn, v: scale(v, -jnp.ones((), v.weight.dtype)),
+    "pvary": _on_weight,  # for what the core is summed over devices, as the gradient would be
     "reduce_precision": _on_weight,
     "reshape": _reshape,
     "sharding_constraint": _on_weight,

@@ -4,6 +4,7 @@ In float32 a core PᵀG sums in another order than (x P)ᵀ ȳ. Either way round
 hundred terms, which came to 4e-7 of the largest entry; 2e-6 leaves room for another BLAS.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
 from natgalore_jax.backward import backward
@@ -491,7 +493,8 @@ def test_auxiliary_outputs_and_keywords():
     params, x = PARAMS, batches(1)[0]
 
     def loss(params, x, *, power):
-        return small_loss(params, x, power=power), {"x": x, "w": params["out"]["kernel"]}
+        aux = {"x": x, "w": params["out"]["kernel"], "key": jax.random.key(1), "n": 2}
+        return small_loss(params, x, power=power), aux
 
     ours = natgalore.value_and_grad(loss, tx, has_aux=True, on_fallback="error")
     for opt_state in (tx.init(params), hot(tx.init(params))):
@@ -499,7 +502,10 @@ def test_auxiliary_outputs_and_keywords():
             params, opt_state, x, power=4
         )
         np.testing.assert_allclose(value, small_loss(params, x, power=4), rtol=1e-6)
-        chex.assert_trees_all_equal(aux, {"x": x, "w": params["out"]["kernel"]})
+        chex.assert_trees_all_equal(
+            (aux["x"], aux["w"], aux["n"]), (x, params["out"]["kernel"], jnp.asarray(2))
+        )
+        assert aux["key"] == jax.random.key(1)
         assert len(cores(grads)) == 2
 
 
@@ -562,11 +568,73 @@ def test_the_hot_step_forms_no_whole_gradient(side):
     state = natgalore_state(opt_state)
     step = lambda params, x: backward(small_loss, params, bases(state), False, (x,), {})[0]()
 
-    text = jax.jit(step).lower(PARAMS, x).compile(compiler_options=AS_FOR_USERS).as_text()
+    whole = {"12,12", "12,20", "20,12", "3,12,12"}
+    assert not whole & product_shapes(step, PARAMS, x)
+    assert whole & product_shapes(jax.grad(small_loss), PARAMS, x)
+
+
+def product_shapes(f, *args):
+    text = jax.jit(f).lower(*args).compile(compiler_options=AS_FOR_USERS).as_text()
     dots = [line.split(" dot(")[0] for line in text.splitlines() if " dot(" in line]
-    assert dots
-    shapes = [line.split("f32[")[1].split("]")[0] for line in dots]
-    assert not {"12,12", "12,20", "20,12", "3,12,12"} & set(shapes), shapes
+    return {line.split("f32[")[1].split("]")[0] for line in dots}
+
+
+# --- on several devices --------------------------------------------------------------------------
+
+
+DATA, FSDP = PartitionSpec(), PartitionSpec("d")
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        (AxisType.Auto, DATA),
+        (AxisType.Explicit, FSDP),
+        pytest.param(AxisType.Auto, FSDP, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, DATA, marks=pytest.mark.slow),
+    ],
+)
+def test_on_a_mesh_training_is_the_same(kind, weights):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    tx = natural(stagger=False)
+    entries = {"embed": {"bias": DATA}, "layers": {"kernel": DATA}, "out": {"kernel": weights}}
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    params = jax.tree.map(put, {k: PARAMS[k] for k in entries}, entries)
+    batch = [put(x, PartitionSpec("d")) for x in batches(3)]
+    with jax.set_mesh(mesh):
+        seen = trained(
+            tx, natgalore.value_and_grad(small_loss, tx), params=params, batch=batch, steps=3
+        )
+    whole = trained(tx, whole_gradients(), steps=3)
+    assert_same_params(seen, whole)
+
+
+def assert_same_params(ours, whole):
+    for (params, _), (params_whole, _) in zip(ours, whole, strict=True):
+        params_whole = {place: params_whole[place] for place in params}
+        chex.assert_trees_all_close(jax.device_get(params), params_whole, atol=2e-5)
+
+
+def test_inside_shard_map_only_cores_are_summed():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    tx = natural(stagger=False)
+    opt_state, x = hot(tx.init(PARAMS)), batches(1)[0]
+    mean = lambda params, x: lax.pmean(small_loss(params, x), "d")
+    step = lambda params, x: backward(mean, params, bases(opt_state), False, (x,), {})[0]()
+    everywhere, split = PartitionSpec(), PartitionSpec("d")
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
+    )
+    _, grads = mapped(PARAMS, x)
+    assert_close(grads, expected(jax.grad(small_loss)(PARAMS, x), opt_state))
+    reduced = [
+        shape
+        for line in mapped.lower(PARAMS, x).compile().as_text().splitlines()
+        if " all-reduce(" in line
+        for shape in re.findall(r"f32\[([0-9,]*)\]", line)
+    ]
+    assert reduced
+    assert not {"12,12", "12,20", "3,12,12"} & {*reduced}, reduced
 
 
 # --- what is refused -----------------------------------------------------------------------------
