@@ -12,6 +12,7 @@ from .recipes import (  # isort: skip
     galore as galore,
     natural_galore as natural_galore,
 )
+from .gradients import value_and_grad as value_and_grad  # isort: skip
 from .diagnostics import (  # isort: skip
     basis_drift as basis_drift,
     explained_energy as explained_energy,

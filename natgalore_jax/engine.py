@@ -1,7 +1,7 @@
 """One step in the subspace, on one tree.
 
     refresh  P from G where it is due, and what inner remembers carried along (refresh.py)
-    project  R = PᵀG, or PᵀG Q
+    project  R = PᵀG, or PᵀG Q (lower.py)
     gate     a matrix whose gradient is not finite hands on a zero core instead
     inner    U = inner(R): one transformation over one tree of Cores and other leaves
     lift     P U, or P U Qᵀ, in the leaf's shape, what was left out, if it is asked for, and inner's
@@ -14,19 +14,23 @@ Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Das, "Natural G
 arXiv:2410.16029, algorithm 1.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from .basis import basis_key, to_core
-from .boxes import boxed, rebox, unbox
+from .basis import basis_key
+from .boxes import boxed, is_box, rebox, unbox
 from .decay import inspect, update_with_decay
-from .lift import expanded, keep_where, lift
+from .lift import lift
+from .lower import gate, lower, refuse_other_cores, working, working_dtype
 from .manual import refuse_unreduced, varying_as
 from .placement import Layout, layout_of, local, lying, partition_of
 from .refresh import Refresh
@@ -74,6 +78,22 @@ register_state(
 
 State = SubspaceState | ResidualState
 
+_found = contextvars.ContextVar[list | None]("engines found", default=None)
+
+
+@contextlib.contextmanager
+def finding() -> Iterator[list["tuple[Engine, SubspaceState]"]]:
+    """Within it every engine that makes a state is noted, and that state.
+
+    A transformation does not tell what it is composed of, but its init reaches all of it.
+    """
+    found: list[tuple[Engine, SubspaceState]] = []
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
+
 
 class Engine:
     """The transformation behind :func:`project`; its arguments are checked there."""
@@ -99,8 +119,8 @@ class Engine:
 
         def proxy(x, spec):
             if spec is None:
-                return _working(x)
-            core = jnp.zeros_like(x, _working_dtype(x), spec.core_shape)
+                return working(x)
+            core = jnp.zeros_like(x, working_dtype(x), spec.core_shape)
             entries = partition_of("linear", spec, layout.at(spec.path))
             return Core(layout.place(core, entries), spec)
 
@@ -110,7 +130,7 @@ class Engine:
             index = spec.index + jnp.arange(spec.matrices)
             keys = jax.vmap(lambda i: basis_key(self.refresh.seed, i, 0, side))(index)
             view = spec.turned if side else spec
-            start = self.refresh.method.start(keys, view, _working_dtype(x))
+            start = self.refresh.method.start(keys, view, working_dtype(x))
             return Basis(varying_as(start, x), view)
 
         def refreshed(x, spec):
@@ -136,6 +156,9 @@ class Engine:
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
         )
+        found = _found.get()
+        if found is not None:
+            found.append((self, state))
         if self.residual is not None:
             state = ResidualState(state, no_norms(proxies))
         return _placed(state, layout)
@@ -148,14 +171,21 @@ class Engine:
         **extra_args: Any,
     ) -> tuple[PyTree, State]:
         """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
-        inner, boxes = boxed(self.inner, updates), updates
+        if self.residual is not None and cores(updates):
+            raise ValueError(
+                "`residual` needs whole gradients, and these are cores: take those of "
+                "jax.value_and_grad, or residual=None."
+            )
+        boxes = _as_leaves(updates, params)
+        inner, leaves = boxed(self.inner, boxes), unbox(boxes)
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
         state, norm = state if isinstance(state, ResidualState) else (state, None)
+        refuse_other_cores(updates, state.basis)
         refuse_unreduced(updates, state.skipped)
-        layout = layout_of(updates)
+        layout = layout_of(leaves)
         lying_as = lambda role: jax.tree_util.tree_map_with_path(
-            functools.partial(_lying, role, layout), updates, state.basis
+            functools.partial(_lying, role, layout), leaves, state.basis
         )
         like = (
             *(state.basis, state.right_basis, state.refreshed, state.inner_state),
@@ -167,14 +197,14 @@ class Engine:
             answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
             decay: list[Any] = [None] * len(cores(projected))
         else:
-            proxy = lambda x, w: x.replace(jnp.zeros_like(x.value)) if is_core(x) else _working(w)
+            proxy = lambda x, w: x.replace(jnp.zeros_like(x.value)) if is_core(x) else working(w)
             proxies = None
             if params is not None:
                 proxies = jax.tree.map(proxy, projected, params, is_leaf=is_core)
             answer, decay, inner_state = update_with_decay(
                 inner, projected, inner_state, proxies, self.check, **extra_args
             )
-        weights = updates if params is None else params  # whose dtypes the updates get
+        weights = leaves if params is None else params  # whose dtypes the updates get
         answer = replace_cores(
             answer,
             [
@@ -202,36 +232,24 @@ class Engine:
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree]:
         """All until inner: both bases, refreshes and inner's state as they are now; the cores,
         with zeros for what is not finite; and what was."""
-        projected = jax.tree.map(project, updates, state.basis, state.right_basis)
-        *bases, projected, refreshed, inner_state, finite = self.refresh(
-            updates, projected, state, layout
+        *bases, projected, refreshed, inner_state, finite = lower(
+            self.refresh, updates, state, layout
         )
         return (*bases, refreshed, inner_state, *gate(projected, finite))
 
 
-def project(G: Array, P: Basis | None, Q: Basis | None) -> Any:
-    """The core of a projected leaf, in the dtype of its state; the leaf itself for another."""
-    if P is None:
-        return _working(G)
-    if G.shape != P.spec.shape:
-        raise ValueError(
-            f"the gradient of `{P.spec.name}` has shape {G.shape}, its state is for {P.spec.shape}."
-        )
-    kept = P.value.dtype  # of a random basis that of its key, which says nothing of the core's
-    dtype = kept if jnp.issubdtype(kept, jnp.floating) else _working_dtype(G)
-    return Core(to_core(P.spec.to_view(G).astype(dtype), *expanded(dtype, P, Q)), P.spec)
+def _as_leaves(updates: PyTree, params: PyTree) -> PyTree:
+    """`updates` with the params, boxes and all, where it has cores.
 
-
-def gate(projected: PyTree, finite: list[Bool[Array, "..."]]) -> tuple[PyTree, PyTree]:
-    """`projected` with zeros for what is not finite, and what was: per matrix, or per other leaf.
-
-    `finite` says it of the Cores. A core is finite where its gradient is: P mixes all rows, so one
-    bad entry spoils its column. Looking at the core spares a pass over the gradient.
+    Without params one number of the core's dtype stands there: it is asked for nothing else.
     """
-    left = iter(finite)
-    of = lambda x: x.replace(next(left)) if is_core(x) else jnp.isfinite(x).all()
-    ok = jax.tree.map(of, projected, is_leaf=is_core)
-    return jax.tree.map(keep_where, projected, ok, is_leaf=is_core), ok
+    if not cores(updates):
+        return updates
+    if params is None:
+        leaf = lambda G: jnp.zeros([], G.value.dtype) if is_core(G) else G
+        return jax.tree.map(leaf, updates, is_leaf=is_core)
+    stop = lambda x: is_core(x) or is_box(x)
+    return jax.tree.map(lambda G, w: w if is_core(G) else G, updates, params, is_leaf=stop)
 
 
 def _lying(role: str, layout: Layout, path: tuple, G: Array, P: Basis | None) -> Any:
@@ -251,19 +269,6 @@ def _placed(state: State, layout: Layout) -> State:
         return layout.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
 
     return walk(state, at)
-
-
-def _working_dtype(x: Any) -> Any:
-    """The dtype in which a leaf is worked on: at least float32, and integers as they are."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x.dtype
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _working(x: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, _working_dtype(x))
-    return jnp.asarray(x, _working_dtype(x))
 
 
 def _refuse_misfit(x: Any, role: Any, spec: LeafSpec | None) -> Any:

@@ -1,7 +1,8 @@
 """Reads a program, with its values replaced by what is known of them."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.extend import core as jax_core
@@ -39,3 +40,22 @@ def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr:
     """The program that one of `CALLS` calls."""
     call = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
     return call if isinstance(call, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(call, ())
+
+
+def apply(eqn: jax_core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The results of one equation on arrays, by JAX's own evaluation of a program of just that."""
+    inputs = {
+        var: x
+        for var, x in zip(eqn.invars, values, strict=True)
+        if not isinstance(var, jax_core.Literal)
+    }
+    jaxpr = _empty().replace(
+        invars=list(inputs), outvars=list(eqn.outvars), eqns=[eqn], effects=eqn.effects
+    )
+    return jax_core.jaxpr_as_fun(jax_core.ClosedJaxpr(jaxpr, ()))(*inputs.values())
+
+
+@functools.cache
+def _empty() -> jax_core.Jaxpr:
+    """A program of nothing, with all that JAX wants to know of one."""
+    return jax.make_jaxpr(lambda: ())().jaxpr

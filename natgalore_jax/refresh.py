@@ -5,6 +5,8 @@ Matrices that are due come one at a time (`sweep.py`), so a refresh needs the me
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +55,13 @@ def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:
     return np.arange(first, last, dtype=np.int32).reshape(spec.batch_shape)
 
 
+def matrices(bases: PyTree) -> int:
+    """How many matrices a tree of Bases is of."""
+    is_basis = lambda x: isinstance(x, Basis)
+    found = jax.tree.leaves(bases, is_leaf=is_basis)
+    return sum(x.spec.matrices for x in found if is_basis(x))
+
+
 class OfMatrices(NamedTuple):
     """What a refresh changes of a leaf's matrices, or of one of them.
 
@@ -90,7 +99,7 @@ class Refresh:
     seed: int
 
     def __call__(
-        self, updates: PyTree, projected: PyTree, state: Any, layout: Layout
+        self, updates: PyTree, projected: PyTree, state: Any, layout: Layout, of: PyTree = None
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, list[Bool[Array, "..."]]]:
         """New bases where they are due, and all that depends on them.
 
@@ -99,6 +108,7 @@ class Refresh:
           projected: the same, projected on the bases of `state`.
           state: the :class:`SubspaceState`.
           layout: of the gradients, as far as known.
+          of: a tree with all Bases of the projection, if `state` is only given some.
 
         Returns:
           The bases, P and Q, `projected` on them, how often each has been refreshed, inner's state
@@ -118,7 +128,7 @@ class Refresh:
         ]
         roles, arrays = self.carried(state.inner_state, bases)
         Rs, times = cores(projected), cores(state.refreshed)
-        total = sum(P.spec.matrices for P in bases)
+        total = matrices(state.basis if of is None else of)
         # The one pass over the cores that every step needs: their largest entries tell which are
         # finite, for the gate as well, and which are not zero.
         largest = [jnp.abs(R.value).max(axis=(-2, -1)) for R in Rs]
@@ -147,7 +157,7 @@ class Refresh:
         left = {P.spec: iter(x) for P, x in zip(bases, new_arrays, strict=True)}
 
         def put_back(x, role, spec):
-            carried = self.transport is not None and spec is not None and per_matrix(x, role, spec)
+            carried = self.transport is not None and spec in left and per_matrix(x, role, spec)
             return next(left[spec]) if carried else x
 
         return (
@@ -166,7 +176,7 @@ class Refresh:
         arrays: dict[LeafSpec, list[Array]] = {P.spec: [] for P in bases}
 
         def collect(x, role, spec):
-            if spec is not None and per_matrix(x, role, spec):
+            if spec in roles and per_matrix(x, role, spec):
                 roles[spec].append(role)
                 arrays[spec].append(x)
             return x
@@ -174,6 +184,15 @@ class Refresh:
         if self.transport is not None:
             walk(state, collect)
         return list(roles.values()), list(arrays.values())
+
+    def any_due(self, state: Any, largest: list[Array]) -> Bool[Array, ""]:
+        """Whether any matrix of a :class:`SubspaceState` is; `largest` of each Core, in order."""
+        total = matrices(state.basis)
+        flags = [
+            self.flags(n.spec, x, n.value, state.count, total).any()
+            for n, x in zip(cores(state.refreshed), largest, strict=True)
+        ]
+        return functools.reduce(operator.or_, flags, jnp.zeros([], bool))
 
     def flags(
         self,

@@ -163,11 +163,11 @@ MUTANTS = [
     ),
     Mutant("engine", "counts the good steps", "n + (~ok).astype", "n + ok.astype"),
     Mutant(
-        "engine", "state in the leaf's dtype", "jnp.promote_types(x.dtype, jnp.float32)", "x.dtype"
+        "lower", "state in the leaf's dtype", "jnp.promote_types(x.dtype, jnp.float32)", "x.dtype"
     ),
     Mutant("engine", "takes a state of any rank", "walk(state, _refuse_misfit)", "pass"),
     Mutant("engine", "another format's number", "FORMAT_VERSION = 1", "FORMAT_VERSION = 2"),
-    Mutant("engine", "takes a gradient of any shape", "G.shape != P.spec.shape", "False"),
+    Mutant("lower", "takes a gradient of any shape", "G.shape != P.spec.shape", "False"),
     Mutant(
         "engine",
         "inner never sees a box",
@@ -360,6 +360,20 @@ MUTANTS = [
         "return updates, placed(state, updates)",
         "return updates, state",
     ),
+    Mutant("engine", "cores of any state", "refuse_other_cores(updates, state.basis)", "pass"),
+    Mutant("gradients", "late gradients wait", "when(due(result), ", "when(due(blank), "),
+    Mutant("gradients", "refreshes when none is due", "when(~due(blank)", "when(due(blank)"),
+    Mutant("gradients", "any optimizer's state", "_key(state) not in engines", "False"),
+    Mutant(
+        "gradients", "blanks as on one device", "return varying_as(lax.full", "return (lax.full"
+    ),
+    Mutant("backward", "cores in the leaf's dtype", "core_dtype(P, w))", "w.dtype)"),
+    Mutant("tagged", "a factor forgotten", "weight * by.reshape(()), core=core", "weight * by"),
+    Mutant("tagged", "blocks as rows", "label for i in contracted[0]", "label for i in batch[0]"),
+    Mutant("uses", "minus forgotten", "scale(v, -jnp.ones", "scale(v, jnp.ones"),
+    Mutant("uses", "gathers the weight alone", "plain(v) if alone else v", "y"),
+    Mutant("lowrank", "scans forward", '("length", "reverse", "unroll")', '("length", "unroll")'),
+    Mutant("lowrank", "falls back in silence", "report(operation, x.name)", "pass"),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
     Mutant(
         "placement", "no mesh entered", "if explicit and get_abstract_mesh().empty:", "if False:"
@@ -488,6 +502,8 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "lift": ["test_trajectory", "test_engine", "test_residual"],
+    **{room: ["test_gradients"] for room in ("backward", "gradients", "lowrank", "tagged", "uses")},
+    "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
     "signs": ["test_residual"],
     "boxes": ["test_boxes", "test_flax"],

@@ -10,14 +10,15 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "programs", "spec", "stacks"},
-    {"manual", "roles"},
-    {"kinds", "placement", "rules"},
-    {"layout"},
+    {"manual", "roles", "tagged"},
+    {"kinds", "placement", "rules", "uses"},
+    {"layout", "lowrank"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
     {"residual", "signs", "sweep", "transport"},
     {"lift", "refresh"},
-    {"engine"},
-    {"project"},
+    {"lower"},
+    {"backward", "engine"},
+    {"gradients", "project"},
     {"recipes", "diagnostics", "memory", "offload"},
     {"report", "sharding"},
 ]

@@ -1,0 +1,152 @@
+"""Evaluates a program at tagged weights, so that its gradients by their cores are low-rank.
+
+An operation on a :class:`Tagged` weight has a rule in `uses.py`, which gives another one or an
+array, and programs within the program are evaluated in the same way. Where there is no rule, or it
+does not hold, the weight is an array: still exact, but the gradient of that one use is formed whole
+before it is projected. Such uses are reported.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jax_core
+
+from .programs import apply, called, read
+from .tagged import Tagged, plain
+from .uses import USES, Value
+
+
+Report = Callable[[str, str], None]  # (operation, leaf), of a weight that was taken whole
+
+
+def evaluate(program: jax_core.ClosedJaxpr, values: Sequence[Value], report: Report) -> list[Value]:
+    """The program's outputs, which may be Tagged where inputs are."""
+    return read(program, values, lambda x: x, functools.partial(_through, report))
+
+
+def arrays(values: Sequence[Value], operation: str, report: Report) -> list[Any]:
+    """The values, with weights as arrays."""
+
+    def whole(x):
+        if not isinstance(x, Tagged):
+            return x
+        report(operation, x.name)
+        return plain(x)
+
+    return [whole(x) for x in values]
+
+
+def _through(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
+    if not any(isinstance(x, Tagged) for x in values):
+        return apply(eqn, values)
+    name = eqn.primitive.name
+    outputs = None
+    if name in CONTROL:
+        outputs = CONTROL[name](report, eqn, values)
+    elif name in USES:
+        outputs = USES[name](eqn, *values)
+    if outputs is None:
+        return apply(eqn, arrays(values, name, report))
+    return outputs if isinstance(outputs, list) else [outputs]
+
+
+def _call(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
+    return evaluate(called(eqn), values, report)
+
+
+def _remat(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
+    body = lambda *values: arrays(evaluate(called(eqn), values, report), "remat", report)
+    settings = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
+    return jax.checkpoint(body, **settings)(*values)
+
+
+def _cond(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value] | None:
+    index, *operands = values
+    if isinstance(index, Tagged):
+        return None
+    run = lambda branch, *xs: arrays(evaluate(branch, xs, report), "cond", report)
+    branches = [functools.partial(run, branch) for branch in eqn.params["branches"]]
+    return lax.switch(index, branches, *operands)
+
+
+def _while(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
+    n = eqn.params["cond_nconsts"]
+    k = n + eqn.params["body_nconsts"]
+    of_cond, of_body = values[:n], values[n:k]
+    run = lambda key, *xs: arrays(evaluate(eqn.params[key], xs, report), "while", report)
+    return lax.while_loop(
+        lambda carry: run("cond_jaxpr", *of_cond, *carry)[0],
+        lambda carry: run("body_jaxpr", *of_body, *carry),
+        arrays(values[k:], "while", report),
+    )
+
+
+def _scan(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
+    program = eqn.params["jaxpr"]
+    # What is scanned over, or stacked up, has one axis more outside than inside. The parameters
+    # that count them have other names from one JAX to the next.
+    ndims = lambda vars: [len(var.aval.shape) for var in vars]
+    grows = lambda outer, inner: sum(a > b for a, b in zip(ndims(outer), ndims(inner), strict=True))
+    scanned = grows(eqn.invars, program.jaxpr.invars)
+    carried = len(eqn.outvars) - grows(eqn.outvars, program.jaxpr.outvars)
+    last = len(values) - scanned
+    constants, carry, over = values[: last - carried], values[last - carried : last], values[last:]
+    split = [_sliced(x) for x in arrays_where(_unscannable, over, "scan", report)]
+
+    def body(carry, parts):
+        xs = [join(part) for (_, join), part in zip(split, parts, strict=True)]
+        outputs = arrays(evaluate(program, [*constants, *carry, *xs], report), "scan", report)
+        return outputs[:carried], outputs[carried:]
+
+    settings = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    carry = arrays(carry, "scan", report)
+    carry, stacked = lax.scan(body, carry, [parts for parts, _ in split], **settings)
+    return [*carry, *stacked]
+
+
+def arrays_where(
+    which: Callable[[Tagged], bool], values: Sequence[Value], operation: str, report: Report
+) -> list[Value]:
+    """The values, with those weights as arrays of which `which` holds."""
+    as_array = lambda x: arrays([x], operation, report)[0]
+    return [as_array(x) if isinstance(x, Tagged) and which(x) else x for x in values]
+
+
+def _unscannable(v: Tagged) -> bool:
+    """Whether the leading axis is not that of matrices: B would not be cut along it."""
+    return len(v.axes[0]) != 1 or v.axes[0][0] not in v.core_axes
+
+
+def _sliced(x: Value) -> tuple[Any, Callable[[Any], Value]]:
+    """What a scan goes over of x, and x's slice from what it then has."""
+    if not isinstance(x, Tagged):
+        return x, lambda part: part
+    ((label,), *axes) = x.axes
+    factors = [x.core, *x.bases]
+    of_factors = [x.core_axes, *x.bases_axes]
+    places = [labels.index(label) if label in labels else None for labels in of_factors]
+    moved = [
+        None if place is None else jnp.moveaxis(f, place, 0)
+        for f, place in zip(factors, places, strict=True)
+    ]
+    core_axes, *bases_axes = [tuple(n for n in labels if n != label) for labels in of_factors]
+
+    def join(parts):
+        weight, parts = parts
+        core, *bases = [f if part is None else part for f, part in zip(factors, parts, strict=True)]
+        return Tagged(weight, core, tuple(bases), tuple(axes), core_axes, tuple(bases_axes), x.name)
+
+    return (x.weight, moved), join
+
+
+CONTROL: dict[str, Callable[..., Any]] = {
+    **{name: _call for name in ("jit", "pjit", "closed_call")},
+    **{name: _remat for name in ("remat", "remat2", "checkpoint")},
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+}

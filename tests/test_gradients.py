@@ -1,0 +1,700 @@
+"""Cores straight from the backward pass against those of whole gradients, and all that follows.
+
+In float32 a core PᵀG sums in another order than (x P)ᵀ ȳ. Either way rounds sums of at most a few
+hundred terms, which came to 4e-7 of the largest entry; 2e-6 leaves room for another BLAS.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import natgalore_jax as natgalore
+from natgalore_jax.backward import backward
+from natgalore_jax.basis import expand, to_core
+from natgalore_jax.boxes import unbox
+from natgalore_jax.engine import SubspaceState
+from natgalore_jax.spec import Basis, Core, core_arrays, cores
+
+from .compiling import AS_FOR_USERS
+
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+from llama import Llama, LlamaConfig, next_token_loss  # isort: skip
+
+
+RTOL = 2e-6
+RANK = 3
+is_state = lambda x: isinstance(x, SubspaceState)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) / np.sqrt(
+        shape[-2] if len(shape) > 1 else 1
+    )
+
+
+def hot(opt_state):
+    """The state as it is between refreshes."""
+
+    def at(x):
+        if not is_state(x):
+            return x
+        once = jax.tree.map(jnp.ones_like, x.refreshed)
+        return x._replace(count=jnp.ones_like(x.count), refreshed=once)
+
+    return jax.tree.map(at, opt_state, is_leaf=is_state)
+
+
+def projection(select=None, side="left", **kwargs):
+    settings = {"refresh_every": 50, "stagger": False, "select": select, "side": side} | kwargs
+    return natgalore.project(RANK, optax.identity(), **settings)
+
+
+def bases(opt_state):
+    """(P,) or (P, Q) of each projected leaf, by its path."""
+    found = {}
+    for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Basis)):
+        if isinstance(x, Basis):
+            found[x.spec.path] = (*found.get(x.spec.path, ()), x)
+    return found
+
+
+def expected(grads, opt_state):
+    """The tree of `value_and_grad` from whole gradients."""
+    found = bases(opt_state)
+
+    def at(path, G):
+        if path not in found:
+            return G
+        sides = [expand(x.value, x.spec, jnp.float32) for x in found[path]]
+        spec = found[path][0].spec
+        G = G.astype(jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            return Core(to_core(spec.to_view(G), *sides), spec)
+
+    return jax.tree_util.tree_map_with_path(at, grads)
+
+
+def assert_close(got, want, rtol=RTOL):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(float(jnp.abs(y).max()), 1e-30)
+        np.testing.assert_allclose(x / scale, y / scale, atol=rtol)
+
+
+# --- cases: a loss of weights of the given shapes, W1, W2, ... ---------------------------------
+
+X = normal(0, 10, 12)
+VIEW = natgalore.MatrixView
+CASES = {}
+
+
+def case(*shapes, view=None, side="left", fallback=(), rtol=RTOL, **kwargs):
+    """`fallback`: the operations that take a weight whole."""
+    view = VIEW(-2, -1) if view is None else view
+    settings = {"side": side, "select": view} | kwargs
+
+    def note(loss):
+        number = sum(name.startswith(loss.__name__) for name in CASES)
+        CASES[f"{loss.__name__}{number or ''}"] = shapes, loss, settings, fallback, rtol
+        return loss
+
+    return note
+
+
+@case((12, 8), (8, 9))
+@case((12, 8), (8, 9), side="right")
+@case((12, 8), (8, 9), side="both")
+@case((12, 8), (8, 9), side="short", basis="random")
+def dense(W1, W2):
+    return jnp.sum(jnp.tanh(jnp.tanh(X @ W1) @ W2) ** 2)
+
+
+@case((12, 8))
+@case((12, 8), side="right")
+@case((12, 8), side="both")
+def weight_first(W):
+    return jnp.sum(jnp.tanh(W.T @ X.T) ** 2) + jnp.sum(jnp.tanh(W @ jnp.ones((8, 5))) ** 2)
+
+
+@case((12, 2, 5), view=VIEW(0, (1, 2)))
+@case((12, 2, 5), view=VIEW(0, (1, 2)), side="right")
+@case((12, 2, 5), view=VIEW(0, (1, 2)), side="both")
+@case((12, 2, 5), view=VIEW(0, 2))  # a matrix for each head
+def heads(W):
+    y = jnp.einsum("td,dhk->thk", X, W)
+    return jnp.sum(jnp.tanh(jnp.einsum("thk,dhk->td", y, W)) ** 2)
+
+
+@case((12, 10))
+@case((12, 10), side="right")
+@case((12, 10), side="both")
+def heads_by_reshape(W):
+    return jnp.sum(jnp.tanh(jnp.einsum("td,dhk->thk", X, W.reshape(12, 2, 5))) ** 2)
+
+
+@case((12, 10), side="both")
+def flattened(W):
+    """A reshape that mixes rows and columns, and one that takes them apart again."""
+    return jnp.sum(jnp.tanh(X @ W.reshape(-1).reshape(12, 10)) ** 2)
+
+
+@case((3, 12, 12))
+@case((3, 12, 12), side="right")
+@case((3, 12, 12), side="both")
+def scanned(W):
+    y, _ = lax.scan(lambda y, w: (jnp.tanh(y @ w), None), X, W)
+    return jnp.sum(y**2)
+
+
+@case((3, 12, 12))
+@case((3, 12, 12), side="both", basis="random")
+def scanned_remat(W):
+    step = jax.checkpoint(lambda y, w: (jnp.tanh(y @ w), y.sum()))
+    y, sums = lax.scan(step, X, W, reverse=True)
+    return jnp.sum(y**2) + jnp.sum(sums**2)
+
+
+@case((12, 12))
+def recurrent(W):
+    """A constant of the scan."""
+    y, _ = lax.scan(lambda y, x: (jnp.tanh(x + y @ W), None), X[0], X)
+    return jnp.sum(y**2)
+
+
+@case((3, 12, 12))
+def layer_by_index(W):
+    y = lax.fori_loop(0, 3, lambda i, y: jnp.tanh(y @ W[i]), X)
+    for i in range(3):
+        y = jnp.tanh(y @ W[i])
+    return jnp.sum(y**2)
+
+
+@case((30, 12))
+@case((30, 12), side="right")
+@case((30, 12), side="both")
+def tied_embedding(W):
+    y = jnp.tanh(jnp.take(W, jnp.array([[3, 1, 29], [3, 3, 7]]), axis=0))
+    return jnp.sum(jax.nn.log_softmax(y @ W.T) ** 2)
+
+
+@case((3, 12, 8))
+def experts_by_index(W):
+    return jnp.sum(jnp.tanh(jnp.einsum("ti,tij->tj", X, W[jnp.array([0, 1, 2, 1, 0] * 2)])) ** 2)
+
+
+@case((12, 12))
+def several_uses(W):
+    return jnp.sum(jnp.tanh(jnp.tanh(X @ W) @ W.T @ W) ** 2)
+
+
+@case((12, 24))
+@case((12, 24), view=VIEW(0, 1, blocks={1: 3}))
+@case((12, 24), view=VIEW(0, 1, blocks={1: 3}), side="both")
+def fused(W):
+    """Of the weight itself: slices, a split; and all of it."""
+    q, k, v = jnp.split(W, 3, axis=1)
+    y = jnp.tanh(X @ q) * jnp.tanh(X @ k) + X @ v
+    return jnp.sum(y**2) + jnp.sum(jnp.tanh(X @ W[:, 8:]) ** 2) + jnp.sum(jnp.tanh(X @ W) ** 2)
+
+
+@case((12, 24), view=VIEW(0, 1, blocks={1: 3}), fallback=("slice",))
+def cut_across_blocks(W):
+    return jnp.sum(jnp.tanh(X @ W[:, 5:12]) ** 2)
+
+
+@case((4, 12, 8), (4, 8, 12))
+@case((4, 12, 8), (4, 8, 12), side="both")
+def experts(W1, W2):
+    y = jnp.tanh(jnp.einsum("td,edf->etf", X, W1))
+    return jnp.sum(jnp.einsum("etf,efd->td", y, W2) ** 2)
+
+
+@case((3, 3, 6, 8), view=VIEW(2, 3), fallback=("conv_general_dilated",))
+def convolution(W):
+    x = normal(1, 2, 7, 7, 6)
+    y = lax.conv_general_dilated(x, W, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.sum(jnp.tanh(y) ** 2)
+
+
+@case((12, 12))
+def conditional(W):
+    y = lax.cond(X[0, 0] > -9, lambda x: jnp.tanh(x @ W), lambda x: x, X)
+    return jnp.sum(lax.switch(1, [jnp.sin, lambda x: x @ W, jnp.cos], y) ** 2)
+
+
+@case((12, 12))
+def while_loop(W):
+    """Constants of a loop, which no gradient passes in reverse."""
+    stopped = lax.stop_gradient(W)
+    y = lax.while_loop(lambda y: jnp.sum(y**2) > 1, lambda y: jnp.tanh(y @ stopped) / 2, X)
+    return jnp.sum((y + X @ W) ** 2)
+
+
+@case((3, 12, 8))
+@case((3, 12, 8), side="both")
+def mapped(W):
+    return jnp.sum(jax.vmap(lambda w: jnp.sum(jnp.tanh(X @ w) ** 2))(W))
+
+
+@case((12, 8))
+def nested_jit(W):
+    return jnp.sum(jax.jit(lambda x, w: jax.jit(jnp.tanh)(x @ w))(X, W) ** 2)
+
+
+@case((12, 8), (8, 9), rtol=2e-2)  # whole gradients are rounded to bfloat16 too, 4e-3 at one entry
+@case((12, 8), (8, 9), rtol=2e-2, side="both")
+def bfloat16(W1, W2):
+    W1, W2, x = (a.astype(jnp.bfloat16) for a in (W1, W2, X))
+    return jnp.sum((jnp.tanh(x @ W1) @ W2).astype(jnp.float32) ** 2)
+
+
+@jax.custom_vjp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+@case((12, 8))
+def custom_rules(W):
+    """Of what a weight does not enter."""
+    return jnp.sum(doubled(jax.nn.silu(jax.nn.relu(X @ W) + X @ W)) ** 2)
+
+
+@case((12, 8), fallback=("custom_vjp_call",))
+def custom_rule_of_weight(W):
+    return jnp.sum(jnp.tanh(X @ doubled(W)) ** 2)
+
+
+@case((12, 8))
+def scaled(W):
+    return jnp.sum(jnp.tanh(X @ (-W * 0.5 / 3.0) * jnp.tanh(X @ (W * X[0, 0]))) ** 2)
+
+
+@case((12, 8), fallback=("integer_pow", "mul"))
+def elementwise(W):
+    return jnp.sum(jnp.tanh(X @ (W * X[:1, :8])) ** 2) + jnp.sum(W**2)
+
+
+@case((12, 12), fallback=("dot_general",))
+def product_of_weights(W):
+    return jnp.sum(jnp.tanh(X @ (W @ W)) ** 2)
+
+
+@case((12, 8))
+def stopped(W):
+    return jnp.sum(jnp.tanh(X @ W) ** 2) * jnp.sum(lax.stop_gradient(W) ** 2)
+
+
+@case((12, 8), (12,))
+def with_other_leaves(W, b):
+    return jnp.sum(jnp.tanh((X + b[None]) @ W) ** 2)
+
+
+@case((12, 12))
+def gradient_inside(W):
+    """A penalty on the gradient by x: W in a program made by differentiation."""
+    return jnp.sum(jax.grad(lambda x: jnp.sum(jnp.tanh(x @ W) ** 2))(X) ** 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cores_are_those_of_whole_gradients(name):
+    shapes, loss, settings, fallback, rtol = CASES[name]
+    params = {f"W{i}": normal(i + 7, *shape) for i, shape in enumerate(shapes)}
+    select = {k: settings["select"] if w.ndim > 1 else None for k, w in params.items()}
+    opt_state = projection(**settings | {"select": select}).init(params)
+    of = lambda params: loss(*params.values())
+    told = []
+
+    @jax.jit
+    def both_ways(params, opt_state):
+        ours, fallbacks = backward(of, params, bases(opt_state), False, (), {})
+        ours = ours()
+        told.append({operation for operation, _ in fallbacks})
+        return ours, jax.value_and_grad(of)(params)
+
+    (value, grads), (value_whole, grads_whole) = both_ways(params, opt_state)
+    np.testing.assert_allclose(value, value_whole, rtol=1e-6)  # fused otherwise by the compiler
+    assert_close(grads, expected(grads_whole, opt_state), rtol)
+    assert cores(grads)
+    assert told == [{*fallback}]
+
+
+# --- models and optimizers as people have them ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scan", "remat"),
+    [
+        (True, True),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
+def test_llama(scan, remat):
+    config = LlamaConfig(16, 24, heads=2, layers=2, vocabulary=32, scan=scan, remat=remat)
+    graph, params = nnx.split(Llama(config, nnx.Rngs(0)))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 32)
+    loss = lambda params, tokens: next_token_loss(nnx.merge(graph, params), tokens)
+    tx = projection(None, "short")
+    opt_state = hot(tx.init(params))
+    ours = jax.jit(natgalore.value_and_grad(loss, tx, on_fallback="error"))
+    (value, grads), _ = ours(params, opt_state, tokens)
+    value_whole, grads_whole = jax.jit(jax.value_and_grad(loss))(params, tokens)
+    np.testing.assert_allclose(value, value_whole, rtol=1e-6)
+    assert len(cores(grads)) == (7 if scan else 14)
+    assert_close(unbox(grads), expected(unbox(grads_whole), opt_state))
+    updates, _ = tx.update(grads, opt_state, params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+PARAMS = {
+    "embed": {"bias": jnp.zeros(12)},
+    "layers": {"kernel": normal(2, 3, 12, 12)},
+    "none": None,
+    "out": {"kernel": normal(3, 12, 20)},
+}
+
+
+def small_loss(params, x, *, power=2):
+    h = x + params["embed"]["bias"][None]
+    step = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+    h, _ = lax.scan(step, h, params["layers"]["kernel"])
+    return jnp.mean(jnp.abs(h @ params["out"]["kernel"] - 1) ** power)
+
+
+def batches(steps):
+    return [jax.random.normal(jax.random.key(i), (8, 12)) for i in range(steps)]
+
+
+def trained(tx, gradients, steps=9, params=PARAMS, batch=None):
+    """Params and states after each step; `gradients(params, opt_state, x)`."""
+
+    def step(params, opt_state, x):
+        (_, grads), opt_state = gradients(params, opt_state, x)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state, step, seen = tx.init(params), jax.jit(step), []
+    for x in batches(steps) if batch is None else batch:
+        params, opt_state = step(params, opt_state, x)
+        seen.append((params, opt_state))
+    return seen
+
+
+def whole_gradients(loss=small_loss):
+    return lambda params, opt_state, x: (jax.value_and_grad(loss)(params, x), opt_state)
+
+
+def both_ways(tx, **kwargs):
+    ours = natgalore.value_and_grad(small_loss, tx, on_fallback="error")
+    return trained(tx, ours, **kwargs), trained(tx, whole_gradients(), **kwargs)
+
+
+def assert_same_training(ours, whole, rtol=2e-5):
+    """Adam divides by roots of squares: 2e-6 of a core's largest entry is more of its smaller."""
+    for (params, opt_state), (params_whole, opt_state_whole) in zip(ours, whole, strict=True):
+        assert jax.tree.structure(opt_state) == jax.tree.structure(opt_state_whole)
+        chex.assert_trees_all_close(params, params_whole, atol=rtol)
+
+
+def natural(**kwargs):
+    return natgalore.natural_galore(1e-2, RANK, **{"refresh_every": 4} | kwargs)
+
+
+def galore(**kwargs):
+    """Less to compile."""
+    return natural(fisher=None, **kwargs)
+
+
+OPTIMIZERS = {
+    "natural": natural,
+    "all_at_once": lambda: natural(stagger=False),
+    "decay": lambda: natural(weight_decay=0.1, stagger=False),
+    "window": lambda: natural(fisher="window", stagger=False),
+    "both": lambda: natural(side="both", stagger=False),
+    "random": lambda: natural(basis="random", stagger=False, transport="reset"),
+    "chain": lambda: natgalore.chain(
+        optax.clip(1e3),
+        natgalore.project(RANK, refresh_every=4, stagger=False),
+        optax.scale_by_adam(),
+        natgalore.project_back(),
+        optax.add_decayed_weights(0.1),
+        optax.scale_by_learning_rate(1e-2),
+    ),
+    "masked": lambda: optax.masked(
+        natural(stagger=False), {"embed": False, "layers": True, "none": None, "out": True}
+    ),
+    "partition": lambda: optax.partition(
+        {"deep": natural(stagger=False), "rest": natural(side="long"), "sgd": optax.sgd(0.1)},
+        {"embed": "sgd", "layers": "deep", "none": None, "out": "rest"},
+    ),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(
+        natgalore.natural_galore, natgalore.STATIC_ARGS["natural_galore"]
+    )(learning_rate=1e-2, rank=RANK, refresh_every=4, stagger=False),
+    "multi_steps_inside": lambda: natgalore.project(
+        RANK, optax.MultiSteps(optax.adam(1e-2), 2), refresh_every=4, stagger=False
+    ),
+}
+
+
+QUICK = ("natural", "both")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
+)
+def test_training_is_that_of_whole_gradients_through_refreshes(name):
+    assert_same_training(*both_ways(OPTIMIZERS[name]()))
+
+
+def test_a_refresh_takes_the_whole_gradient():
+    """With something due at each step there is no other rounding: the same to the bit."""
+    ours, whole = both_ways(galore(refresh_every=1), steps=3)
+    chex.assert_trees_all_equal(ours[-1][1], whole[-1][1])
+
+
+def test_a_late_first_gradient_brings_a_basis_at_once():
+    """The first gradient that is finite comes between the refreshes of the calendar."""
+    tx = galore(refresh_every=50, stagger=False)
+    batch = [jnp.full((8, 12), jnp.nan), *batches(3)]
+    ours, whole = both_ways(tx, params=PARAMS, batch=batch)
+    assert_same_training(ours, whole)
+    counts = [core_arrays(natgalore_state(s).refreshed)[1] for _, s in ours]
+    assert [int(n) for n in counts] == [0, 1, 1, 1]
+
+
+def natgalore_state(opt_state):
+    return next(x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x))
+
+
+def test_cores_that_are_not_finite_are_skipped():
+    tx = galore(refresh_every=50, stagger=False)
+    batch = batches(5)
+    batch[2] = batch[2].at[0].set(jnp.inf)
+    ours, whole = both_ways(tx, batch=batch)
+    assert_same_training(ours, whole)
+    skipped = lambda seen: natgalore_state(seen[-1][1]).skipped
+    chex.assert_trees_all_equal(skipped(ours), skipped(whole))
+    assert int(skipped(ours)["out"]["kernel"].value) == 1
+
+
+def test_auxiliary_outputs_and_keywords():
+    tx = natural()
+    params, x = PARAMS, batches(1)[0]
+
+    def loss(params, x, *, power):
+        aux = {"x": x, "w": params["out"]["kernel"], "key": jax.random.key(1), "n": 2}
+        return small_loss(params, x, power=power), aux
+
+    ours = natgalore.value_and_grad(loss, tx, has_aux=True, on_fallback="error")
+    for opt_state in (tx.init(params), hot(tx.init(params))):
+        ((value, aux), grads), _ = jax.jit(ours, static_argnames="power")(
+            params, opt_state, x, power=4
+        )
+        np.testing.assert_allclose(value, small_loss(params, x, power=4), rtol=1e-6)
+        chex.assert_trees_all_equal(
+            (aux["x"], aux["w"], aux["n"]), (x, params["out"]["kernel"], jnp.asarray(2))
+        )
+        assert aux["key"] == jax.random.key(1)
+        assert len(cores(grads)) == 2
+
+
+def test_bfloat16_params_have_float32_cores():
+    tx, x = natural(), batches(1)[0]
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    gradients = jax.jit(natgalore.value_and_grad(small_loss, tx))
+    for opt_state in (tx.init(params), hot(tx.init(params))):
+        (_, grads), _ = gradients(params, opt_state, x.astype(jnp.bfloat16))
+        assert {core.dtype for core in core_arrays(grads)} == {jnp.dtype(jnp.float32)}
+        assert grads["embed"]["bias"].dtype == jnp.bfloat16
+
+
+def test_params_without_a_projected_leaf():
+    tx, params = optax.adam(1e-3), {"bias": jnp.ones(3)}
+    loss = lambda params: jnp.sum(params["bias"] ** 2)
+    (value, grads), _ = natgalore.value_and_grad(loss, tx)(params, tx.init(params))
+    chex.assert_trees_all_close((value, grads), jax.value_and_grad(loss)(params))
+
+
+def refreshed_at(place, refreshed, opt_state):
+    """`opt_state`, with the bases of one part of the tree from another, `refreshed`."""
+    new = natgalore_state(refreshed)
+
+    def put(old):
+        if not is_state(old):
+            return old
+        fields = ("basis", "refreshed")
+        of = lambda field: getattr(old, field) | {place: getattr(new, field)[place]}
+        return old._replace(**{field: of(field) for field in fields})
+
+    return jax.tree.map(put, opt_state, is_leaf=is_state)
+
+
+def test_some_cores_among_whole_gradients():
+    """Each matrix may come either way; those that come whole are refreshed as ever."""
+    tx = galore(stagger=False, weight_decay=0.1)
+    params, x = PARAMS, batches(1)[0]
+    opt_state = tx.init(params)
+    gradients = jax.jit(natgalore.value_and_grad(small_loss, tx))
+    update = jax.jit(tx.update)
+    for _ in range(2):
+        (_, ours), after = gradients(params, opt_state, x)
+        whole = jax.grad(small_loss)(params, x)
+        mixed = whole | {"layers": ours["layers"]}
+        start = refreshed_at("layers", after, opt_state)
+        updates, _ = update(mixed, start, params)
+        expected_updates, opt_state = update(whole, opt_state, params)
+        chex.assert_trees_all_close(updates, expected_updates, atol=2e-5)
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_the_hot_step_forms_no_whole_gradient(side):
+    """In what the compiler made of it: a product of m x n entries would be one."""
+    tx = natural(side=side, stagger=False)
+    opt_state, x = hot(tx.init(PARAMS)), batches(1)[0]
+    state = natgalore_state(opt_state)
+    step = lambda params, x: backward(small_loss, params, bases(state), False, (x,), {})[0]()
+
+    whole = {"12,12", "12,20", "20,12", "3,12,12"}
+    assert not whole & product_shapes(step, PARAMS, x)
+    assert whole & product_shapes(jax.grad(small_loss), PARAMS, x)
+
+
+def product_shapes(f, *args):
+    text = jax.jit(f).lower(*args).compile(compiler_options=AS_FOR_USERS).as_text()
+    dots = [line.split(" dot(")[0] for line in text.splitlines() if " dot(" in line]
+    return {line.split("f32[")[1].split("]")[0] for line in dots}
+
+
+# --- on several devices --------------------------------------------------------------------------
+
+
+DATA, FSDP = PartitionSpec(), PartitionSpec("d")
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        pytest.param(AxisType.Auto, DATA, marks=pytest.mark.slow),
+        (AxisType.Explicit, FSDP),
+        pytest.param(AxisType.Auto, FSDP, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, DATA, marks=pytest.mark.slow),
+    ],
+)
+def test_on_a_mesh_training_is_the_same(kind, weights):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    tx = galore(stagger=False)
+    entries = {"embed": {"bias": DATA}, "layers": {"kernel": DATA}, "out": {"kernel": weights}}
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    params = jax.tree.map(put, {k: PARAMS[k] for k in entries}, entries)
+    batch = [put(x, PartitionSpec("d")) for x in batches(3)]
+    with jax.set_mesh(mesh):
+        seen = trained(
+            tx, natgalore.value_and_grad(small_loss, tx), params=params, batch=batch, steps=3
+        )
+    whole = trained(tx, whole_gradients(), steps=3)
+    assert_same_params(seen, whole)
+
+
+def assert_same_params(ours, whole):
+    for (params, _), (params_whole, _) in zip(ours, whole, strict=True):
+        params_whole = {place: params_whole[place] for place in params}
+        chex.assert_trees_all_close(jax.device_get(params), params_whole, atol=2e-5)
+
+
+def test_inside_shard_map_only_cores_are_summed():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    tx = natural(stagger=False)
+    opt_state, x = hot(tx.init(PARAMS)), batches(1)[0]
+    mean = lambda params, x: lax.pmean(small_loss(params, x), "d")
+    step = lambda params, x: backward(mean, params, bases(opt_state), False, (x,), {})[0]()
+    everywhere, split = PartitionSpec(), PartitionSpec("d")
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
+    )
+    _, grads = mapped(PARAMS, x)
+    assert_close(grads, expected(jax.grad(small_loss)(PARAMS, x), opt_state))
+    reduced = [
+        shape
+        for line in mapped.lower(PARAMS, x).compile().as_text().splitlines()
+        if " all-reduce(" in line
+        for shape in re.findall(r"f32\[([0-9,]*)\]", line)
+    ]
+    assert reduced
+    assert not {"12,12", "12,20", "3,12,12"} & {*reduced}, reduced
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_refusals():
+    tx, x = natural(), batches(1)[0]
+    opt_state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="on_fallback") as error:
+        natgalore.value_and_grad(small_loss, tx, on_fallback="raise")
+    one_line(error)
+    power = lambda params, x: small_loss(params, x) + jnp.sum(params["out"]["kernel"] ** 3)
+    with pytest.raises(ValueError, match="integer_pow of `out/kernel`") as error:
+        natgalore.value_and_grad(power, tx, on_fallback="error")(PARAMS, opt_state, x)
+    one_line(error)
+    other = natgalore.natural_galore(1e-2, 5)
+    with pytest.raises(ValueError, match="not a state of `tx`") as error:
+        natgalore.value_and_grad(small_loss, other)(PARAMS, opt_state, x)
+    one_line(error)
+    multi = optax.MultiSteps(tx, 2)
+    with pytest.raises(ValueError, match="MultiSteps") as error:
+        natgalore.value_and_grad(small_loss, multi)(PARAMS, multi.init(PARAMS), x)
+    one_line(error)
+
+
+def test_the_residual_needs_whole_gradients():
+    tx = natgalore.natural_galore(1e-2, RANK, residual="fira")
+    opt_state, x = tx.init(PARAMS), batches(1)[0]
+    with pytest.raises(ValueError, match="residual") as error:
+        natgalore.value_and_grad(small_loss, tx)(PARAMS, opt_state, x)
+    one_line(error)
+    without = natural()
+    (_, grads), _ = natgalore.value_and_grad(small_loss, without)(PARAMS, without.init(PARAMS), x)
+    with pytest.raises(ValueError, match="residual") as error:
+        tx.update(grads, opt_state, PARAMS)
+    one_line(error)
+
+
+def test_cores_of_another_state():
+    tx, other = natural(), natgalore.natural_galore(1e-2, 5)
+    x = batches(1)[0]
+    (_, grads), _ = natgalore.value_and_grad(small_loss, tx)(PARAMS, tx.init(PARAMS), x)
+    with pytest.raises(ValueError, match="core of another state") as error:
+        other.update(grads, other.init(PARAMS), PARAMS)
+    one_line(error)
+    cut = jax.tree.map(
+        lambda G: G.replace(G.value[..., :-1]) if isinstance(G, Core) else G,
+        grads,
+        is_leaf=lambda x: isinstance(x, Core),
+    )
+    with pytest.raises(ValueError, match="another shape") as error:
+        tx.update(cut, tx.init(PARAMS), PARAMS)
+    one_line(error)
