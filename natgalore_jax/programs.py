@@ -10,7 +10,10 @@ from jax.extend import core as jax_core
 
 T = TypeVar("T")
 
-CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat", "checkpoint"}
+CALLS = {
+    *("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"),
+    *("remat", "remat2", "checkpoint"),  # one by different releases
+}
 
 
 def read(

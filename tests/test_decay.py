@@ -45,6 +45,12 @@ DECOUPLED = {
         lambda wd: optax.adamw(LR, weight_decay=wd, mask=matrices_only),
         -LR * WD,
     ),
+    "adamw, rematerialised": (
+        lambda wd: optax.adamw(LR, weight_decay=wd)._replace(
+            update=jax.checkpoint(optax.adamw(LR, weight_decay=wd).update)
+        ),
+        -LR * WD,
+    ),
     "adamw, mask by key": (lambda wd: optax.adamw(LR, weight_decay=wd, mask=by_last_key), -LR * WD),
     "inject_hyperparams": (
         lambda wd: optax.inject_hyperparams(optax.adamw)(LR, weight_decay=wd),
