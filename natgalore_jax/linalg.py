@@ -34,8 +34,8 @@ def product(a: Array, b: Array) -> Array:
 def rounded_product(a: Array, b: Array, dtype: Any) -> Array:
     """The same in `dtype`. For bfloat16, accelerators take the factors in it too.
 
-    The error of the result, 1.7e-3 by its own rounding, is then 2.9e-3; its time is three quarters
-    or less, and XLA can add it to a weight in the same kernel.
+    The error of the result, 1.7e-3 by its own rounding, is then 2.9e-3; it moves half
+    the bytes, and XLA can add it to a weight in the same kernel.
     """
     wide = lambda a, b: product(a, b).astype(dtype)
     if dtype != jnp.bfloat16 or all_digits_asked():

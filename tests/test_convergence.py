@@ -346,3 +346,7 @@ def test_the_page_has_the_tables_that_the_results_make():
         assert results.markdown(of_rates[rate]) in page
     losses = [f"{of_rates[rate][0].loss:.3f}" for rate in (0.004, 0.008)]
     assert f"({', '.join(losses)}, 2.558)" in page
+    readme = (root / "README.md").read_text()
+    last = {row["method"]: f"{row['loss']:.2f}" for row in results.rows(of_rates[0.016])}
+    assert f"{last['adamw']} nats under AdamW, {last['galore']} under `galore`" in readme
+    assert f"and {last['natural_galore']} under `natural_galore`" in readme

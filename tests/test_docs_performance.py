@@ -86,3 +86,12 @@ def test_on_a_cpu(name):
         f"{of['slowest_ms'] / of['median_ms']:.2f}",
         f"{of['slowest_ms']:.1f}",
     ]
+
+
+def test_the_readme_says_the_same_of_an_update():
+    readme = (ROOT / "README.md").read_text()
+    for tree in results("step-variants")["trees"]:
+        if tree["dtype"] == "float32":
+            of = {name: row["hot_ms"] for name, row in tree["methods"].items()}
+            ratios = (f"{of[name] / of['adamw']:.2f}" for name in ("galore", "natural_galore"))
+            assert " and ".join(ratios) in readme
