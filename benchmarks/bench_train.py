@@ -11,10 +11,12 @@ The methods of a layout take turns, step by step, so that what disturbs one dist
 times within one layout. Step 0, on which all bases are new, is apart; the slowest step is that of
 the steps after it, which meet each later refresh once if --steps is --refresh-every. A method whose
 name ends in `_unrolled` runs on layers that are not stacked, and so does `contrib_galore`, which
-takes no others.
+takes no others. One that ends in `_cores` takes its gradients from `natgalore.value_and_grad`, so
+that of the layers' matrices none is formed, and refreshes all at once.
 
     python benchmarks/bench_train.py --size 350m [--out benchmarks/results/train-350m.json]
     python benchmarks/bench_train.py --layouts fsdp,zero,data    on several devices
+    python benchmarks/bench_train.py --methods adamw,galore_cores --micro-batches 8
     python benchmarks/bench_train.py --size tiny --seq-len 16 --steps 3    a try
 
 Each layout is a process of its own. Results are written as they come, and what --out holds already
@@ -29,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,7 +43,7 @@ from environment import environment
 from flax import nnx
 from hlo import collectives
 from jax.sharding import NamedSharding, PartitionSpec
-from methods import METHODS, RANKS, REFERENCE, UNROLLED_ONLY
+from methods import CORES, METHODS, RANKS, REFERENCE, UNROLLED_ONLY
 from rich.console import Console
 from rich.table import Table
 
@@ -59,7 +62,8 @@ LAYOUTS = {  # mesh, and the axis over which state is sharded that would be the 
     "zero": ("-1,1,1", "data"),
 }
 UNROLLED = "_unrolled"  # at the end of a method's name
-ABOUT = ("size", "seq_len", "batch_per_device", "refresh_every", "remat", "dtype")
+ABOUT = ("size", "rank", "seq_len", "batch_per_device", "micro_batches", "refresh_every")
+ABOUT += ("remat", "dtype")
 
 
 class Program(NamedTuple):
@@ -80,13 +84,13 @@ def make_optimizer(method: str, rank: int, refresh_every: int) -> optax.Gradient
 
 def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, args) -> Program:
     """The step of a method on a mesh, and what it holds and moves."""
-    batch, whole = (NamedSharding(mesh, spec) for spec in (shards.BATCH, PartitionSpec()))
+    batch, whole = NamedSharding(mesh, batch_spec(args)), NamedSharding(mesh, PartitionSpec())
     config = replace(
         llama.CONFIGS[args.size],
         scan=not is_unrolled(method),
         remat=args.remat,
         dtype=jnp.dtype(args.dtype),
-        activations=batch,
+        activations=NamedSharding(mesh, shards.BATCH),
     )
     structure = llama.structure(config)
 
@@ -95,18 +99,26 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
 
     params = jax.eval_shape(weights, jax.random.key(0))
     lies = shards.param_shardings(mesh, params)
-    tx = make_optimizer(method, RANKS[args.size], args.refresh_every)
+    tx = make_optimizer(method, args.rank, args.refresh_every)
     tx = natgalore.sharded(tx, lies, zero_axis=zero_axis)
 
     def init(key):
         params = weights(key)
         return params, tx.init(params)
 
+    def loss_fn(params, tokens):
+        return llama.next_token_loss(nnx.merge(structure, params), tokens)
+
+    if method.removesuffix(UNROLLED).endswith(CORES):
+        slopes = natgalore.value_and_grad(
+            loss_fn, tx, micro_batches=args.micro_batches, on_fallback="error"
+        )
+    else:
+        slopes = whole_gradients(loss_fn, args.micro_batches)
+
     def step(state, tokens):
         params, opt_state = state
-        loss, grads = jax.value_and_grad(
-            lambda params: llama.next_token_loss(nnx.merge(structure, params), tokens)
-        )(params)
+        (loss, grads), opt_state = slopes(params, opt_state, tokens)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -132,10 +144,30 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
     return Program(init, compiled, facts)
 
 
-def batch_shape(mesh: jax.sharding.Mesh, args) -> tuple[int, int]:
-    """Each token but the first is predicted."""
+def whole_gradients(loss_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
+    """What `natgalore.value_and_grad` does, with sums of whole gradients."""
+    slopes = jax.value_and_grad(loss_fn)
+
+    def of(params, opt_state, tokens):
+        if micro_batches == 1:
+            return slopes(params, tokens), opt_state
+        add = lambda total, part: (jax.tree.map(jnp.add, total, slopes(params, part)), None)
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params))
+        total, _ = jax.lax.scan(add, zeros, tokens)
+        return jax.tree.map(lambda x: x / micro_batches, total), opt_state
+
+    return of
+
+
+def batch_shape(mesh: jax.sharding.Mesh, args) -> tuple[int, ...]:
+    """Each token but the first is predicted. Micro-batches have an axis if there are several."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    return rows * args.batch_per_device, args.seq_len + 1
+    one = rows * args.batch_per_device, args.seq_len + 1
+    return one if args.micro_batches == 1 else (args.micro_batches, *one)
+
+
+def batch_spec(args) -> PartitionSpec:
+    return shards.BATCH if args.micro_batches == 1 else PartitionSpec(None, *shards.BATCH)
 
 
 def count(program: str) -> dict[str, dict[str, dict[str, int]]]:
@@ -179,8 +211,8 @@ def measure(name: str, args, results: dict[str, Any], save) -> None:
     tokens = np.random.default_rng(0).integers(
         llama.CONFIGS[args.size].vocabulary, size=batch_shape(mesh, args)
     )
-    per_step = len(tokens) * args.seq_len
-    tokens = jax.device_put(tokens.astype(np.int32), NamedSharding(mesh, shards.BATCH))
+    per_step = tokens.size // (args.seq_len + 1) * args.seq_len
+    tokens = jax.device_put(tokens.astype(np.int32), NamedSharding(mesh, batch_spec(args)))
     states = {}
 
     def step(method: str) -> float:
@@ -280,7 +312,7 @@ def read(args) -> dict[str, Any]:
         results = json.loads(args.out.read_text())
         if results["settings"] == settings:
             return results
-    return {"environment": {}, "settings": settings, "rank": RANKS[args.size], "layouts": {}}
+    return {"environment": {}, "settings": settings, "layouts": {}}
 
 
 def is_done(layout: dict[str, Any], args) -> bool:
@@ -298,6 +330,10 @@ def main():
     parser.add_argument("--mesh", help="this one instead, as data,fsdp,tensor")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-per-device", type=int, default=8, help="sequences")
+    parser.add_argument(
+        "--micro-batches", type=int, default=1, help="of those, summed up in a step"
+    )
+    parser.add_argument("--rank", type=int, help="by default GaLore's of this size")
     parser.add_argument("--refresh-every", type=int, default=100)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--dtype", default="bfloat16", help="of activations and matmuls")
@@ -313,6 +349,7 @@ def main():
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a process
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.rank = args.rank or RANKS[args.size]
     named = {method.removesuffix(UNROLLED) for method in args.methods}
     if unknown := [*named - {*METHODS}, *{*args.layouts} - {*LAYOUTS}]:
         parser.error(f"neither method nor layout: {', '.join(unknown)}")

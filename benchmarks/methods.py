@@ -50,11 +50,14 @@ METHODS: dict[str, Make] = {
     "galore": ours("galore"),
     "adamw": lambda rank, every, decay: optax.adamw(RATE, weight_decay=decay),
     "contrib_galore": contrib_galore,
+    "natural_galore_cores": ours("natural_galore", stagger=False),
+    "galore_cores": ours("galore", stagger=False),
     "natural_galore_window": ours("natural_galore", fisher="window"),
     "galore_random": ours("galore", basis="random"),
     "muon": lambda rank, every, decay: optax.contrib.muon(RATE, weight_decay=decay),
     "adafactor": adafactor,
     "lion": lambda rank, every, decay: optax.lion(RATE / 10, weight_decay=decay),
 }
+CORES = "_cores"  # at the end of a name: gradients by natgalore.value_and_grad
 UNROLLED_ONLY = ("contrib_galore", "muon")  # take no stacked layers: muon gives them to Adam
 REFERENCE = "adamw"  # what ratios are to

@@ -46,7 +46,11 @@ def power(
 ) -> Float[Array, "m r"]:
     """One turn of (1). Costs 4·m·n·r flops and one QR of m x r."""
     del key
-    Y = matmul(G, matmul(G.mT, P))
+    return of_product(matmul(G, matmul(G.mT, P)), P)
+
+
+def of_product(Y: Float[Array, "m r"], P: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """The second half of (1), from Y = G (Gᵀ P) in any units."""
     norm = jnp.linalg.norm(Y)
     return orthonormalise(Y / jnp.where(norm > 0, norm, 1.0).astype(Y.dtype) + SHIFT * P)
 
@@ -66,10 +70,17 @@ class Tracked:
     Attributes:
       turn: (G, P, key) -> P.
       first_turns: how often it is called at a matrix's first refresh, from a random basis.
+      of_product: `turn` from G (Gᵀ P), in any units, and P; None if it needs more of G.
     """
 
     turn: Turn
     first_turns: int = 1
+    of_product: Callable[..., Float[Array, "m r"]] | None = None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether `next` needs more than :meth:`after` is given."""
+        return self.of_product is None
 
     def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
         """What the state keeps of the bases that the keys stand for."""
@@ -94,10 +105,21 @@ class Tracked:
             )
         return jnp.asarray(new, P.dtype)
 
+    def after(
+        self, Y: Float[Array, "m r"], P: Float[Array, "m r"], key: Key[Array, ""]
+    ) -> Float[Array, "m r"]:
+        """One turn of `next`, from the product Y = G (Gᵀ P) in units of its largest entry."""
+        del key
+        assert self.of_product is not None
+        return self.of_product(Y, P)
+
 
 @dataclasses.dataclass(frozen=True)
 class Regenerated:
     """A random basis (2), of which the state keeps the key alone."""
+
+    first_turns = 1
+    needs_gradient = False
 
     def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
         """See :class:`Tracked`."""
@@ -116,11 +138,18 @@ class Regenerated:
         del G, P, first
         return jax.random.key_data(key)
 
+    def after(
+        self, Y: Float[Array, "m r"], P: Float[Array, "m r"], key: Key[Array, ""]
+    ) -> UInt32[Array, " words"]:
+        """See :class:`Tracked`."""
+        del Y, P
+        return jax.random.key_data(key)
+
 
 Method = Tracked | Regenerated
 
 METHODS: dict[str, Method] = {
-    "power": Tracked(power, FIRST_TURNS),
+    "power": Tracked(power, FIRST_TURNS, of_product),
     "svd": Tracked(svd),
     "random": Regenerated(),
 }

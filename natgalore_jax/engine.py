@@ -82,12 +82,12 @@ _found = contextvars.ContextVar[list | None]("engines found", default=None)
 
 
 @contextlib.contextmanager
-def finding() -> Iterator[list["tuple[Engine, SubspaceState]"]]:
-    """Within it every engine that makes a state is noted, and that state.
+def finding() -> Iterator[list["tuple[Engine, SubspaceState, Layout]"]]:
+    """Within it every engine that makes a state is noted, that state, and how its leaves lie.
 
     A transformation does not tell what it is composed of, but its init reaches all of it.
     """
-    found: list[tuple[Engine, SubspaceState]] = []
+    found: list[tuple[Engine, SubspaceState, Layout]] = []
     token = _found.set(found)
     try:
         yield found
@@ -158,7 +158,7 @@ class Engine:
         )
         found = _found.get()
         if found is not None:
-            found.append((self, state))
+            found.append((self, state, layout))
         if self.residual is not None:
             state = ResidualState(state, no_norms(proxies))
         return _placed(state, layout)

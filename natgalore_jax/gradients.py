@@ -1,39 +1,35 @@
-"""value_and_grad: cores straight from the backward pass, where no refresh needs the whole gradient.
+"""value_and_grad: cores straight from the backward pass, and new bases where they are due.
 
     hot step   loss and cores from the program of the loss at tagged weights (backward.py)
-    refresh    where any matrix is due: loss and whole gradients, new bases from these with all that
-               depends on them, and cores on the new bases
+    refresh    where any matrix is due: two more passes a turn of its basis (turns.py), or whole
+               gradients, and all that follows from them (whole.py)
 
-Both stand behind conditions on the device: a step runs one of them. A matrix that has had no
-usable gradient yet is due once its core is neither zero nor infinite, which is known only after a
-hot step; then, once, a step runs both.
+Which of the two a step is, is decided on the device.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import PyTree
 
-from .backward import Bases, backward, like
+from . import turns, whole
+from .backward import backward, bases_in, bases_of, mean
 from .boxes import unbox
-from .checks import check_choice
-from .control import when
+from .checks import check_choice, check_int
 from .engine import Engine, SubspaceState, finding
-from .lower import lower
-from .manual import varying_as
-from .placement import Layout, entered, layout_of, local
-from .refresh import Refresh
+from .placement import Layout, entered, layout_of
+from .refresh import Refresh, groups, matrices
 from .residual import ResidualState
-from .spec import Basis, LeafSpec, cores, is_core, path_name
+from .spec import Basis, LeafSpec
 
 
 FALLBACKS = ("warn", "error", "ignore")
+REFRESHES = ("auto", "passes", "gradient")
+FEW = 4  # groups that are refreshed together, of which each costs two passes more
 
 
 def value_and_grad(
@@ -41,19 +37,21 @@ def value_and_grad(
     tx: optax.GradientTransformation | optax.MultiSteps,
     has_aux: bool = False,
     *,
+    micro_batches: int = 1,
+    refresh: str = "auto",
     on_fallback: str = "warn",
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` for an optimizer that projects: the gradients of its matrices are cores.
 
     For y = x W the core is PᵀG = (x P)ᵀ ȳ, two products as wide as the rank: the m x n gradient is
-    never formed, stored or reduced over devices. The loss is read as it is written. On steps where
-    any matrix gets a new basis, the first among them, whole gradients are formed, and it is *this
-    function* that refreshes with them: hence it takes `tx` and returns the state. `tx.update` goes
-    on from there, to the update that whole gradients would have given, to float32 rounding.
+    never formed, stored or reduced over devices. The loss is read as it is written. On a step where
+    matrices get new bases it is *this function* that makes them: hence it takes `tx` and returns
+    the state. `tx.update` goes on from there, to the update that whole gradients would have given,
+    to float32 rounding.
 
-    Call it under `jax.jit`, as part of the training step. Under `stagger`, the default, up to 100
-    steps of each `refresh_every` have some matrix due, and so whole gradients; without, one has.
-    More in `docs/low-rank-gradients.md`.
+    Call it under `jax.jit`, as part of the training step, with `stagger=False` in the optimizer:
+    a refresh costs two more passes of the whole model, for one matrix or for all. More in
+    `docs/low-rank-gradients.md`.
 
     Args:
       loss_fn: `loss_fn(params, *args)`, a real number, or that and arrays if `has_aux`. `params`
@@ -62,6 +60,14 @@ def value_and_grad(
         `natgalore.project` in any way that hands gradients on: `chain`, `masked`, `partition`,
         `inject_hyperparams`. `MultiSteps` must be inside of it, as (part of) `inner`.
       has_aux: whether `loss_fn` returns a pair.
+      micro_batches: k, whose losses and gradients are averaged. Each array of `*args` has them on
+        its leading axis, of length k; keyword arguments go to all. Cores are summed, r x n each,
+        and a step has one refresh, from the mean. Auxiliary outputs come with that axis.
+      refresh: what a new basis is made from. "passes": products with the gradient, which are cores
+        on other bases, so that no gradient is formed; for the bases "power" and "random", of one
+        side. "gradient": whole gradients, in one pass in place of the hot step's. "auto": passes,
+        where `tx` allows it and refreshes all its matrices in at most 4 groups, as with
+        `stagger=False`; under `stagger` passes would be most of the time.
       on_fallback: what to do where an operation on a projected weight is not known, so that the
         gradient of that use is formed whole (it is exact all the same): "warn" with the names of
         operations and leaves, "error", or "ignore".
@@ -73,9 +79,10 @@ def value_and_grad(
       the projection sees the norms of cores.
 
     Raises:
-      ValueError: if `on_fallback` is none of these; when called, if the state is none of `tx`, is
-        one for the `residual`, which needs whole gradients, or of a `MultiSteps` around the
-        projection; if a projected leaf is not in `params`; or of a fallback, under "error".
+      ValueError: if `on_fallback` or `refresh` is none of these; when called, if the state is none
+        of `tx`, is one for the `residual`, which needs whole gradients, or of a `MultiSteps` around
+        the projection; if a projected leaf is not in `params`; if `refresh="passes"` is asked of
+        another basis; if arguments are not micro-batches; or of a fallback, under "error".
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -95,82 +102,77 @@ def value_and_grad(
     x P for a random P in place of activations.
     """
     check_choice("on_fallback", on_fallback, FALLBACKS)
-    whole = jax.value_and_grad(loss_fn, has_aux=has_aux)
+    check_choice("refresh", refresh, REFRESHES)
+    check_int("micro_batches", micro_batches, minimum=1)
+    both = loss_fn if has_aux else lambda *args, **kwargs: (loss_fn(*args, **kwargs), None)
+    slopes = jax.value_and_grad(both, has_aux=True)
 
     def fn(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any):
+        _check_micro_batches(args, micro_batches)
+        full = lambda: mean(lambda args: slopes(params, *args, **kwargs), args, micro_batches)
         leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_subspace)
         engines = _engines(tx, params, opt_state)
         places = [i for i, x in enumerate(leaves) if _is_subspace(x) and _bases(x)]
         states = [leaves[i] for i in places]
-        if not places:
-            return whole(params, *args, **kwargs), opt_state
-        by_path = _by_path(states, params)
-        layout = layout_of(unbox(params))
+        refreshes = [engines[_key(state)][0].refresh for state in states]
+        _check_paths(states, params)
         with entered(params):
-            hot, fallbacks = backward(loss_fn, params, by_path, has_aux, args, kwargs)
-            blank = jax.tree.map(_blank, jax.eval_shape(hot))
-            _tell(fallbacks, on_fallback)
-            refreshes = [engines[_key(state)].refresh for state in states]
-
-            def due(result):
-                at = {G.spec: jnp.abs(G.value).max(axis=(-2, -1)) for G in cores(result[1])}
-                largest = lambda state: [at[n.spec] for n in cores(state.refreshed)]
-                flags = [
-                    refresh.any_due(state, largest(state))
-                    for refresh, state in zip(refreshes, states, strict=True)
-                ]
-                return jnp.stack(flags).any()
-
-            def refreshed(carry):
-                value, grads = whole(params, *args, **kwargs)
-                at = dict(jax.tree_util.tree_leaves_with_path(unbox(grads)))
-                changed = []
-                for refresh, state in zip(refreshes, states, strict=True):
-                    P, Q, projected, times, inner_state = _lowered(
-                        refresh, _of_projected(state, at), state, layout
-                    )
-                    at |= {R.spec.path: R for R in cores(projected)}
-                    changed.append((P, Q, times, inner_state))
-                return (value, like(params, at)), changed
-
-            result = when(~due(blank), lambda _: hot(), blank)
-            before = [(x.basis, x.right_basis, x.refreshed, x.inner_state) for x in states]
-            result, changed = when(due(result), refreshed, (result, before))
-        for i, (P, Q, times, inner_state) in zip(places, changed, strict=True):
-            leaves[i] = leaves[i]._replace(
-                basis=P, right_basis=Q, refreshed=times, inner_state=inner_state
-            )
-        return result, treedef.unflatten(leaves)
+            if states:
+                run, fallbacks = backward(loss_fn, params, has_aux, args, kwargs, micro_batches)
+                jax.eval_shape(lambda: run(bases_of(states)))
+                _tell(fallbacks, on_fallback)
+                layout = layout_of(unbox(params))
+                if layout.mesh is None:  # but `natgalore.sharded` may know
+                    layout = engines[_key(states[0])][1]
+                if _by_passes(refresh, refreshes, states):
+                    result, states = turns.refreshed(run, refreshes, states, layout)
+                else:
+                    result, states = whole.refreshed(run, full, refreshes, states, layout)
+            else:
+                result = full()
+        for i, state in zip(places, states, strict=True):
+            leaves[i] = state
+        (value, aux), grads = result
+        return ((value, aux) if has_aux else value, grads), treedef.unflatten(leaves)
 
     return fn
 
 
-def _lowered(
-    refresh: Refresh, gradients: PyTree, state: SubspaceState, layout: Layout
-) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
-    """Bases, cores, counts and inner state after a refresh; cores lie as those of `backward`."""
-    whole = jax.tree.map(lambda n: n.replace(PartitionSpec()), state.refreshed, is_leaf=is_core)
-    like = state.basis, state.right_basis, whole, state.refreshed, state.inner_state
-    down = lambda gradients, state: lower(refresh, gradients, state, layout)[:-1]
-    return local(down, like, gradients, state)
+def _by_passes(how: str, refreshes: list[Refresh], states: list[SubspaceState]) -> bool:
+    """Whether new bases are made without whole gradients."""
+    unable = [
+        P.spec.name
+        for refresh, state in zip(refreshes, states, strict=True)
+        for P in _bases(state)
+        if refresh.method.needs_gradient or P.spec.both
+    ]
+    if unable and how == "passes":
+        raise ValueError(
+            'refresh="passes" makes bases "power" and "random", of one side alone, and no other: '
+            f"not that of `{unable[0]}`."
+        )
+    few = all(
+        groups(refresh.every, matrices(state.basis), refresh.stagger) <= FEW
+        for refresh, state in zip(refreshes, states, strict=True)
+    )
+    return how == "passes" or (how == "auto" and few and not unable)
 
 
-def _blank(x: jax.ShapeDtypeStruct) -> Any:
-    """Zeros of the type of x."""
-    explicit = x.sharding is not None and AxisType.Explicit in x.sharding.mesh.axis_types
-    return varying_as(lax.full_like(x, 0, sharding=x.sharding if explicit else None), x)
-
-
-def _of_projected(state: SubspaceState, at: dict[tuple[Any, ...], Any]) -> PyTree:
-    """What `at` holds for each path, in the structure of a state's trees; None for other leaves."""
-    of = lambda n: at[n.spec.path] if is_core(n) else None
-    return jax.tree.map(of, state.skipped, is_leaf=is_core)
+def _check_micro_batches(args: Sequence[Any], number: int) -> None:
+    """Raises if the arguments are not micro-batches."""
+    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(args)}
+    if number > 1 and sizes != {(number,)}:
+        found = ", ".join(str(*size) if size else "none" for size in sorted(sizes))
+        raise ValueError(
+            f"each array of `*args` must have micro_batches={number} on a leading axis, found "
+            f"{found or 'no array'}; what is the same for all can be a keyword argument."
+        )
 
 
 def _engines(
     tx: optax.GradientTransformation | optax.MultiSteps, params: PyTree, opt_state: PyTree
-) -> dict[tuple[LeafSpec, ...], Engine]:
-    """The engines in `tx`, by the leaves that they project."""
+) -> dict[tuple[LeafSpec, ...], tuple[Engine, Layout]]:
+    """The engines in `tx` and how the weights lie, by the leaves that they project."""
     if _has(opt_state, ResidualState):
         raise ValueError("`residual` needs whole gradients: use jax.value_and_grad with it.")
     for node in jax.tree.leaves(opt_state, is_leaf=_is_multi_steps):
@@ -181,29 +183,24 @@ def _engines(
             )
     with finding() as found, warnings.catch_warnings(action="ignore"):
         jax.eval_shape(lambda params: tx.init(params), params)  # a new one, or JAX remembers it
-    engines = {_key(state): engine for engine, state in found}
+    engines = {_key(state): (engine, layout) for engine, state, layout in found}
     for state in jax.tree.leaves(opt_state, is_leaf=_is_subspace):
         if _is_subspace(state) and _key(state) not in engines:
             raise ValueError("`opt_state` is not a state of `tx`: their projections differ.")
     return engines
 
 
-def _by_path(states: list[SubspaceState], params: PyTree) -> Bases:
-    """The bases of each projected leaf, and that it is there."""
-    by_path: Bases = {}
+def _check_paths(states: list[SubspaceState], params: PyTree) -> None:
+    """Raises if a leaf that is projected is missing, or is projected twice."""
     there = {path for path, _ in jax.tree_util.tree_leaves_with_path(unbox(params))}
+    seen = set()
     for P in (P for state in states for P in _bases(state)):
-        path = P.spec.path
+        path, name = P.spec.path, P.spec.name
         if path not in there:
-            raise ValueError(
-                f"`{path_name(path)}`, which `opt_state` projects, is not in `params`."
-            )
-        if path in by_path:
-            raise ValueError(f"`{path_name(path)}` is projected twice in `opt_state`.")
-        by_path[path] = (P,)
-    for Q in (Q for state in states for Q in _found(state.right_basis)):
-        by_path[Q.spec.path] += (Q,)
-    return by_path
+            raise ValueError(f"`{name}`, which `opt_state` projects, is not in `params`.")
+        if path in seen:
+            raise ValueError(f"`{name}` is projected twice in `opt_state`.")
+        seen.add(path)
 
 
 def _tell(fallbacks: dict[tuple[str, str], None], on_fallback: str) -> None:
@@ -220,13 +217,8 @@ def _tell(fallbacks: dict[tuple[str, str], None], on_fallback: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def _found(bases: PyTree) -> list[Basis]:
-    is_basis = lambda x: isinstance(x, Basis)
-    return [x for x in jax.tree.leaves(bases, is_leaf=is_basis) if is_basis(x)]
-
-
 def _bases(state: SubspaceState) -> list[Basis]:
-    return _found(state.basis)
+    return bases_in(state.basis)
 
 
 def _key(state: SubspaceState) -> tuple[LeafSpec, ...]:

@@ -196,3 +196,14 @@ def newton_schulz_scales(condition: float) -> list[float]:
         scales.append(math.sqrt(3 / (1 + least + least * least)))
         least *= scales[-1] * (3 - (scales[-1] * least) ** 2) / 2
     return scales
+
+
+def norms(
+    X: Float[Array, "*batch a b"], axes: tuple[int, ...], like: Array | None = None
+) -> Float[Array, "*batch a_ b_"]:
+    """Square roots of the sums of squares over `axes`, which are kept as ones.
+
+    In units of the largest entry there, of X or of `like`: squares of 1e25 are no float32.
+    """
+    unit = power_of_two(jnp.abs(X if like is None else like).max(axis=axes, keepdims=True))
+    return unit * jnp.sqrt(jnp.square(X / unit).sum(axis=axes, keepdims=True))

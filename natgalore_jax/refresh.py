@@ -7,6 +7,7 @@ Matrices that are due come one at a time (`sweep.py`), so a refresh needs the me
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,10 +44,13 @@ def phase(index: Any, refresh_every: int, total: int, stagger: bool) -> Any:
     it (some host synchronisations on GPUs), which not every step should. So many groups that one
     is small beside a step: Llama 350m has 168 matrices.
     """
-    if not stagger:
-        return 0 * index
-    groups = min(GROUPS, refresh_every, max(total, 1))
-    return index * groups // max(total, 1) * refresh_every // groups
+    number = groups(refresh_every, total, stagger)
+    return index * number // max(total, 1) * refresh_every // number
+
+
+def groups(refresh_every: int, total: int, stagger: bool) -> int:
+    """In how many groups the matrices are refreshed."""
+    return min(GROUPS, refresh_every, max(total, 1)) if stagger else 1
 
 
 def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:
@@ -154,17 +158,11 @@ class Refresh:
             values = iter([sides[side] for sides in new_P if side < len(sides)])
             new = [None if x is None else x.replace(next(values)) for x in old]
             trees.append(treedef.unflatten(new))
-        left = {P.spec: iter(x) for P, x in zip(bases, new_arrays, strict=True)}
-
-        def put_back(x, role, spec):
-            carried = self.transport is not None and spec in left and per_matrix(x, role, spec)
-            return next(left[spec]) if carried else x
-
         return (
             *trees,
             replace_cores(projected, new_R),
             replace_cores(state.refreshed, new_n),
-            walk(state.inner_state, put_back),
+            self.put_back(state.inner_state, bases, new_arrays),
             list(finite),
         )
 
@@ -185,14 +183,28 @@ class Refresh:
             walk(state, collect)
         return list(roles.values()), list(arrays.values())
 
+    def put_back(self, state: PyTree, bases: list[Basis], arrays: Sequence[list[Array]]) -> PyTree:
+        """The state with the arrays that `carried` found replaced."""
+        left = {P.spec: iter(x) for P, x in zip(bases, arrays, strict=True)}
+
+        def put(x, role, spec):
+            carried = self.transport is not None and spec in left and per_matrix(x, role, spec)
+            return next(left[spec]) if carried else x
+
+        return walk(state, put)
+
     def any_due(self, state: Any, largest: list[Array]) -> Bool[Array, ""]:
         """Whether any matrix of a :class:`SubspaceState` is; `largest` of each Core, in order."""
+        flags = [x.any() for x in self.all_flags(state, largest)]
+        return functools.reduce(operator.or_, flags, jnp.zeros([], bool))
+
+    def all_flags(self, state: Any, largest: list[Array]) -> list[Bool[Array, "..."]]:
+        """`flags` of each Core."""
         total = matrices(state.basis)
-        flags = [
-            self.flags(n.spec, x, n.value, state.count, total).any()
+        return [
+            self.flags(n.spec, x, n.value, state.count, total)
             for n, x in zip(cores(state.refreshed), largest, strict=True)
         ]
-        return functools.reduce(operator.or_, flags, jnp.zeros([], bool))
 
     def flags(
         self,
@@ -240,10 +252,21 @@ class Refresh:
         keep = lambda new, old: jnp.where(usable, new, old)
         kept = tuple(keep(new, x) for new, x in zip(nexts, old.kept, strict=True))
         bases = [expand(x, view, dtype) for view, x in zip(views, kept, strict=False)]
-        carried = old.carried
-        if self.transport is not None:
-            turns = [matmul(new.mT, P) for new, P in zip(bases, olds, strict=True)]
-            new = self.transport(list(zip(roles, carried, strict=True)), *turns)
-            carried = [keep(x, before) for x, before in zip(new, carried, strict=True)]
+        carried = self.carry(roles, old.carried, olds, bases, usable)
         R = to_core(G, *bases)
         return OfMatrices(kept, R, jnp.isfinite(R).all(), n + usable.astype(n.dtype), carried)
+
+    def carry(
+        self,
+        roles: Sequence[Any],
+        carried: list[Array],
+        olds: Sequence[Array],
+        news: Sequence[Array],
+        usable: Bool[Array, ""],
+    ) -> list[Array]:
+        """A matrix's states in its new basis or bases, where those are usable."""
+        if self.transport is None:
+            return carried
+        turns = [matmul(new.mT, P) for new, P in zip(news, olds, strict=True)]
+        new = self.transport(list(zip(roles, carried, strict=True)), *turns)
+        return [jnp.where(usable, x, before) for x, before in zip(new, carried, strict=True)]

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .basis import from_core
-from .linalg import power_of_two
+from .linalg import norms
 from .roles import register_state
 from .spec import is_core
 
@@ -137,17 +137,6 @@ def limited(
     limit = jnp.where((before > 0) & grown, GROWTH * before / jnp.where(grown, size, 1.0), 1.0)
     norm = limit * size
     return limit, jnp.where((norm > 0) & jnp.isfinite(norm), norm, before)
-
-
-def norms(
-    X: Float[Array, "*batch a b"], axes: tuple[int, ...], like: Array | None = None
-) -> Float[Array, "*batch 1 c"]:
-    """Square roots of the sums of squares over `axes`, which are kept as ones.
-
-    In units of the largest entry there, of X or of `like`: squares of 1e25 are no float32.
-    """
-    unit = power_of_two(jnp.abs(X if like is None else like).max(axis=axes, keepdims=True))
-    return unit * jnp.sqrt(jnp.square(X / unit).sum(axis=axes, keepdims=True))
 
 
 def _each(f: Callable[..., Array], batch_axes: int) -> Callable[..., Array]:

@@ -14,7 +14,7 @@ from .checks import check_choice
 from .memory import owner
 from .placement import Layout, held, knowing, lying, place, trimmed
 from .roles import walk
-from .spec import LeafSpec
+from .spec import LeafSpec, is_core
 
 
 def state_shardings(
@@ -117,7 +117,9 @@ def sharded(
             return placed(tx.init(params), params)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        layout, _ = _layout(updates, param_shardings, zero_axis)
+        leaf = lambda G: True if is_core(G) else G  # where it may have come without its box
+        leaves = jax.tree.map(leaf, updates, is_leaf=is_core)
+        layout, _ = _layout(leaves, param_shardings, zero_axis)
         with knowing(layout):
             updates, state = tx.update(updates, state, params, **extra_args)
         flat = zip(jax.tree.leaves(updates), jax.tree.leaves(unbox(param_shardings)), strict=True)

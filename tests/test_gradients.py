@@ -4,6 +4,7 @@ In float32 a core PᵀG sums in another order than (x P)ᵀ ȳ. Either way round
 hundred terms, which came to 4e-7 of the largest entry; 2e-6 leaves room for another BLAS.
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -321,8 +322,9 @@ def test_cores_are_those_of_whole_gradients(name):
 
     @jax.jit
     def both_ways(params, opt_state):
-        ours, fallbacks = backward(of, params, bases(opt_state), False, (), {})
-        ours = ours()
+        run, fallbacks = backward(of, params, False, (), {})
+        (value, _), grads = run(bases(opt_state))
+        ours = value, grads
         told.append({operation for operation, _ in fallbacks})
         return ours, jax.value_and_grad(of)(params)
 
@@ -400,8 +402,8 @@ def whole_gradients(loss=small_loss):
     return lambda params, opt_state, x: (jax.value_and_grad(loss)(params, x), opt_state)
 
 
-def both_ways(tx, **kwargs):
-    ours = natgalore.value_and_grad(small_loss, tx, on_fallback="error")
+def both_ways(tx, refresh="auto", **kwargs):
+    ours = natgalore.value_and_grad(small_loss, tx, refresh=refresh, on_fallback="error")
     return trained(tx, ours, **kwargs), trained(tx, whole_gradients(), **kwargs)
 
 
@@ -459,13 +461,77 @@ QUICK = ("natural", "both")
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS]
 )
 def test_training_is_that_of_whole_gradients_through_refreshes(name):
+    """New bases come from passes, but for those of both sides."""
     assert_same_training(*both_ways(OPTIMIZERS[name]()))
 
 
-def test_a_refresh_takes_the_whole_gradient():
+@pytest.mark.parametrize(
+    "name",
+    ["all_at_once", *(pytest.param(n, marks=pytest.mark.slow) for n in ("natural", "partition"))],
+)
+def test_so_is_that_with_bases_from_whole_gradients(name):
+    assert_same_training(*both_ways(OPTIMIZERS[name](), refresh="gradient"))
+
+
+def test_a_refresh_takes_the_whole_gradient_if_asked():
     """With something due at each step there is no other rounding: the same to the bit."""
-    ours, whole = both_ways(galore(refresh_every=1), steps=3)
+    ours, whole = both_ways(galore(refresh_every=1), refresh="gradient", steps=3)
     chex.assert_trees_all_equal(ours[-1][1], whole[-1][1])
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_products_neither_vanish_nor_overflow(size):
+    """A refresh from passes, of gradients whose squares are no float32."""
+    tx = galore(refresh_every=2, stagger=False)
+    loss = lambda params, x: size * small_loss(params, x)
+    ours = trained(tx, natgalore.value_and_grad(loss, tx, refresh="passes"), steps=3)
+    whole = trained(tx, whole_gradients(loss), steps=3)
+    P, P_whole = (jax.tree.leaves(natgalore_state(seen[-1][1]).basis) for seen in (ours, whole))
+    for got, want in zip(P, P_whole, strict=True):
+        assert jnp.isfinite(got).all()
+        # Of a power iteration four turns deep: 2e-6 of its products, over their smallest.
+        np.testing.assert_allclose(got @ got.mT, want @ want.mT, atol=1e-3)
+
+
+def test_staggered_passes_turn_what_is_due_alone():
+    tx = galore(refresh_every=8)
+    ours, whole = both_ways(tx, refresh="passes", steps=12)
+    assert_same_training(ours, whole)
+    times = lambda seen: [natgalore_state(state).refreshed for _, state in seen]
+    chex.assert_trees_all_equal(times(ours), times(whole))
+    assert {int(n) for n in core_arrays(times(ours)[-2])[0]} == {2, 3}
+
+
+@pytest.mark.parametrize("refresh", ["passes", "gradient"])
+def test_micro_batches_are_one_batch(refresh):
+    """Four of two sequences, of which the last is not like the others, through refreshes."""
+    tx = galore(refresh_every=3, stagger=False)
+    ours = natgalore.value_and_grad(
+        lambda params, x: (small_loss(params, x), x[0]), tx, True, micro_batches=4, refresh=refresh
+    )
+    batch = [x.at[-1].multiply(3) for x in batches(5)]
+    aux = []
+
+    def split(params, opt_state, x):
+        ((value, firsts), grads), opt_state = ours(params, opt_state, x.reshape(4, 2, 12))
+        aux.append(firsts)
+        return (value, grads), opt_state
+
+    seen = trained(tx, split, batch=batch)
+    assert_same_training(seen, trained(tx, whole_gradients(), batch=batch))
+    assert aux[0].shape == (4, 12)
+
+
+def test_a_sum_of_bfloat16_gradients_is_float32():
+    """Of 64 micro-batches: what bfloat16 adds to a sum stops counting before."""
+    params = {"w": jnp.ones((8, 8), jnp.bfloat16), "b": jnp.ones(8, jnp.bfloat16)}
+    tx = natgalore.galore(1e-2, 2)
+    loss = lambda params, x: jnp.sum(params["b"] * x) + jnp.sum(params["w"]) * 0.0
+    gradients = natgalore.value_and_grad(loss, tx, micro_batches=64, on_fallback="ignore")
+    x = jnp.ones((64, 8)).at[:, 1:].set(1 / 64).astype(jnp.bfloat16)
+    (_, grads), _ = gradients(params, tx.init(params), x)
+    np.testing.assert_array_equal(grads["b"].astype(jnp.float32), x[0].astype(jnp.float32))
+    assert grads["b"].dtype == jnp.bfloat16
 
 
 def test_a_late_first_gradient_brings_a_basis_at_once():
@@ -571,11 +637,27 @@ def test_the_hot_step_forms_no_whole_gradient(side):
     tx = natural(side=side, stagger=False)
     opt_state, x = hot(tx.init(PARAMS)), batches(1)[0]
     state = natgalore_state(opt_state)
-    step = lambda params, x: backward(small_loss, params, bases(state), False, (x,), {})[0]()
+    step = lambda params, x: backward(small_loss, params, False, (x,), {})[0](bases(state))
 
     whole = {"12,12", "12,20", "20,12", "3,12,12"}
     assert not whole & product_shapes(step, PARAMS, x)
     assert whole & product_shapes(jax.grad(small_loss), PARAMS, x)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_neither_does_a_refresh(micro_batches):
+    """The whole step, with products or sums of no more than r x n and r x m entries a matrix."""
+    tx = natural(stagger=False)
+    gradients = natgalore.value_and_grad(small_loss, tx, micro_batches=micro_batches)
+    x = batches(1)[0]
+    x = x if micro_batches == 1 else x.reshape(micro_batches, -1, 12)
+    whole = {"12,12", "12,20", "20,12", "3,12,12", "1,12,12"}
+    made = product_shapes(lambda *args: gradients(*args)[0][1], PARAMS, tx.init(PARAMS), x)
+    assert not whole & made
+    assert {"3,12", "3,20"} & made
+    with_them = natgalore.value_and_grad(small_loss, tx, refresh="gradient")
+    x = batches(1)[0]
+    assert whole & product_shapes(lambda *args: with_them(*args)[0][1], PARAMS, tx.init(PARAMS), x)
 
 
 def product_shapes(f, *args):
@@ -591,15 +673,19 @@ DATA, FSDP = PartitionSpec(), PartitionSpec("d")
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights"),
+    ("kind", "weights", "refresh"),
     [
-        pytest.param(AxisType.Auto, DATA, marks=pytest.mark.slow),
-        (AxisType.Explicit, FSDP),
-        pytest.param(AxisType.Auto, FSDP, marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, DATA, marks=pytest.mark.slow),
+        (AxisType.Explicit, FSDP, "passes"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product(
+                (AxisType.Auto, AxisType.Explicit), (DATA, FSDP), ("passes", "gradient")
+            )
+            if case != (AxisType.Explicit, FSDP, "passes")
+        ),
     ],
 )
-def test_on_a_mesh_training_is_the_same(kind, weights):
+def test_on_a_mesh_training_is_the_same(kind, weights, refresh):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
     tx = galore(stagger=False)
     entries = {"embed": {"bias": DATA}, "layers": {"kernel": DATA}, "out": {"kernel": weights}}
@@ -607,9 +693,8 @@ def test_on_a_mesh_training_is_the_same(kind, weights):
     params = jax.tree.map(put, {k: PARAMS[k] for k in entries}, entries)
     batch = [put(x, PartitionSpec("d")) for x in batches(3)]
     with jax.set_mesh(mesh):
-        seen = trained(
-            tx, natgalore.value_and_grad(small_loss, tx), params=params, batch=batch, steps=3
-        )
+        gradients = natgalore.value_and_grad(small_loss, tx, refresh=refresh)
+        seen = trained(tx, gradients, params=params, batch=batch, steps=3)
     whole = trained(tx, whole_gradients(), steps=3)
     assert_same_params(seen, whole)
 
@@ -625,7 +710,7 @@ def test_inside_shard_map_only_cores_are_summed():
     tx = natural(stagger=False)
     opt_state, x = hot(tx.init(PARAMS)), batches(1)[0]
     mean = lambda params, x: lax.pmean(small_loss(params, x), "d")
-    step = lambda params, x: backward(mean, params, bases(opt_state), False, (x,), {})[0]()
+    step = lambda params, x: backward(mean, params, False, (x,), {})[0](bases(opt_state))
     everywhere, split = PartitionSpec(), PartitionSpec("d")
     mapped = jax.jit(
         jax.shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=everywhere)
@@ -668,6 +753,19 @@ def test_refusals():
     with pytest.raises(ValueError, match="MultiSteps") as error:
         natgalore.value_and_grad(small_loss, multi)(PARAMS, multi.init(PARAMS), x)
     one_line(error)
+    with pytest.raises(ValueError, match="`refresh`") as error:
+        natgalore.value_and_grad(small_loss, tx, refresh="never")
+    one_line(error)
+    for settings in ({"basis": "svd"}, {"side": "both"}):
+        other = natural(**settings)
+        gradients = natgalore.value_and_grad(small_loss, other, refresh="passes")
+        with pytest.raises(ValueError, match=r'"power" and "random".*`layers/kernel`') as error:
+            gradients(PARAMS, other.init(PARAMS), x)
+        one_line(error)
+    with pytest.raises(ValueError, match="micro_batches=3 on a leading axis, found 8"):
+        natgalore.value_and_grad(small_loss, tx, micro_batches=3)(PARAMS, opt_state, x)
+    with pytest.raises(ValueError, match="micro_batches"):
+        natgalore.value_and_grad(small_loss, tx, micro_batches=0)
 
 
 def test_the_residual_needs_whole_gradients():
