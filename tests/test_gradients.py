@@ -699,6 +699,27 @@ def test_on_a_mesh_training_is_the_same(kind, weights, refresh):
     assert_same_params(seen, whole)
 
 
+def test_layers_over_devices_refresh_where_they_live():
+    """Told how weights lie by `natgalore.sharded`, no layer's state leaves its device."""
+    mesh = jax.make_mesh((3,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:3])
+    lies = {k: {} for k in ("embed", "layers", "out")}
+    lies["embed"]["bias"] = lies["out"]["kernel"] = NamedSharding(mesh, DATA)
+    lies["layers"]["kernel"] = NamedSharding(mesh, FSDP)
+    params = jax.tree.map(jax.device_put, {k: PARAMS[k] for k in lies}, lies)
+    tx = natgalore.sharded(galore(stagger=False), lies)
+    gradients = natgalore.value_and_grad(small_loss, tx)
+    whole = trained(galore(stagger=False), whole_gradients(), steps=6)
+    assert_same_params(trained(tx, gradients, params=params, steps=6), whole)
+    step = jax.jit(lambda *args: gradients(*args)[1])
+    text = step.lower(params, tx.init(params), batches(1)[0]).compile().as_text()
+    gathered = [
+        line.split(" all-gather(")[0] for line in text.splitlines() if " all-gather(" in line
+    ]
+    # Each pass scans over the layers, weights and bases; moments and counts stay where they are.
+    assert sum("f32[3,12,3]" in line for line in gathered) == 3
+    assert not [line for line in gathered if "f32[3,3,12]" in line or "s32[3]" in line]
+
+
 def assert_same_params(ours, whole):
     for (params, _), (params_whole, _) in zip(ours, whole, strict=True):
         params_whole = {place: params_whole[place] for place in params}
