@@ -52,6 +52,7 @@ METHODS: dict[str, Make] = {
     "contrib_galore": contrib_galore,
     "natural_galore_cores": ours("natural_galore", stagger=False),
     "galore_cores": ours("galore", stagger=False),
+    "galore_isotropic": ours("galore", residual="isotropic"),
     "natural_galore_window": ours("natural_galore", fisher="window"),
     "galore_random": ours("galore", basis="random"),
     "muon": lambda rank, every, decay: optax.contrib.muon(RATE, weight_decay=decay),

@@ -34,7 +34,7 @@ from .lower import gate, lower, refuse_other_cores, working, working_dtype
 from .manual import refuse_unreduced, varying_as
 from .placement import Layout, layout_of, local, lying, partition_of
 from .refresh import Refresh
-from .residual import Residual, ResidualState, no_norms
+from .residual import Residual, ResidualState, is_limited, no_norms
 from .roles import one_number, part_shape, register_state, walk
 from .signs import refuse_learning_rate
 from .spec import Basis, Core, LeafSpec, cores, is_core, replace_cores, subspace
@@ -159,7 +159,7 @@ class Engine:
         found = _found.get()
         if found is not None:
             found.append((self, state, layout))
-        if self.residual is not None:
+        if is_limited(self.residual):
             state = ResidualState(state, no_norms(proxies))
         return _placed(state, layout)
 
@@ -212,11 +212,12 @@ class Engine:
                 for U in cores(answer)
             ],
         )
-        if self.residual is None:
-            left, norm = (), None
-        else:
+        left = () if self.residual is None else (updates, projected)
+        if is_limited(self.residual):
             norm = no_norms(projected) if norm is None else norm
-            left = updates, projected, norm
+            left = *left, norm
+        else:
+            norm = None
         lifted, norm = local(
             functools.partial(lift, self.scale, self.residual),
             (weights, norm),

@@ -31,10 +31,10 @@ def lift(
       finite: whether the gradients are, with Cores.
       bases: P and Q, trees like the weights.
       weights: the leaves, or others of their dtypes where nothing decays.
-      left: with a residual, the gradients, their cores and the norms of S before.
+      left: with a residual, the gradients, their cores and, if it is limited, |S_before|.
 
     Returns:
-      The updates, and the norms of S, None without a residual.
+      The updates, and the norms of S, None where none is remembered.
     """
     answer = jax.tree.map(keep_where, answer, finite, is_leaf=is_core)
     decays = iter(decay)
@@ -45,10 +45,11 @@ def lift(
         U, dtype, S, norm = U.value, U.value.dtype, None, None
         factors = expanded(dtype, P, Q)
         if residual is not None:
-            G, R, before = left
+            G, R, *before = left
             G = P.spec.to_view(G).astype(dtype)
-            U, S, norm = added(residual, G, R.value, U, ok.value, before.value, *factors)
-            norm = before.replace(norm)
+            size = before[0].value if before else None
+            U, S, size = added(residual, G, R.value, U, ok.value, size, *factors)
+            norm = before[0].replace(size) if before else None
         full = from_core(w.dtype, scale * U, *factors)
         if S is not None:
             full = full.astype(dtype) + scale * S
@@ -61,7 +62,7 @@ def lift(
     treedef = jax.tree.structure(weights)
     trees = map(treedef.flatten_up_to, (weights, *bases, answer, finite, *left))
     lifted = [at(*x) for x in zip(*trees, strict=True)]
-    norms = None if residual is None else treedef.unflatten([norm for _, norm in lifted])
+    norms = None if len(left) < 3 else treedef.unflatten([norm for _, norm in lifted])
     return treedef.unflatten([update for update, _ in lifted]), norms
 
 

@@ -1,32 +1,47 @@
-"""What the projection left out, added in proportion to what was made of the rest.
+"""What the projection left out, G − P R, added in a size of its own: two rules for it.
 
-A core R = PᵀG keeps r of the m directions of a gradient. Of the others nothing is remembered, so
-inner cannot say how far to go along them, but it has said so of the column they are in:
+A core R = PᵀG keeps r of the m directions of a gradient. Of the others nothing is remembered.
 
-    S = φ ∘ (G − P R),    φ_j = |U_j| / |R_j| for each column j, 0 where |R_j| = 0             (1)
+**isotropic**: nothing tells them apart, so they share one second moment, for each column j the
+mean square of what is left of it, of which there are m − r numbers now. What Adam does with
+coordinates, and the natural gradient with its Fisher, is then
+
+    S = φ ∘ (G − P R),    φ_j = 1 / √(|G_j − P R_j|² / (m − r) + ρ |G_j|² / (m − r))         (1)
+
+that is, F ≈ P (…) Pᵀ + σ_j² (I − P Pᵀ) as in probabilistic principal components, and by the matrix
+inversion lemma its inverse root. S has entries of size 1, as Adam's answer has to a steady
+gradient. The damping ρ = 1e-3 is for columns that P holds whole, where only rounding is left.
+
+**fira**: inner has said how far to go in each column, by what it made of the core,
+
+    S = φ ∘ (G − P R),    φ_j = |U_j| / |R_j|, 0 where |R_j| = 0                             (2)
 
 with U inner's answer to R. A column that the basis has just lost would leap, so that S may grow by
 no more than 1 % a step:
 
-    S ← S min(1, γ |S_before| / |S|),    γ = 1.01                                              (2)
+    S ← S min(1, γ |S_before| / |S|),    γ = 1.01                                              (3)
 
-in the Frobenius norm, |S_before| as (2) left it at the last step on which there was an S; before
-the first there is no limit. The update is scale · (P U + S).
+in the Frobenius norm, |S_before| as (3) left it at the last step on which there was an S; before
+the first there is no limit.
 
-It costs no product of its own, and no array of m x n:
+The update is scale · (P U + S). Neither costs a product of its own, or an array of m x n:
 
-    P U + φ ∘ (G − P R) = P (U − φ ∘ R) + φ ∘ G,                                               (3)
-    |G_j − P R_j|² = |G_j|² − |R_j|² = (|G_j| − |R_j|) (|G_j| + |R_j|)                         (4)
+    P U + φ ∘ (G − P R) = P (U − φ ∘ R) + φ ∘ G,                                               (4)
+    |G_j − P R_j|² = |G_j|² − |R_j|² = (|G_j| − |R_j|) (|G_j| + |R_j|)                         (5)
 
-for an orthonormal P. What (4) loses is rounding of |G_j|²: it is wrong where less than a
-thousandth of a column is left, of which S then is less than a thousandth of P U.
+for an orthonormal P. What (5) loses is rounding of |G_j|²: it is wrong where less than a
+thousandth of a column is left, of which S by (2) then is less than a thousandth of P U, and by (1)
+is damped.
 
-A core on both sides, PᵀG Q, has no columns of G: φ = |U| / |R| is then one number for a matrix,
-and G − P R Qᵀ is left out.
+A core on both sides, PᵀG Q, has no columns of G: φ is then one number for a matrix, |U| / |R|, or
+the root of the mean square of the m n − r² numbers that are left.
 
-Reference: Chen et al., "Fira", arXiv:2410.01623, equations (7) to (9).
+References: Chen et al., "Fira", arXiv:2410.01623, equations (7) to (9), for the second. The first
+is this library's: kin are FRUGAL (arXiv:2411.07837), which takes the sign of what is left out, and
+Tipping and Bishop, "Probabilistic principal component analysis" (1999).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,15 +59,16 @@ from .spec import is_core
 Residual = Callable[
     [Float[Array, "m n"], Float[Array, "r k"], Float[Array, "r k"]], Float[Array, "m n"]
 ]
-RESIDUALS = ("fira",)
+RESIDUALS = ("isotropic", "fira")
 
-GROWTH = 1.01  # γ of (2), Fira's
+DAMPING = 1e-3  # ρ of (1)
+GROWTH = 1.01  # γ of (3), Fira's
 # Of a column of G: what is less of it in the core is rounding of the sums there, and is no |R_j|.
 RESOLUTION = 16
 
 
 class ResidualState(NamedTuple):
-    """What :func:`project` remembers with a `residual`.
+    """What :func:`project` remembers with a `residual` whose growth is limited.
 
     A state of its own, so that one without has the structure that it has always had: Orbax
     restores no field that was not saved, an empty one neither.
@@ -60,7 +76,7 @@ class ResidualState(NamedTuple):
     Attributes:
       subspace: the :class:`SubspaceState`.
       norm: a tree like the params with a Core, (*batch) in the dtype of the cores, at each
-        projected leaf and None elsewhere: |S_before| of (2), 0 before the first S.
+        projected leaf and None elsewhere: |S_before| of (3), 0 before the first S.
     """
 
     subspace: PyTree
@@ -68,6 +84,11 @@ class ResidualState(NamedTuple):
 
 
 register_state(ResidualState, norm="scalar")
+
+
+def is_limited(residual: str | Residual | None) -> bool:
+    """Whether (3) applies: to Fira's, and to a function."""
+    return residual not in (None, "isotropic")
 
 
 def no_norms(cores: PyTree) -> PyTree:
@@ -82,22 +103,25 @@ def added(
     R: Float[Array, "*batch r k"],
     U: Float[Array, "*batch r k"],
     finite: Bool[Array, "*batch"],
-    before: Float[Array, "*batch"],
+    before: Float[Array, "*batch"] | None,
     *bases: Array,
-) -> tuple[Float[Array, "*batch r k"], Float[Array, "*batch m n"], Float[Array, "*batch"]]:
-    """P U + S as P U' + S': U', S', and the norm of S.
+) -> tuple[Float[Array, "*batch r k"], Float[Array, "*batch m n"], Float[Array, "*batch"] | None]:
+    """P U + S as P U' + S': U', S', and the norm of S if it is limited.
 
     Args:
-      residual: "fira", or a function that makes S, to which (2) is applied as well.
+      residual: "isotropic", "fira", or a function that makes S, to which (3) is applied as well.
       G: gradients.
       R: their cores, k = n, or r on both sides; 0 where not finite.
       U: inner's answers; 0 where not finite.
       finite: where they are; elsewhere S is 0, which leaves the norm as it was.
-      before: |S_before|.
+      before: |S_before|; None if it is not limited.
       *bases: P, or P and Q.
     """
     whole = finite[..., None, None]
     G = jnp.where(whole, G, 0)
+    if residual == "isotropic":
+        phi = isotropic(G, R, *(P.shape[-2] for P in bases))
+        return U - phi * R, phi * G, None
     if callable(residual):
         S = _each(residual, len(finite.shape))(G - from_core(G.dtype, R, *bases), R, U)
         if jnp.shape(S) != G.shape:
@@ -113,13 +137,26 @@ def added(
     return U - phi * R, phi * G, norm
 
 
+def isotropic(
+    G: Float[Array, "*batch m n"], R: Float[Array, "*batch r k"], *sides: int
+) -> Float[Array, "*batch 1 c"]:
+    """φ of (1), for each column or the one of a matrix; `sides` are m, or m and n."""
+    axes = (-2, -1) if len(sides) == 2 else (-2,)
+    of_R, of_G = norms(R, axes), norms(G, axes, like=R)
+    left = math.prod(sides) - math.prod(R.shape[axis] for axis in axes)
+    known = of_G > jnp.finfo(G.dtype).tiny
+    of_G = jnp.where(known, of_G, 1.0)
+    part = jnp.maximum(1 - of_R / of_G, 0.0) * (1 + of_R / of_G)
+    return jnp.where(known, jnp.sqrt(left / (part + DAMPING)) / of_G, 0.0)
+
+
 def fira(
     G: Float[Array, "*batch m n"],
     R: Float[Array, "*batch r k"],
     U: Float[Array, "*batch r k"],
     two_sided: bool,
 ) -> tuple[Float[Array, "*batch 1 c"], Float[Array, "*batch"]]:
-    """φ of (1), for each column or the one of a matrix, and |S| by (4)."""
+    """φ of (2), for each column or the one of a matrix, and |S| by (5)."""
     axes = (-2, -1) if two_sided else (-2,)
     of_R, of_U = norms(R, axes), norms(U, axes)
     of_G = norms(G, axes, like=R)
@@ -132,7 +169,7 @@ def fira(
 def limited(
     size: Float[Array, "*batch"], before: Float[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """The factor of (2), and the norm to remember. An S of zero says nothing, and changes none."""
+    """The factor of (3), and the norm to remember. An S of zero says nothing, and changes none."""
     grown = size > GROWTH * before
     limit = jnp.where((before > 0) & grown, GROWTH * before / jnp.where(grown, size, 1.0), 1.0)
     norm = limit * size

@@ -208,10 +208,23 @@ class CoreFisher:
         self.fisher, self.weight, self.root, self.unit_of_root = 0.0, 0.0, None, 0.0
 
 
-# --- Residual (Fira, arXiv:2410.01623): what the projection leaves out ---------------------------
+# --- Residual: what the projection leaves out ---------------------------------------------------
 
 
-def fira(left, core, u):
+def isotropic(left, core, u):
+    """Each column of what is left over the root of its mean square, a little damped.
+
+    The core of both sides has no columns of the gradient: then it is the matrix as a whole.
+    """
+    (m, n), (r, k) = left.shape, core.shape
+    axis, numbers = (0, m - r) if k == n else (None, m * n - r * k)
+    square = (left**2).sum(axis)
+    whole = square + (core**2).sum(axis)  # of the gradient, by Pythagoras
+    variance = (square + 1e-3 * whole) / max(numbers, 1)
+    return left / np.sqrt(np.where(whole > 0, variance, 1.0))
+
+
+def fira(left, core, u):  # arXiv:2410.01623
     """Each column of what is left, scaled as inner has scaled that column of the core.
 
     The core of both sides has no columns of the gradient: then it is the matrix as a whole.
@@ -401,7 +414,8 @@ class NaturalGaLore:
         lifted = self.lift(matrix, u)
         if self.residual is not None and finite:
             s = self.residual(g - self.lift(matrix, core), core, u)
-            s = limited(s, matrix.residual_norm)
+            if self.residual is not isotropic:
+                s = limited(s, matrix.residual_norm)
             matrix.residual_norm = np.linalg.norm(s) or matrix.residual_norm
             lifted = lifted + s
         self.move(projected_side_first(matrix.weight, self.side), self.scale * lifted)

@@ -11,7 +11,7 @@ import pytest
 import natgalore_jax as natgalore
 from natgalore_jax.lift import expanded
 from natgalore_jax.linalg import matmul
-from natgalore_jax.residual import GROWTH, ResidualState, added, fira, limited
+from natgalore_jax.residual import DAMPING, GROWTH, ResidualState, added, fira, limited
 from natgalore_jax.spec import cores
 
 from . import oracles
@@ -71,6 +71,21 @@ class TestLeafMathematics:
         return G, core, U, [P, Q] if side == "both" else [P], lift
 
     @pytest.mark.parametrize("side", ["short", "both"])
+    def test_isotropic_equals_the_oracle(self, side):
+        G, core, U, bases, lift = self.case(side)
+        G[0, :, 4] = 0.0
+        core = bases[0].mT @ G if side == "short" else bases[0].mT @ G @ bases[1]
+        S = np.stack([oracles.isotropic(*x) for x in zip(G - lift(core), core, U, strict=True)])
+        u, s, norm = added(
+            "isotropic",
+            *map(jnp.asarray, (G, core, U, np.full(3, True))),
+            None,
+            *map(jnp.asarray, bases),
+        )
+        np.testing.assert_allclose(lift(u) + s, lift(U) + S, atol=1e-12)
+        assert norm is None
+
+    @pytest.mark.parametrize("side", ["short", "both"])
     def test_equals_the_oracle(self, side):
         G, core, U, bases, lift = self.case(side)
         S = np.stack([oracles.fira(*x) for x in zip(G - lift(core), core, U, strict=True)])
@@ -99,6 +114,91 @@ class TestLeafMathematics:
         np.testing.assert_allclose(limit[:4], [1.0, GROWTH / 3, 1.0, 1.0])
 
 
+class TestIsotropic:
+    project = staticmethod(
+        functools.partial(natgalore.project, R, residual="isotropic", refresh_every=3)
+    )
+
+    def left(self, updates, state, name=("out", "kernel")):
+        """The part of an update that is orthogonal to the basis, projected side first."""
+        P, W = (functools.reduce(lambda x, key: x[key], name, x) for x in (state.basis, updates))
+        (basis,) = expanded(jnp.float32, P, None)
+        W = P.spec.to_view(W)
+        return W - matmul(basis, matmul(basis.mT, W))
+
+    def test_what_is_left_has_the_size_of_one_a_number(self):
+        """In each column, whatever the gradient's is: m - r numbers, of mean square 1."""
+        sizes = 10.0 ** jnp.arange(-10, 10)[:, None]
+        for unit in (1e-15, 1.0, 1e15):
+            g = tree(1)
+            g["out"]["kernel"] = g["out"]["kernel"] * sizes * unit  # (20, 12), n first
+            # A random basis leaves some of every column.
+            *_, (updates, state) = run(self.project(optax.scale_by_adam(), basis="random"), [g])
+            squares = jnp.square(self.left(updates, state)).mean(axis=0) * M / (M - R)
+            np.testing.assert_allclose(squares, 1.0, atol=10 * DAMPING)  # a tenth or more is left
+
+    def test_goes_along_what_is_left(self):
+        tx, g = self.project(optax.identity()), tree(1)
+        *_, (updates, state) = run(tx, [g])
+        P = state.basis["out"]["kernel"]
+        (basis,) = expanded(jnp.float32, P, None)
+        G = P.spec.to_view(g["out"]["kernel"])
+        expected = G - matmul(basis, matmul(basis.mT, G))
+        got = self.left(updates, state)
+        cosine = (got * expected).sum(0) / (
+            jnp.linalg.norm(got, axis=0) * jnp.linalg.norm(expected, axis=0)
+        )
+        np.testing.assert_allclose(cosine, 1.0, rtol=1e-5)
+
+    def test_rounding_is_not_scaled_up(self):
+        """Of a gradient whose columns all lie in the subspace nothing is left but rounding."""
+        rng = np.random.default_rng(3)
+        low = rng.standard_normal((64, 2)) @ rng.standard_normal((2, 96))
+        params = {"up": {"kernel": jnp.zeros((64, 96))}}
+        g = {"up": {"kernel": jnp.asarray(low, jnp.float32)}}
+        *_, (updates, state) = run(self.project(optax.scale_by_adam()), [g] * 4, params)
+        left = self.left(updates, state, ("up", "kernel"))
+        # √(m / ρ) times rounding of 1e-6 of a column; undamped it would be 1.
+        assert float(jnp.abs(left).max()) < 250 * 1e-5
+
+    def test_a_column_of_zeros_stays(self):
+        g = tree(1)
+        g["out"]["kernel"] = g["out"]["kernel"].at[3].set(0.0)
+        tx = self.project(optax.scale_by_adam())
+        *_, (updates, _) = run(tx, [g, g])
+        assert not updates["out"]["kernel"][3].any()
+        assert updates["out"]["kernel"][2].all()
+        *_, (updates, _) = run(tx, [jax.tree.map(jnp.zeros_like, g)] * 2)
+        assert not any(x.any() for x in jax.tree.leaves(updates))
+
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_a_bad_gradient_adds_nothing(self, bad):
+        gradients = [tree(i) for i in range(3)]
+        kernel = gradients[2]["layers"]["up"]["kernel"]
+        gradients[2]["layers"]["up"]["kernel"] = kernel.at[1, 2, 3].set(bad)
+        updates, state = last(self.project(optax.scale_by_adam(), stagger=False), gradients)
+        moved = updates["layers"]["up"]["kernel"]
+        assert [bool(x.any()) for x in moved] == [True, False, True]
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+    def test_remembers_nothing(self):
+        """The state is that without a residual, or what is left of one with a limit."""
+        make = lambda residual: natgalore.natural_galore(1e-2, R, residual=residual)
+        g = [tree(1), tree(2)]
+        (none, isotropic, fira) = (last(make(x), g)[1] for x in (None, "isotropic", "fira"))
+        assert jax.tree.structure(isotropic) == jax.tree.structure(none)
+        assert_close(isotropic, none, rtol=1e-6, atol=1e-30)
+        tx = make("isotropic")
+        for state in (none, fira):
+            updates, after = tx.update(g[0], state, g[0])
+            assert jax.tree.structure(after) == jax.tree.structure(isotropic)
+            assert_close(updates, tx.update(g[0], isotropic, g[0])[0], rtol=1e-5, atol=1e-8)
+
+    def test_an_inner_with_its_learning_rate_is_refused(self):
+        with pytest.raises(ValueError, match="learning rate"):
+            self.project(optax.adamw(1e-3)).init(tree(0))
+
+
 def test_without_a_limit_an_inner_that_does_nothing_returns_the_gradient():
     """φ = 1: what is kept and what is left out are all there is."""
     for residual in ("fira", lambda left, R, U: left):
@@ -116,8 +216,11 @@ def test_at_full_rank_nothing_is_left_out():
     with jax.enable_x64(True):
         gradients = optax.tree.cast([tree(i) for i in range(4)], jnp.float64)
         # Rounding of updates of 1e-2. The norm is larger, √eps, but it is the norm alone.
-        fira, none = (last(make(x), gradients, gradients[0])[0] for x in ("fira", None))
-        assert_close(fira, none, rtol=0, atol=1e-15)
+        *added, none = (
+            last(make(x), gradients, gradients[0])[0] for x in ("fira", "isotropic", None)
+        )
+        for updates in added:
+            assert_close(updates, none, rtol=0, atol=1e-15)
 
 
 def test_a_gradient_that_jumps_moves_what_is_left_out_by_one_percent():

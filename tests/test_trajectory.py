@@ -154,7 +154,12 @@ def damped(left, R, U):
 
 
 # The library's residual, and the oracle's.
-RESIDUALS = {"none": (None, None), "fira": ("fira", oracles.fira), "own": (damped, damped)}
+RESIDUALS = {
+    "none": (None, None),
+    "isotropic": ("isotropic", oracles.isotropic),
+    "fira": ("fira", oracles.fira),
+    "own": (damped, damped),
+}
 
 TREES = {
     "tall": {"layers": {"0": {"attention": {"query": {"kernel": (20, 12)}}}}},
@@ -494,8 +499,11 @@ def test_follows_the_oracle(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(covering(3)), ids=str)
 def test_follows_the_oracle_in_many_more_combinations(case):
+    # Of so many numbers one lies between two of bfloat16, and goes to the other one here: 2⁻⁹ of an
+    # entry of a window, of 240, times the rate.
+    atol = max(FLOAT64[case.fisher], 1e-6 * (case.fisher == "window_rounded"))
     with jax.enable_x64(True):
-        compare(case, *problem(case), atol=FLOAT64[case.fisher])
+        compare(case, *problem(case), atol=atol)
 
 
 @pytest.mark.parametrize(
