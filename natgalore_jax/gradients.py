@@ -151,11 +151,11 @@ def _by_passes(how: str, refreshes: list[Refresh], states: list[SubspaceState]) 
             'refresh="passes" makes bases "power" and "random", of one side alone, and no other: '
             f"not that of `{unable[0]}`."
         )
-    few = all(
-        groups(refresh.every, matrices(state.basis), refresh.stagger) <= FEW
+    number = max(
+        groups(refresh.every, matrices(state.basis), refresh.stagger)
         for refresh, state in zip(refreshes, states, strict=True)
     )
-    return how == "passes" or (how == "auto" and few and not unable)
+    return how == "passes" or (how == "auto" and number <= FEW and not unable)
 
 
 def _check_micro_batches(args: Sequence[Any], number: int) -> None:

@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("basis", "ignores the gradient", "Y = matmul(G, matmul(G.mT, P))", "Y = P"),
+    Mutant("basis", "ignores the gradient", "of_product(matmul(G, matmul(G.mT, P)), P)", "P"),
     Mutant("basis", "none of the old basis", "SHIFT = 1e-6", "SHIFT = 0.0"),
     Mutant("basis", "svd of the other sign", "largest < 0, -1.0, 1.0", "largest < 0, 1.0, -1.0"),
     Mutant(
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant(
         "refresh",
         "state turned by a bad gradient",
-        "keep(x, before) for x",
+        "jnp.where(usable, x, before) for x",
         "x for x",
     ),
     Mutant("refresh", "basis of a bad gradient", "keep(new, x) for new", "new for new"),
@@ -126,7 +126,7 @@ MUTANTS = [
         "index, n + 1, side",
         "index, 1, side",
     ),
-    Mutant("refresh", "matrices, not groups", "index * groups // max(total, 1) *", "index *"),
+    Mutant("refresh", "matrices, not groups", "index * number // max(total, 1) *", "index *"),
     Mutant("lift", "gate open", "x.replace(jnp.where(ok.value[..., None, None], x.value, 0))", "x"),
     Mutant(
         "lift",
@@ -361,12 +361,45 @@ MUTANTS = [
         "return updates, state",
     ),
     Mutant("engine", "cores of any state", "refuse_other_cores(updates, state.basis)", "pass"),
-    Mutant("gradients", "late gradients wait", "when(due(result), ", "when(due(blank), "),
-    Mutant("gradients", "refreshes when none is due", "when(~due(blank)", "when(due(blank)"),
+    Mutant("whole", "late gradients wait", "when(due(result), ", "when(due(none), "),
+    Mutant("whole", "refreshes when none is due", "when(~due(none)", "when(due(none)"),
     Mutant("gradients", "any optimizer's state", "_key(state) not in engines", "False"),
+    Mutant("backward", "blanks as on one device", "return varying_as(lax.full", "return (lax.full"),
+    Mutant("backward", "sums of micro-batches", "(t / number)", "t"),
+    Mutant("backward", "sums in the leaf's dtype", "x.update(dtype=working_dtype(x))", "x"),
+    Mutant("gradients", "passes for every group", "number <= FEW", "number <= 100"),
+    Mutant("gradients", "knows no layout", "layout.mesh is None", "False"),
+    Mutant("turns", "products of other lengths", "x.value.mT * D[x.spec.path]", "x.value.mT"),
+    Mutant("turns", "one turn at the start", "refresh.method.first_turns, 1)", "1, 1)"),
+    Mutant("turns", "turns what is not due", "k < x for x in each", "k < x + 1 for x in each"),
+    Mutant("turns", "counts each turn", "(usable & first)", "usable"),
     Mutant(
-        "gradients", "blanks as on one device", "return varying_as(lax.full", "return (lax.full"
+        "turns",
+        "inner stays behind",
+        "Turning(kept, old.times + (usable & first), carried)",
+        "Turning(kept, old.times + (usable & first), old.carried)",
     ),
+    Mutant("turns", "one key for ever", "index, old.times + 1, 0)", "index, 1, 0)"),
+    Mutant(
+        "residual",
+        "isotropic on all of a column",
+        "left = math.prod(sides) - ",
+        "left = math.prod(sides) or ",
+    ),
+    Mutant("residual", "isotropic without damping", "part + DAMPING", "part + 0.0"),
+    Mutant(
+        "residual",
+        "isotropic by the core",
+        "1 - of_R / of_G, 0.0) * (1 + of_R",
+        "1 + of_R / of_G, 0.0) * (1 + of_R",
+    ),
+    Mutant(
+        "residual",
+        "isotropic with a limit",
+        'residual not in (None, "isotropic")',
+        "residual is not None",
+    ),
+    Mutant("sharding", "takes no cores", "True if is_core(G) else G", "G"),
     Mutant("backward", "cores in the leaf's dtype", "core_dtype(P, w))", "w.dtype)"),
     Mutant("tagged", "a factor forgotten", "weight * by.reshape(()), core=core", "weight * by"),
     Mutant("tagged", "blocks as rows", "label for i in contracted[0]", "label for i in batch[0]"),
@@ -431,7 +464,9 @@ MUTANTS = [
         "of_R / jnp.where(known, of_U, 1.0)",
     ),
     Mutant("residual", "one ratio a matrix", "if two_sided else (-2,)", "if True else (-2,)"),
-    Mutant("residual", "of the other sign", "U - phi * R, phi * G", "U + phi * R, -phi * G"),
+    Mutant(
+        "residual", "of the other sign", "U - phi * R, phi * G, norm", "U + phi * R, -phi * G, norm"
+    ),
     Mutant("residual", "no limit", "GROWTH * before / jnp.where(grown, size, 1.0), 1", "1.0, 1"),
     Mutant("residual", "norm before the limit", "norm = limit * size", "norm = size"),
     Mutant("residual", "norm of the gradient", "phi * left, 0.0", "phi * of_G, 0.0"),
@@ -439,7 +474,12 @@ MUTANTS = [
     Mutant("residual", "not gated", "G = jnp.where(whole, G, 0)", "pass"),
     Mutant("residual", "a function not gated", "S = jnp.where(whole, S, 0)", "S = S"),
     Mutant("residual", "rounding scaled up", "of_R > RESOLUTION *", "of_R > 0 *"),
-    Mutant("residual", "squares that overflow", "unit = power_of_two(", "unit = jnp.ones_like("),
+    Mutant(
+        "linalg",
+        "squares that overflow",
+        "unit = power_of_two(jnp.abs(X",
+        "unit = jnp.ones_like(jnp.abs(X",
+    ),
     Mutant(
         "signs", "a difference is a sum", "_sum([inputs[0], _minus(inputs[1])])", "_sum(inputs)"
     ),
@@ -502,7 +542,10 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
     "lift": ["test_trajectory", "test_engine", "test_residual"],
-    **{room: ["test_gradients"] for room in ("backward", "gradients", "lowrank", "tagged", "uses")},
+    **{
+        room: ["test_gradients"]
+        for room in ("backward", "gradients", "lowrank", "tagged", "turns", "uses", "whole")
+    },
     "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
     "signs": ["test_residual"],
@@ -521,7 +564,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "layout": ["test_layout", "test_unseen"],
     "rules": ["test_select"],
     "select": ["test_select"],
-    "sharding": ["test_sharding", "test_offload", "test_flax"],
+    "sharding": ["test_sharding", "test_offload", "test_flax", "test_gradients"],
     "offload": ["test_offload"],
     "placement": ["test_sharding", "test_manual"],
     "roles": ["test_roles", "test_partners"],

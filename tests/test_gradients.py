@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
+import natgalore_jax.gradients
 from natgalore_jax.backward import backward
 from natgalore_jax.basis import expand, to_core
 from natgalore_jax.boxes import unbox
@@ -642,6 +643,30 @@ def test_the_hot_step_forms_no_whole_gradient(side):
     whole = {"12,12", "12,20", "20,12", "3,12,12"}
     assert not whole & product_shapes(step, PARAMS, x)
     assert whole & product_shapes(jax.grad(small_loss), PARAMS, x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"stagger": False}, True),
+        ({"refresh_every": 4}, True),  # four groups at most
+        ({"refresh_every": 5}, False),
+        ({"stagger": False, "side": "both"}, False),
+        ({"stagger": False, "basis": "svd"}, False),
+    ],
+)
+def test_which_refreshes_are_passes(settings, passes, monkeypatch):
+    made = []
+    for name in ("turns", "whole"):
+        room = getattr(natgalore_jax.gradients, name)
+        how = lambda *args, name=name, f=room.refreshed: made.append(name) or f(*args)
+        monkeypatch.setattr(room, "refreshed", how)
+    params = {f"layer_{i}": {"kernel": normal(i, 12, 12)} for i in range(6)}
+    loss = lambda params, x: sum(jnp.sum(jnp.sin(x @ w["kernel"])) for w in params.values())
+    tx = galore(**settings)
+    gradients = natgalore.value_and_grad(loss, tx)
+    jax.eval_shape(gradients, params, tx.init(params), batches(1)[0])
+    assert made == ["turns" if passes else "whole"]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
