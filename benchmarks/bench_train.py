@@ -9,7 +9,8 @@ random tokens, in some layouts of all the devices of a host, or in that of --mes
 
 The methods of a layout take turns, step by step, so that what disturbs one disturbs all; compare
 times within one layout. Step 0, on which all bases are new, is apart; the slowest step is that of
-the steps after it, which meet each later refresh once if --steps is --refresh-every. A method whose
+the steps after it, which meet each later refresh once if --steps is --refresh-every; with 0 of them
+nothing is run, and what the compiled program holds and moves is told. A method whose
 name ends in `_unrolled` runs on layers that are not stacked, and so does `contrib_galore`, which
 takes no others. One that ends in `_cores` takes its gradients from `natgalore.value_and_grad`, so
 that of the layers' matrices none is formed, and refreshes all at once.
@@ -207,6 +208,8 @@ def measure(name: str, args, results: dict[str, Any], save) -> None:
         except Exception as error:  # of many types: a compiler's, or a method's that does not run
             methods[method] = {"does not run": str(error).splitlines()[0]}
         save()
+    if not args.steps:
+        return
 
     tokens = np.random.default_rng(0).integers(
         llama.CONFIGS[args.size].vocabulary, size=batch_shape(mesh, args)
@@ -316,8 +319,9 @@ def read(args) -> dict[str, Any]:
 
 
 def is_done(layout: dict[str, Any], args) -> bool:
-    rows = [layout.get("methods", {}).get(method, {}) for method in args.methods]
-    return all("does not run" in row or row.get("steps", -1) >= args.steps for row in rows)
+    rows = [layout.get("methods", {}).get(method) for method in args.methods]
+    enough = lambda row: "does not run" in row or row.get("steps", 0) >= args.steps
+    return all(row is not None and enough(row) for row in rows)
 
 
 def main():

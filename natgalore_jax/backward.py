@@ -30,9 +30,11 @@ def backward(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     micro_batches: int = 1,
-) -> tuple[Callable[[Bases], Result], dict[tuple[str, str], None]]:
-    """A pass, as a function of the bases, whose gradients have Cores; and what fell back, once
-    that is traced. Of several micro-batches, see :func:`mean`, the program is the same."""
+) -> tuple[Callable[..., Result], dict[tuple[str, str], None]]:
+    """A pass, as a function of the bases and, in a loop, of the turn; its gradients have Cores.
+
+    And what fell back, once that is traced. Of micro-batches see :func:`mean`.
+    """
     flat, treedef = jax.tree_util.tree_flatten_with_path(unbox(params))
     paths, weights = zip(*flat, strict=True)
     split = tuple(args) if micro_batches > 1 else ()
@@ -45,7 +47,11 @@ def backward(
     fallbacks: dict[tuple[str, str], None] = {}
     report = lambda *use: fallbacks.setdefault(use)
 
-    def run(bases: Bases) -> Result:
+    def run(bases: Bases, turn: Any = None) -> Result:
+        # In a loop, a pass is tied to its turn: the compiler would take what does not depend on the
+        # bases, such as the head's products, out of the loop and onto steps without a turn.
+        tied = weights if turn is None else lax.optimization_barrier((weights, turn))[0]
+
         def start(path, w):
             if path not in bases:
                 return w
@@ -59,14 +65,14 @@ def backward(
             return tag(sides[0].spec, w, free, *expanded(free.dtype, *sides))
 
         def loss(free: list[Array], part: PyTree):
-            values = [*map(tagged, paths, weights, free), *jax.tree.leaves(part)]
+            values = [*map(tagged, paths, tied, free), *jax.tree.leaves(part)]
             outputs = evaluate(program, values, report)
             outputs[:1] = arrays(outputs[:1], "output", report)
             outputs = [x.weight if isinstance(x, Tagged) else x for x in outputs]
             value = jax.tree.structure(shapes).unflatten(outputs)
             return value if has_aux else (value, None)
 
-        free = list(map(start, paths, weights))
+        free = list(map(start, paths, tied))
         slopes_of = lambda part: jax.value_and_grad(loss, has_aux=True)(free, part)
         value, slopes = mean(slopes_of, split, micro_batches)
         node = lambda path, x: Core(x, bases[path][0].spec) if path in bases else x

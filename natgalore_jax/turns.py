@@ -78,7 +78,7 @@ def refreshed(
         (_, grads), changed = carry
         now = [_with(*pair) for pair in zip(states, changed, strict=True)]
         Q, D = opposite(cores(grads))
-        products = cores(run(Q)[1])
+        products = cores(run(Q, k)[1])
         Y = {x.spec.path: x.value.mT * D[x.spec.path] for x in products}
         changed = []
         for refresh, each, state in zip(refreshes, due, now, strict=True):
@@ -87,7 +87,7 @@ def refreshed(
             of_state = [Y[P.spec.path] for P in bases_in(state.basis)]
             changed.append(local(made, lies, of_state, [k < x for x in each], k == 0, state))
         now = [_with(*pair) for pair in zip(states, changed, strict=True)]
-        return run(bases_of(now)), changed
+        return run(bases_of(now), k), changed
 
     before = [(x.basis, x.refreshed, x.inner_state) for x in states]
     result, changed = lax.fori_loop(0, number, one, (start, before))

@@ -5,6 +5,7 @@ hundred terms, which came to 4e-7 of the largest entry; 2e-6 leaves room for ano
 """
 
 import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from natgalore_jax.engine import SubspaceState
 from natgalore_jax.spec import Basis, Core, core_arrays, cores
 
 from .compiling import AS_FOR_USERS
+from .hlo import collectives
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -722,6 +724,35 @@ def test_on_a_mesh_training_is_the_same(kind, weights, refresh):
         seen = trained(tx, gradients, params=params, batch=batch, steps=3)
     whole = trained(tx, whole_gradients(), steps=3)
     assert_same_params(seen, whole)
+
+
+def test_a_hot_step_sums_cores_and_what_is_not_projected_alone():
+    """Between data-parallel devices: nothing of a refresh has left its loop."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    config = LlamaConfig(64, 176, heads=4, layers=2, vocabulary=96, scan=True, remat=True)
+    model = Llama(config, nnx.Rngs(0))
+    structure, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    loss = lambda params, tokens: next_token_loss(nnx.merge(structure, params), tokens)
+    tx = natgalore.galore(1e-2, 8, stagger=False)
+    step = natgalore.value_and_grad(loss, tx, on_fallback="error")
+    whole, split = (NamedSharding(mesh, PartitionSpec(*x)) for x in ((), ("d",)))
+    tokens = jax.ShapeDtypeStruct((8, 9), jnp.int32)
+    text = (
+        jax.jit(step, in_shardings=(whole, whole, split), out_shardings=whole)
+        .lower(params, jax.eval_shape(tx.init, params), tokens)
+        .compile(compiler_options=AS_FOR_USERS)
+        .as_text()
+    )
+    moved = sum(x.times * x.size for x in collectives(text) if x.hot)
+    state = natgalore_state(jax.eval_shape(tx.init, params))
+    specs = {path: P[0].spec for path, P in bases(state).items()}
+    sizes = [
+        math.prod(specs[path].core_shape) if path in specs else w.size
+        for path, w in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    assert moved == 4 * (sum(sizes) + 1)  # and the loss
+    assert any(not x.hot for x in collectives(text))
 
 
 def test_layers_over_devices_refresh_where_they_live():
