@@ -3,7 +3,9 @@
     python benchmarks/bench_convergence.py --methods adamw,galore,natural_galore
     python benchmarks/bench_convergence.py --methods natural_galore:refresh_every=20+basis=svd
     python benchmarks/bench_convergence.py --size toy    a try of a minute on a CPU
-    python benchmarks/bench_convergence.py --show        the table and pictures of what is there
+    python benchmarks/bench_convergence.py --show        the tables of what is there
+    python benchmarks/bench_convergence.py --show --figure loss.png    a picture of this setting's,
+                                                         of all methods or of those of --methods
 
 All see the same data in the same order, the same schedule and the same weights at the start. Each
 method's rate is looked for among four at least; the best one is run with more seeds. Every run that
@@ -40,7 +42,7 @@ def arguments() -> argparse.Namespace:
     )
     words = lambda x: x.split(",")
     parser.add_argument("--size", choices=SIZES, default="33m")
-    parser.add_argument("--methods", type=words, default=["adamw", "galore", "natural_galore"])
+    parser.add_argument("--methods", type=words, help="adamw,galore,natural_galore by default")
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
     parser.add_argument("--rate", type=float, help="only this one, and no search")
     parser.add_argument("--finer", action="store_true", help="rates half a step from the best too")
@@ -62,6 +64,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--markdown", action="store_true", help="the table as a page has it")
     args = parser.parse_args()
+    args.drawn = args.methods  # None: all
+    args.methods = args.methods or ["adamw", "galore", "natural_galore"]
     try:
         args.methods = {name: contender(name).first for name in args.methods}
     except ValueError as error:
@@ -138,15 +142,18 @@ def main():
             search(args, setting, text)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on from the runs that have ended")
+    asked = dataclasses.asdict(setting) | {"attention": None}  # which may depend on where it ran
     for about, runs in results.groups(args.out):
-        if args.show or about["setting"] == dataclasses.asdict(setting):
+        this = about["setting"] | {"attention": None} == asked
+        if args.show or this:
             if args.markdown:
                 print(results.markdown(runs))
             else:
                 console = Console(width=None if sys.stdout.isatty() else 140)
                 console.print(results.table(about, runs))
-            if args.figure:
-                results.draw(runs).savefig(args.figure, dpi=150)
+        if args.figure and this:
+            drawn = [run for run in runs if not args.drawn or run.method in args.drawn]
+            results.draw(drawn).savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

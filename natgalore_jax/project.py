@@ -79,9 +79,11 @@ def project(
         coordinates, `"keep"` leaves it as GaLore and the paper's code do, `"reset"` starts over,
         but for Adam's squares, which become their mean (its count goes on).
       residual: what becomes of G − P R, which the projection leaves out. None: nothing, as in
-        GaLore. `"fira"` adds it to P U, each column times |U_j| / |R_j|, limited so that its norm
-        grows by 1 % a step: two more reads of G, one number a matrix of state. It starts from
-        nothing if a run that had none goes on with it. Or a pure function (G − P R, R, U) -> S of
+        GaLore. `"isotropic"` adds it to P U, each column over the root of its mean square, as if
+        all directions left out had one second moment: entries of size 1, for an inner whose
+        answers have that size too, such as Adam. Two more reads of G, no state; by far the best so
+        far (`docs/convergence.md`). `"fira"`: each column times |U_j| / |R_j|, limited so that its
+        norm grows by 1 % a step, with one number a matrix of state. Or a pure function (G − P R, R, U) -> S of
         one matrix (m x n, r x n, r x n; cores are r x r of both sides), whose S is added, limited
         in the same way; it needs G − P R whole. U must come without the learning rate, so `inner`
         is a `scale_by_...`, with the rate in a stage after it. See `residual.py`.
@@ -98,7 +100,7 @@ def project(
 
     Returns:
       A transformation with state :class:`SubspaceState`, within a :class:`ResidualState` if there
-      is a `residual`. A matrix (or other leaf) whose gradient is not finite gets a zero update,
+      is a `residual` whose growth is limited. A matrix (or other leaf) whose gradient is not finite gets a zero update,
       counts as a zero gradient in what `inner` averages, and is counted in `skipped`. A finite
       gradient above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
@@ -119,7 +121,7 @@ def project(
       (8, 64)
 
     References: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Chen et al., "Fira",
-    arXiv:2410.01623, of the residual.
+    arXiv:2410.01623, of that residual.
     """
     check_rank(rank)
     check_int("refresh_every", refresh_every, minimum=1)

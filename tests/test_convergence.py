@@ -338,15 +338,18 @@ class TestCommand:
 def test_the_page_has_the_tables_that_the_results_make():
     root = Path(__file__).parents[1]
     page = (root / "docs/convergence.md").read_text()
-    of_rates = {
-        about["setting"]["rest_rate"]: runs
-        for about, runs in results.groups(root / "benchmarks/results/convergence.jsonl")
-    }
-    for rate in (0.016, 0.0025):
-        assert results.markdown(of_rates[rate]) in page
-    losses = [f"{of_rates[rate][0].loss:.3f}" for rate in (0.004, 0.008)]
+    found = {}
+    for about, runs in results.groups(root / "benchmarks/results/convergence.jsonl"):
+        setting = about["setting"]
+        found[setting["steps"], setting["batch"], setting["rest_rate"]] = runs
+    tables = [(2000, 64, 0.016), (2000, 8, 0.016), (1000, 64, 0.016), (1000, 64, 0.0025)]
+    for key in tables:
+        assert results.markdown(found[key]) in page
+    losses = [f"{found[1000, 64, rate][0].loss:.3f}" for rate in (0.004, 0.008)]
     assert f"({', '.join(losses)}, 2.558)" in page
     readme = (root / "README.md").read_text()
-    last = {row["method"]: f"{row['loss']:.2f}" for row in results.rows(of_rates[0.016])}
-    assert f"{last['adamw']} nats under AdamW, {last['galore']} under `galore`" in readme
-    assert f"and {last['natural_galore']} under `natural_galore`" in readme
+    row = {row["method"]: row for row in results.rows(found[tables[0]])}
+    best, small = (f"galore:residual=isotropic+refresh_every=20{x}" for x in ("", "+rank=32"))
+    for name in ("adamw", "galore", "natural_galore", best, small, "muon", "soap"):
+        loss, state = row[name]["loss"], row[name]["matrix_state_bytes"] / 1e6
+        assert f"{loss:.2f} nats ({state:.0f} MB)" in readme

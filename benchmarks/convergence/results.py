@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 from rich.table import Table
 
 from .search import Done, best_rate, near
@@ -226,10 +226,10 @@ def markdown(runs: list[Run]) -> str:
 def draw(runs: list[Run]) -> Figure:
     """Loss against tokens, time, bytes of state, and learning rate."""
     found = summaries(runs)
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     against_tokens, against_time, against_bytes, against_rate = figure.subplots(2, 2).flat
     last = [s.loss for s in found if math.isfinite(s.loss)]
-    top = min(last) + 3 * max(0.05, max(last) - min(last)) if last else 1.0
+    top = min(last) + 4 * max(0.05, statistics.median(last) - min(last)) if last else 1.0
     for i, s in enumerate(found):
         style: dict[str, Any] = {"label": s.method, "color": f"C{i % 10}"}
         style["linestyle"] = "-" if i < 10 else "--"
@@ -240,21 +240,19 @@ def draw(runs: list[Run]) -> Figure:
         against_bytes.errorbar(
             megabytes, s.loss, yerr=s.spread, fmt="o", capsize=3, color=style["color"]
         )
-        against_bytes.annotate(
-            s.method, (megabytes, s.loss), xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
     against_tokens.set(xlabel="tokens", xscale="linear")
     against_tokens.xaxis.set_major_formatter(EngFormatter())
     against_time.set(xlabel="seconds of training")
     against_bytes.set(xlabel="optimizer state of the layers' matrices, MB")
-    against_bytes.margins(x=0.25)
+    against_bytes.set_xscale("symlog", base=2, linthresh=1.0)
+    against_bytes.xaxis.set_major_formatter(ScalarFormatter())
     against_rate.set(xlabel="learning rate", xscale="log")
     for axes in (against_tokens, against_time, against_rate):
         limited(axes, min(last, default=0.0), top)
     for axes in figure.axes:
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(alpha=0.3)
-    against_tokens.legend(fontsize=8)
+    figure.legend(*against_tokens.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
