@@ -83,9 +83,9 @@ def project(
         all directions left out had one second moment: entries of size 1, for an inner whose
         answers have that size too, such as Adam. Two more reads of G, no state; by far the best so
         far (`docs/convergence.md`). `"fira"`: each column times |U_j| / |R_j|, limited so that its
-        norm grows by 1 % a step, with one number a matrix of state. Or a pure function (G − P R, R, U) -> S of
-        one matrix (m x n, r x n, r x n; cores are r x r of both sides), whose S is added, limited
-        in the same way; it needs G − P R whole. U must come without the learning rate, so `inner`
+        norm grows by 1 % a step, with one number a matrix of state. Or a pure function
+        (G − P R, R, U) -> S of one matrix (m x n, r x n, r x n; cores are r x r of both sides),
+        whose S is added, limited in the same way; it needs G − P R whole. U must come without the learning rate, so `inner`
         is a `scale_by_...`, with the rate in a stage after it. See `residual.py`.
       select: which leaves are projected, and as which matrices. None reads names and shapes, which
         is right for most models (`describe` says what it made of yours). Else a list of
@@ -100,9 +100,9 @@ def project(
 
     Returns:
       A transformation with state :class:`SubspaceState`, within a :class:`ResidualState` if there
-      is a `residual` whose growth is limited. A matrix (or other leaf) whose gradient is not finite gets a zero update,
-      counts as a zero gradient in what `inner` averages, and is counted in `skipped`. A finite
-      gradient above 1e19 still overflows the squares of an inner Adam, as it does without us.
+      is a `residual` whose growth is limited. A matrix (or other leaf) whose gradient is not finite
+      gets a zero update, counts as a zero gradient in what `inner` averages, and is counted in
+      `skipped`. A finite gradient above 1e19 still overflows the squares of an inner Adam, as it does without us.
 
     Raises:
       TypeError, ValueError: if an argument is out of range; or, at init, if a rule of `select` or
