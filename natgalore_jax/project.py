@@ -85,8 +85,9 @@ def project(
         far (`docs/convergence.md`). `"fira"`: each column times |U_j| / |R_j|, limited so that its
         norm grows by 1 % a step, with one number a matrix of state. Or a pure function
         (G − P R, R, U) -> S of one matrix (m x n, r x n, r x n; cores are r x r of both sides),
-        whose S is added, limited in the same way; it needs G − P R whole. U must come without the learning rate, so `inner`
-        is a `scale_by_...`, with the rate in a stage after it. See `residual.py`.
+        whose S is added, limited in the same way; it needs G − P R whole. U must come without the
+        learning rate, so `inner` is a `scale_by_...`, with the rate in a stage after it. See
+        `residual.py`.
       select: which leaves are projected, and as which matrices. None reads names and shapes, which
         is right for most models (`describe` says what it made of yours). Else a list of
         (pattern, view), of which the first whose pattern `re.search` finds in the leaf's name
@@ -102,7 +103,8 @@ def project(
       A transformation with state :class:`SubspaceState`, within a :class:`ResidualState` if there
       is a `residual` whose growth is limited. A matrix (or other leaf) whose gradient is not finite
       gets a zero update, counts as a zero gradient in what `inner` averages, and is counted in
-      `skipped`. A finite gradient above 1e19 still overflows the squares of an inner Adam, as it does without us.
+      `skipped`. A finite gradient above 1e19 still overflows the squares of an inner Adam, as it
+      does without us.
 
     Raises:
       TypeError, ValueError: if an argument is out of range; or, at init, if a rule of `select` or
