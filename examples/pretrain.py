@@ -38,6 +38,8 @@ import settings
 from flax import nnx
 from jax.experimental import multihost_utils
 
+import natgalore_jax as natgalore
+
 
 LOG_EVERY = 10  # steps
 VALIDATION_BATCHES = 16
@@ -86,10 +88,16 @@ def make_functions(
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return TrainState(params, tx.init(params))
 
+    if config.low_rank_gradients and config.optimizer in settings.PROJECTING:
+        gradients = natgalore.value_and_grad(loss_fn, tx, on_fallback="error")
+    else:
+        whole = jax.value_and_grad(loss_fn)
+        gradients = lambda params, opt_state, tokens: (whole(params, tokens), opt_state)
+
     @partial(jax.jit, donate_argnums=0)
     def train_step(state, tokens):
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, tokens)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        (loss, grads), opt_state = gradients(state.params, state.opt_state, tokens)
+        updates, opt_state = tx.update(grads, opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
     return Functions(init, train_step, jax.jit(loss_fn))

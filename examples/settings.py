@@ -33,6 +33,8 @@ def low_rank(recipe: Callable[..., optax.GradientTransformation]):
         rank=config.rank,
         refresh_every=config.refresh_every,
         weight_decay=config.weight_decay,
+        residual=config.residual,
+        stagger=not config.low_rank_gradients,  # one costs as much as all
         seed=config.seed,
     )
 
@@ -54,6 +56,9 @@ OPTIMIZERS = {
     "adamw": Recipe(2e-3, lambda schedule, c: optax.adamw(schedule, weight_decay=c.weight_decay)),
     "contrib_galore": Recipe(5e-3, contrib_galore),
 }
+
+
+PROJECTING = ("natural_galore", "galore")  # natgalore's
 
 
 def one_of(names) -> Any:
@@ -86,6 +91,10 @@ class Config:
     """Rank of the projected gradients. Default: a quarter of the model's width."""
     refresh_every: int = 50
     """Steps between two refreshes of the projections."""
+    residual: Literal["isotropic", "fira"] | None = None
+    """What becomes of what the projections leave out; isotropic has learned best so far."""
+    low_rank_gradients: bool = False
+    """Take the gradients of projected weights as cores, never whole; refresh all at once."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     steps: int = 700
@@ -133,6 +142,12 @@ class Config:
             raise ValueError(f"--compare names an optimizer twice: {self.compare}")
         if self.scan and "contrib_galore" in names:
             raise ValueError("optimizer contrib_galore cannot project stacked layers (--scan)")
+        ours = {*names} & {*PROJECTING}
+        for name in ("residual", "low_rank_gradients"):
+            if getattr(self, name) and not ours:
+                raise ValueError(f"{flag(name)} is for {' and '.join(PROJECTING)}")
+        if self.residual and self.low_rank_gradients:
+            raise ValueError("--residual needs whole gradients, --low-rank-gradients forms none")
         counts = ("refresh_every", "steps", "batch_size", "seq_len", "validate_every", "save_every")
         for name, least in (*((name, 1) for name in counts), ("rank", 1), ("seed", 0)):
             value = getattr(self, name)

@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -405,6 +406,37 @@ class TestCommandLine:
         assert Path("here/sample.txt").read_text() in out
         assert all(c.isprintable() or c in "\n\t" for c in out)  # no terminal, no control codes
 
+    def test_low_rank_gradients_train_to_the_same(self, monkeypatch):
+        """Through a refresh; without their flag's effect the same config takes whole gradients."""
+        config = settings.Config(
+            optimizer="galore", lr=1e-2, rank=4, refresh_every=2, steps=4, low_rank_gradients=True
+        )
+        tokens = jax.random.randint(jax.random.key(0), (4, 17), 0, 256)
+
+        def trained():
+            functions = pretrain.make_functions(config)
+            state = functions.init(jax.random.key(0))
+            for _ in range(4):
+                state, loss = functions.train_step(state, tokens)
+            return state.params, loss
+
+        cores = trained()
+        monkeypatch.setattr(settings, "PROJECTING", ())
+        # A core's rounding over its smallest entries, by Adam, at 4 steps of 1e-2.
+        chex.assert_trees_all_close(cores, trained(), atol=2e-4)
+
+    def test_a_residual_is_asked_for(self):
+        config = settings.Config(optimizer="galore", lr=1e-2, rank=4, residual="isotropic")
+        (plain,) = settings.Config(optimizer="galore", lr=1e-2, rank=4).runs()
+        params = {"mlp": {"up": {"kernel": jnp.eye(8, 16)}}}
+        moved = []
+        for one in (config, plain):
+            tx = one.make_optimizer()
+            _, state = tx.update(params, tx.init(params), params)  # at a rate of zero
+            updates, _ = tx.update(params, state, params)
+            moved.append(float(jnp.linalg.matrix_rank(updates["mlp"]["up"]["kernel"])))
+        assert moved == [8, 4]
+
     def test_a_run_is_not_overwritten_unasked(self, run, capsys):
         assert run("--optimizer", "adamw", "--out", "here") == 0
         header = report.read(Path("here/log.jsonl")).header
@@ -433,6 +465,9 @@ class TestCommandLine:
             ("--compare galore --optimizer adamw", "--optimizer and --compare cannot be used"),
             ("--compare adamw,contrib_galore --scan", "cannot project stacked layers"),
             ("--optimizer contrib_galore --scan", "cannot project stacked layers"),
+            ("--optimizer adamw --low-rank-gradients", "is for natural_galore and galore"),
+            ("--compare adamw,contrib_galore --residual fira", "is for natural_galore and galore"),
+            ("--residual fira --low-rank-gradients", "--residual needs whole gradients"),
             ("--size 3b", "--size must be one of tiny, 60m"),
             ("--rank 0", "--rank must be at least 1 and below 2**31, got 0"),
             ("--steps 0", "--steps must be at least 1 and below 2**31, got 0"),
