@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from .boxes import rebox, unbox
 from .lift import expanded
 from .lower import core_dtype, working_dtype
-from .lowrank import arrays, evaluate
+from .lowrank import Use, arrays, evaluate
 from .manual import varying_as
 from .spec import Basis, Core, cores
 from .tagged import Tagged, tag
@@ -45,7 +45,10 @@ def backward(
     part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], split))
     program, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(list(weights), part)
     fallbacks: dict[tuple[str, str], None] = {}
-    report = lambda *use: fallbacks.setdefault(use)
+
+    def report(use: Use):
+        if use.whole:
+            fallbacks.setdefault((use.operation, use.weight.name))
 
     def run(bases: Bases, turn: Any = None) -> Result:
         # In a loop, a pass is tied to its turn: the compiler would take what does not depend on the
@@ -67,7 +70,7 @@ def backward(
         def loss(free: list[Array], part: PyTree):
             values = [*map(tagged, paths, tied, free), *jax.tree.leaves(part)]
             outputs = evaluate(program, values, report)
-            outputs[:1] = arrays(outputs[:1], "output", report)
+            outputs[:1] = arrays(outputs[:1], None, report)
             outputs = [x.weight if isinstance(x, Tagged) else x for x in outputs]
             value = jax.tree.structure(shapes).unflatten(outputs)
             return value if has_aux else (value, None)

@@ -402,11 +402,11 @@ MUTANTS = [
     Mutant("sharding", "takes no cores", "True if is_core(G) else G", "G"),
     Mutant("backward", "cores in the leaf's dtype", "core_dtype(P, w))", "w.dtype)"),
     Mutant("tagged", "a factor forgotten", "weight * by.reshape(()), core=core", "weight * by"),
-    Mutant("tagged", "blocks as rows", "label for i in contracted[0]", "label for i in batch[0]"),
+    Mutant("products", "blocks as rows", "label for i in contracted[0]", "label for i in batch[0]"),
     Mutant("uses", "minus forgotten", "scale(v, -jnp.ones", "scale(v, jnp.ones"),
     Mutant("uses", "gathers the weight alone", "plain(v) if alone else v", "y"),
     Mutant("lowrank", "scans forward", '("length", "reverse", "unroll")', '("length", "unroll")'),
-    Mutant("lowrank", "falls back in silence", "report(operation, x.name)", "pass"),
+    Mutant("lowrank", "falls back in silence", "place, x, whole=True))", "place, x, whole=False))"),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
     Mutant(
         "placement", "no mesh entered", "if explicit and get_abstract_mesh().empty:", "if False:"
@@ -544,7 +544,9 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "lift": ["test_trajectory", "test_engine", "test_residual"],
     **{
         room: ["test_gradients"]
-        for room in ("backward", "gradients", "lowrank", "tagged", "turns", "uses", "whole")
+        for room in (
+            *("backward", "gradients", "lowrank", "products", "tagged", "turns", "uses", "whole"),
+        )
     },
     "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
