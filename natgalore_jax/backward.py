@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core as jax_core
 from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
@@ -35,15 +36,9 @@ def backward(
 
     And what fell back, once that is traced. Of micro-batches see :func:`mean`.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(unbox(params))
-    paths, weights = zip(*flat, strict=True)
+    paths, weights = zip(*jax.tree_util.tree_leaves_with_path(unbox(params)), strict=True)
     split = tuple(args) if micro_batches > 1 else ()
-
-    def of_leaves(leaves, part):
-        return loss_fn(rebox(treedef.unflatten(leaves), params), *(part or args), **kwargs)
-
-    part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], split))
-    program, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(list(weights), part)
+    program, shapes = program_of(loss_fn, params, args, kwargs, split)
     fallbacks: dict[tuple[str, str], None] = {}
 
     def report(use: Use):
@@ -83,6 +78,26 @@ def backward(
         return value, like(params, at)
 
     return run, fallbacks
+
+
+def program_of(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    split: tuple[Any, ...] = (),
+) -> tuple[jax_core.ClosedJaxpr, PyTree]:
+    """The program of a loss, and the form of its outputs.
+
+    Its inputs are the leaves of `params`, and of one micro-batch of `split` where there are any.
+    """
+    treedef = jax.tree.structure(unbox(params))
+
+    def of_leaves(leaves, part):
+        return loss_fn(rebox(treedef.unflatten(leaves), params), *(part or args), **kwargs)
+
+    part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], split))
+    return jax.make_jaxpr(of_leaves, return_shape=True)(jax.tree.leaves(unbox(params)), part)
 
 
 def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
