@@ -407,6 +407,40 @@ MUTANTS = [
     Mutant("uses", "gathers the weight alone", "plain(v) if alone else v", "y"),
     Mutant("lowrank", "scans forward", '("length", "reverse", "unroll")', '("length", "unroll")'),
     Mutant("lowrank", "falls back in silence", "place, x, whole=True))", "place, x, whole=False))"),
+    Mutant("lowrank", "in no program", "within=(eqn, *use.within)", "within=use.within"),
+    Mutant("costs", "a loop turns once", "times = math.prod(lengths)", "times = 1"),
+    Mutant(
+        "costs",
+        "a weight that falls back is projected at no cost",
+        "whole + _lifting(v, v.sizes)",
+        "whole",
+    ),
+    Mutant("costs", "experts as one", "for n in {*x_axes, *_flat(v)}", "for n in {*x_axes}"),
+    Mutant(
+        "costs",
+        "one pass with all weights tagged",
+        "w if (path in bases) != projected else",
+        "0 or",
+    ),
+    Mutant(
+        "costs",
+        "a program called twice is one",
+        "(*map(id, use.within), id(use.eqn)",
+        "(id(use.eqn)",
+    ),
+    Mutant(
+        "explain",
+        "projecting costs nothing",
+        "row.whole_flops + projecting(spec)",
+        "row.whole_flops",
+    ),
+    Mutant(
+        "explain",
+        "no whole gradient where one falls back",
+        "nbytes + sum(each",
+        "nbytes + 0 * sum(each",
+    ),
+    Mutant("tables", "leaves alike by name alone", "of(row)), [])", "None), [])"),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
     Mutant(
         "placement", "no mesh entered", "if explicit and get_abstract_mesh().empty:", "if False:"
@@ -548,6 +582,8 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
             *("backward", "gradients", "lowrank", "products", "tagged", "turns", "uses", "whole"),
         )
     },
+    **{room: ["test_explain"] for room in ("costs", "explain")},
+    "tables": ["test_report", "test_explain"],
     "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
     "signs": ["test_residual"],
