@@ -441,6 +441,23 @@ MUTANTS = [
         "nbytes + 0 * sum(each",
     ),
     Mutant("tables", "leaves alike by name alone", "of(row)), [])", "None), [])"),
+    Mutant("nnx", "a step leaves no state", "nnx.update(model, drawn, rest)", "pass"),
+    Mutant(
+        "nnx", "bases are lost", "nnx.update(optimizer.opt_state, nnx.state(opt_state))", "pass"
+    ),
+    Mutant(
+        "nnx",
+        "masks alike in all micro-batches",
+        "fold_in)(key.ravel(), after[at].ravel())",
+        "fold_in)(key.ravel(), 0 * after[at].ravel())",
+    ),
+    Mutant("nnx", "statistics of the last micro-batch", "x[0], mean)", "x[0], x[-1])"),
+    Mutant(
+        "nnx",
+        "cores with names of axes",
+        "type(w)(G) if is_core(G) else w.replace(G)",
+        "w.replace(G)",
+    ),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
     Mutant(
         "placement", "no mesh entered", "if explicit and get_abstract_mesh().empty:", "if False:"
@@ -584,6 +601,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     },
     **{room: ["test_explain"] for room in ("costs", "explain")},
     "tables": ["test_report", "test_explain"],
+    "nnx": ["test_nnx_gradients"],
     "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
     "signs": ["test_residual"],
