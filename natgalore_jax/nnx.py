@@ -80,7 +80,8 @@ def value_and_grad(
             after, _, *others = nnx.split(inside, wrt, nnx.RngState, ...)
             if after != graph:
                 raise ValueError(
-                    "the loss changes what the module is made of: such things it can return as `aux`."
+                    "the loss changes what the module is made of: what is new it "
+                    "can return as `aux`."
                 )
             return value, (aux, *map(nnx.as_pure, others))
 

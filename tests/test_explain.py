@@ -6,6 +6,7 @@ product, and 2 m n r to project it; its core 2 T r (m + n), on both sides 2 T r 
 
 import dataclasses
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -307,6 +308,16 @@ def test_what_is_saved_is_what_the_programs_differ_in(loss, shapes, select, side
     whole, cores = (dots(jax.make_jaxpr(f)(params).jaxpr) for f in (jax.grad(of), run))
     lowered = sum(projecting(P.spec) for P in bases_in(opt_state.basis))
     assert sum(row.whole_flops - row.here_flops for row in rows) == whole - cores + lowered
+
+
+def test_what_the_page_prints_is_what_it_is(capsys):
+    page = (Path(__file__).parents[1] / "docs/low-rank-gradients.md").read_text()
+    section = page.split("## What each weight costs")[1]
+    code, printed = (
+        re.search(rf"```{kind}\n(.*?)```", section, re.S)[1] for kind in ("python", "text")
+    )
+    exec(code, {})
+    assert capsys.readouterr().out == printed
 
 
 # --- models, and what is printed ------------------------------------------------------------------

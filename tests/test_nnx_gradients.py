@@ -3,8 +3,10 @@
 Tolerances are those of `test_gradients.py`: a core's sums round otherwise than PᵀG's.
 """
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -276,3 +278,11 @@ def test_adam_alone_is_optax():
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
     got = natgalore.nnx.value_and_grad(loss_fn)(model, optimizer, x)
     chex.assert_trees_all_close(*map(nnx.as_pure, (got, nnx.value_and_grad(loss_fn)(other, x))))
+
+
+def test_what_the_page_says_runs():
+    page = (Path(__file__).parents[1] / "docs/low-rank-gradients.md").read_text()
+    code = re.search(r"## NNX\n.*?```python\n(.*?)```", page, re.S)[1]
+    scope = {"jnp": jnp, "natgalore": natgalore}
+    exec(code, scope)
+    assert scope["loss"] > 0
