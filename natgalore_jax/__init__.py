@@ -1,5 +1,7 @@
 """Natural GaLore for JAX: train all weights of a large model with a fraction of AdamW's state."""
 
+import importlib
+
 from .roles import register_state as register_state
 
 
@@ -23,3 +25,10 @@ from .memory import memory_report as memory_report  # isort: skip
 from .sharding import sharded as sharded, state_shardings as state_shardings  # isort: skip
 from .offload import offload as offload  # isort: skip
 from .report import describe as describe  # isort: skip
+from .explain import explain as explain  # isort: skip
+
+
+def __getattr__(name: str):
+    if name == "nnx":  # for which alone Flax is needed
+        return importlib.import_module(".nnx", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

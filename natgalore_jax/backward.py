@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core as jax_core
 from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
 from .boxes import rebox, unbox
 from .lift import expanded
 from .lower import core_dtype, working_dtype
-from .lowrank import arrays, evaluate
+from .lowrank import Use, arrays, evaluate
 from .manual import varying_as
 from .spec import Basis, Core, cores
 from .tagged import Tagged, tag
@@ -35,17 +36,14 @@ def backward(
 
     And what fell back, once that is traced. Of micro-batches see :func:`mean`.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(unbox(params))
-    paths, weights = zip(*flat, strict=True)
+    paths, weights = zip(*jax.tree_util.tree_leaves_with_path(unbox(params)), strict=True)
     split = tuple(args) if micro_batches > 1 else ()
-
-    def of_leaves(leaves, part):
-        return loss_fn(rebox(treedef.unflatten(leaves), params), *(part or args), **kwargs)
-
-    part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], split))
-    program, shapes = jax.make_jaxpr(of_leaves, return_shape=True)(list(weights), part)
+    program, shapes = program_of(loss_fn, params, args, kwargs, split)
     fallbacks: dict[tuple[str, str], None] = {}
-    report = lambda *use: fallbacks.setdefault(use)
+
+    def report(use: Use):
+        if use.whole:
+            fallbacks.setdefault((use.operation, use.weight.name))
 
     def run(bases: Bases, turn: Any = None) -> Result:
         # In a loop, a pass is tied to its turn: the compiler would take what does not depend on the
@@ -67,7 +65,7 @@ def backward(
         def loss(free: list[Array], part: PyTree):
             values = [*map(tagged, paths, tied, free), *jax.tree.leaves(part)]
             outputs = evaluate(program, values, report)
-            outputs[:1] = arrays(outputs[:1], "output", report)
+            outputs[:1] = arrays(outputs[:1], None, report)
             outputs = [x.weight if isinstance(x, Tagged) else x for x in outputs]
             value = jax.tree.structure(shapes).unflatten(outputs)
             return value if has_aux else (value, None)
@@ -80,6 +78,26 @@ def backward(
         return value, like(params, at)
 
     return run, fallbacks
+
+
+def program_of(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    split: tuple[Any, ...] = (),
+) -> tuple[jax_core.ClosedJaxpr, PyTree]:
+    """The program of a loss, and the form of its outputs.
+
+    Its inputs are the leaves of `params`, and of one micro-batch of `split` where there are any.
+    """
+    treedef = jax.tree.structure(unbox(params))
+
+    def of_leaves(leaves, part):
+        return loss_fn(rebox(treedef.unflatten(leaves), params), *(part or args), **kwargs)
+
+    part = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], split))
+    return jax.make_jaxpr(of_leaves, return_shape=True)(jax.tree.leaves(unbox(params)), part)
 
 
 def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:

@@ -111,11 +111,11 @@ def value_and_grad(
         _check_micro_batches(args, micro_batches)
         full = lambda: mean(lambda args: slopes(params, *args, **kwargs), args, micro_batches)
         leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_subspace)
-        engines = _engines(tx, params, opt_state)
+        engines = engines_of(tx, params, opt_state)
         places = [i for i, x in enumerate(leaves) if _is_subspace(x) and _bases(x)]
         states = [leaves[i] for i in places]
         refreshes = [engines[_key(state)][0].refresh for state in states]
-        _check_paths(states, params)
+        check_paths(states, params)
         with entered(params):
             if states:
                 run, fallbacks = backward(loss_fn, params, has_aux, args, kwargs, micro_batches)
@@ -169,7 +169,7 @@ def _check_micro_batches(args: Sequence[Any], number: int) -> None:
         )
 
 
-def _engines(
+def engines_of(
     tx: optax.GradientTransformation | optax.MultiSteps, params: PyTree, opt_state: PyTree
 ) -> dict[tuple[LeafSpec, ...], tuple[Engine, Layout]]:
     """The engines in `tx` and how the weights lie, by the leaves that they project."""
@@ -190,7 +190,7 @@ def _engines(
     return engines
 
 
-def _check_paths(states: list[SubspaceState], params: PyTree) -> None:
+def check_paths(states: list[SubspaceState], params: PyTree) -> None:
     """Raises if a leaf that is projected is missing, or is projected twice."""
     there = {path for path, _ in jax.tree_util.tree_leaves_with_path(unbox(params))}
     seen = set()

@@ -3,24 +3,48 @@
 An operation on a :class:`Tagged` weight has a rule in `uses.py`, which gives another one or an
 array, and programs within the program are evaluated in the same way. Where there is no rule, or it
 does not hold, the weight is an array: still exact, but the gradient of that one use is formed whole
-before it is projected. Such uses are reported.
+before it is projected. Every use is reported, with or without a rule.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
+from .products import plain
 from .programs import apply, called, read
-from .tagged import Tagged, plain
+from .tagged import Tagged
 from .uses import USES, Value
 
 
-Report = Callable[[str, str], None]  # (operation, leaf), of a weight that was taken whole
+class Use(NamedTuple):
+    """Where a weight becomes part of an array.
+
+    Attributes:
+      within: the equations whose programs it is in, the outermost first.
+      eqn: the operation; None where the weight leaves the last of `within`, or the program.
+      place: of the weight among its operands.
+      weight: as it comes there.
+      whole: whether it is taken as an array, for want of a rule.
+    """
+
+    within: tuple[jax_core.JaxprEqn, ...]
+    eqn: jax_core.JaxprEqn | None
+    place: int
+    weight: Tagged
+    whole: bool
+
+    @property
+    def operation(self) -> str:
+        named = self.within[-1:] if self.eqn is None else (self.eqn,)
+        return named[0].primitive.name if named else "output"
+
+
+Report = Callable[[Use], None]
 
 
 def evaluate(program: jax_core.ClosedJaxpr, values: Sequence[Value], report: Report) -> list[Value]:
@@ -28,16 +52,26 @@ def evaluate(program: jax_core.ClosedJaxpr, values: Sequence[Value], report: Rep
     return read(program, values, lambda x: x, functools.partial(_through, report))
 
 
-def arrays(values: Sequence[Value], operation: str, report: Report) -> list[Any]:
-    """The values, with weights as arrays."""
+def arrays(
+    values: Sequence[Value],
+    eqn: jax_core.JaxprEqn | None,
+    report: Report,
+    which: Callable[[int, Tagged], bool] = lambda place, v: True,
+) -> list[Any]:
+    """The values, operands of `eqn`, with those weights as arrays of which `which` holds."""
 
-    def whole(x):
-        if not isinstance(x, Tagged):
+    def whole(place, x):
+        if not isinstance(x, Tagged) or not which(place, x):
             return x
-        report(operation, x.name)
+        report(Use((), eqn, place, x, whole=True))
         return plain(x)
 
-    return [whole(x) for x in values]
+    return [whole(place, x) for place, x in enumerate(values)]
+
+
+def inside(report: Report, eqn: jax_core.JaxprEqn) -> Report:
+    """For what is used in a program of `eqn`."""
+    return lambda use: report(use._replace(within=(eqn, *use.within)))
 
 
 def _through(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
@@ -49,17 +83,28 @@ def _through(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> lis
         outputs = CONTROL[name](report, eqn, values)
     elif name in USES:
         outputs = USES[name](eqn, *values)
-    if outputs is None:
-        return apply(eqn, arrays(values, name, report))
-    return outputs if isinstance(outputs, list) else [outputs]
+        outputs = outputs if outputs is None or isinstance(outputs, list) else [outputs]
+        if outputs is not None and not any(isinstance(x, Tagged) for x in outputs):
+            for place, x in enumerate(values):
+                if isinstance(x, Tagged):
+                    report(Use((), eqn, place, x, whole=False))
+    return apply(eqn, arrays(values, eqn, report)) if outputs is None else outputs
 
 
 def _call(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
-    return evaluate(called(eqn), values, report)
+    return evaluate(called(eqn), values, inside(report, eqn))
+
+
+def _arrays_of(
+    report: Report, eqn: jax_core.JaxprEqn, program: jax_core.ClosedJaxpr, values: Sequence[Value]
+) -> list[Any]:
+    """The outputs of a program of `eqn` that no weight may leave as such."""
+    report = inside(report, eqn)
+    return arrays(evaluate(program, values, report), None, report)
 
 
 def _remat(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
-    body = lambda *values: arrays(evaluate(called(eqn), values, report), "remat", report)
+    body = lambda *values: _arrays_of(report, eqn, called(eqn), values)
     settings = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
     return jax.checkpoint(body, **settings)(*values)
 
@@ -68,7 +113,7 @@ def _cond(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[V
     index, *operands = values
     if isinstance(index, Tagged):
         return None
-    run = lambda branch, *xs: arrays(evaluate(branch, xs, report), "cond", report)
+    run = lambda branch, *xs: _arrays_of(report, eqn, branch, xs)
     branches = [functools.partial(run, branch) for branch in eqn.params["branches"]]
     return lax.switch(index, branches, *operands)
 
@@ -76,12 +121,13 @@ def _cond(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[V
 def _while(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
     n = eqn.params["cond_nconsts"]
     k = n + eqn.params["body_nconsts"]
+    values = arrays(values, eqn, report, lambda place, _: place >= k)
     of_cond, of_body = values[:n], values[n:k]
-    run = lambda key, *xs: arrays(evaluate(eqn.params[key], xs, report), "while", report)
+    run = lambda key, *xs: _arrays_of(report, eqn, eqn.params[key], xs)
     return lax.while_loop(
         lambda carry: run("cond_jaxpr", *of_cond, *carry)[0],
         lambda carry: run("body_jaxpr", *of_body, *carry),
-        arrays(values[k:], "while", report),
+        values[k:],
     )
 
 
@@ -94,26 +140,20 @@ def _scan(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[V
     scanned = grows(eqn.invars, program.jaxpr.invars)
     carried = len(eqn.outvars) - grows(eqn.outvars, program.jaxpr.outvars)
     last = len(values) - scanned
-    constants, carry, over = values[: last - carried], values[last - carried : last], values[last:]
-    split = [_sliced(x) for x in arrays_where(_unscannable, over, "scan", report)]
+    first = last - carried
+    cannot = lambda place, v: place >= first and (place < last or _unscannable(v))
+    values = arrays(values, eqn, report, cannot)
+    constants, carry, over = values[:first], values[first:last], values[last:]
+    split = [_sliced(x) for x in over]
 
     def body(carry, parts):
         xs = [join(part) for (_, join), part in zip(split, parts, strict=True)]
-        outputs = arrays(evaluate(program, [*constants, *carry, *xs], report), "scan", report)
+        outputs = _arrays_of(report, eqn, program, [*constants, *carry, *xs])
         return outputs[:carried], outputs[carried:]
 
     settings = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    carry = arrays(carry, "scan", report)
     carry, stacked = lax.scan(body, carry, [parts for parts, _ in split], **settings)
     return [*carry, *stacked]
-
-
-def arrays_where(
-    which: Callable[[Tagged], bool], values: Sequence[Value], operation: str, report: Report
-) -> list[Value]:
-    """The values, with those weights as arrays of which `which` holds."""
-    as_array = lambda x: arrays([x], operation, report)[0]
-    return [as_array(x) if isinstance(x, Tagged) and which(x) else x for x in values]
 
 
 def _unscannable(v: Tagged) -> bool:

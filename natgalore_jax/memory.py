@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from .boxes import unbox
 from .spec import Basis, Core, path_name
+from .tables import human_bytes, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,26 +110,3 @@ def _nbytes(x: Any) -> int:
 
 def _ratio(a: int, b: int) -> str:
     return f"{a / b:.3f}" if b else "-"
-
-
-def human_bytes(n: int | float) -> str:
-    """`36872` as `36.0 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            break
-        n /= 1024
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-
-
-def table(rows: list[tuple[str, ...]], numbers: int) -> str:
-    """Plain text in columns, the last `numbers` of them flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    flush = len(widths) - numbers
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i >= flush else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)

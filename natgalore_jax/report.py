@@ -1,7 +1,6 @@
 """What an optimizer does with each leaf of a tree, told from the state itself."""
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,9 +12,10 @@ from jaxtyping import PyTree
 
 from .diagnostics import explained_energy, fisher_condition, skipped_steps
 from .engine import SubspaceState
-from .memory import bytes_by_leaf, human_bytes, table
+from .memory import bytes_by_leaf
 from .select import decisions
 from .spec import LeafSpec, path_name
+from .tables import alike, human_bytes, rich_table, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,23 +58,14 @@ class Description:
     rows: list[Row]
 
     def __str__(self) -> str:
-        head, *body = self._cells()
-        return table([head, *body], numbers=len(head) - 4)
+        cells = self._cells()
+        return table(cells, numbers=len(cells[0]) - 4)
 
     def __rich__(self) -> Any:
         """What `rich.print` and its consoles show, where rich is installed."""
-        from rich import box
-        from rich.table import Table
-
-        head, *body, total = self._cells()
-        shown = Table(box=box.SIMPLE, show_footer=True, padding=0)
-        for i, (name, sum_of) in enumerate(zip(head, total, strict=True)):
-            breaks = i in (0, 2)  # the leaf's name, and the reason
-            numeric = "right" if i > 3 else "left"
-            shown.add_column(name, sum_of, justify=numeric, overflow="fold", no_wrap=not breaks)
-        for row in body:
-            shown.add_row(*row, style=None if row[4] else "dim")  # no rank: left whole
-        return shown
+        cells = self._cells()
+        without_rank = lambda row: not row[4]
+        return rich_table(cells, len(cells[0]) - 4, wrapped=(0, 2), dim=without_rank)
 
     def _cells(self) -> list[tuple[str, ...]]:
         """The table's head, its lines and the line of totals."""
@@ -88,23 +79,19 @@ class Description:
             "here",
             *MEASURED,
         )
-        alike: dict[tuple[Any, ...], list[Row]] = {}
-        for row in self.rows:
-            pattern = re.sub(r"\d+", "*", row.path)
-            rank = "" if row.rank is None else f"{row.rank} (full)" if row.full else str(row.rank)
-            alike.setdefault((pattern, row.shape, row.view, row.side, rank), []).append(row)
+        rank = lambda row: (
+            "" if row.rank is None else f"{row.rank} (full)" if row.full else str(row.rank)
+        )
+        said = lambda row: (str(row.shape), row.view, row.side, rank(row))
         body = [
             (
-                rows[0].path if len(rows) == 1 else f"{pattern} ({len(rows)})",
-                str(shape),
-                view,
-                side,
-                rank,
+                name,
+                *said(rows[0]),
                 human_bytes(sum(row.adamw_bytes for row in rows)),
                 human_bytes(sum(row.state_bytes for row in rows)),
                 *(_measured(rows, name) for name in MEASURED),
             )
-            for (pattern, shape, view, side, rank), rows in alike.items()
+            for name, rows in alike(self.rows, lambda row: row.path, said)
         ]
         before, after = (
             sum(getattr(row, f) for row in self.rows) for f in ("adamw_bytes", "state_bytes")

@@ -10,9 +10,6 @@ all: rows belong to P, columns to B (or to Q on both sides), layers and experts 
 Then no operation need know of orientation. A transpose permutes groups, a reshape regroups labels,
 a slice acts on what owns the label that it cuts, and a product is an `einsum` over labels.
 
-B = 0 is never multiplied: `attach` adds the second term of (1) to the tangent alone, so values are
-those of the program as it was, to the bit.
-
 The nearest published idea is that of Shamshoum et al., "CompAct", arXiv:2410.15352, which keeps
 x P in place of x for a random P.
 """
@@ -24,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -70,7 +66,7 @@ class Tagged:
     @property
     def fresh(self) -> int:
         """From here on labels are free."""
-        return 1 + max(self.sizes)
+        return 1 + max(self.sizes, default=-1)
 
     def owners(self, label: int) -> int:
         """How many of the factors have the label."""
@@ -182,89 +178,3 @@ def scale(v: Tagged, by: Array) -> Tagged:
     """Times a number; through the weight as it is, that has its gradient."""
     core = v.core * lax.stop_gradient(by).reshape(()).astype(v.core.dtype)
     return v.replace(weight=v.weight * by.reshape(()), core=core)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attach(delta: Callable[..., Array], y: Array, core: Array, *constants: Array) -> Array:
-    """y + delta(core, *constants), for a `delta` linear in the core, which is zero: y."""
-    return y
-
-
-@attach.defjvp
-def _attach_jvp(delta, primals, tangents):
-    y, _, *constants = primals
-    return y, tangents[0] + delta(tangents[1], *constants).astype(y.dtype)
-
-
-def plain(v: Tagged) -> Array:
-    """The weight as an array that hands its gradient, whole, on to the core."""
-    axes = tuple(label for group in v.axes for label in group)
-    along = lambda core, *bases: product(core, v.core_axes, bases, v.bases_axes, axes)
-    delta = lambda core, *bases: along(core, *bases).reshape(v.weight.shape)
-    return attach(delta, v.weight, v.core, *v.bases)
-
-
-def product(
-    x: Array,
-    axes: Labels,
-    others: Sequence[Array],
-    others_axes: Sequence[Labels],
-    out: Labels,
-    **settings: Any,
-) -> Array:
-    """x times the others, one after the other, summed over the labels that are not in `out`."""
-    for i, (y, y_axes) in enumerate(zip(others, others_axes, strict=True)):
-        later = {label for rest in others_axes[i + 1 :] for label in rest}
-        kept = tuple(n for n in dict.fromkeys((*axes, *y_axes)) if n in later or n in out)
-        to = out if i == len(others) - 1 else kept
-        place = {label: j for j, label in enumerate(dict.fromkeys((*axes, *y_axes)))}
-        of = lambda labels, place=place: [place[label] for label in labels]
-        x = jnp.einsum(x, of(axes), y, of(y_axes), of(to), **settings)
-        axes = to
-    return x
-
-
-def dot(
-    v: Tagged,
-    x: Array,
-    y: Array,
-    contracted: tuple[Sequence[int], Sequence[int]],
-    batch: tuple[Sequence[int], Sequence[int]],
-    first: bool,
-    precision: Any,
-) -> Array:
-    """y, the `dot_general` of a weight and x, with (1) attached to it.
-
-    Args:
-      v: the weight.
-      x: the other operand.
-      y: their product.
-      contracted: axes of the weight, and of x.
-      batch: the same of batch axes.
-      first: whether the weight is the first operand.
-      precision: of the products.
-    """
-    of_x: list[Labels] = [(v.fresh + i,) for i in range(x.ndim)]
-    for at_v, at_x in (contracted, batch):
-        for i, j in zip(at_v, at_x, strict=True):
-            of_x[j] = v.axes[i]
-    sizes = {n: x.shape[i] for i, group in enumerate(of_x) for n in group} | v.sizes
-    x_axes = tuple(label for group in of_x for label in group)
-    in_v, in_x = {*contracted[0], *batch[0]}, {*contracted[1], *batch[1]}
-    free_v = [group for i, group in enumerate(v.axes) if i not in in_v]
-    free_x = [group for i, group in enumerate(of_x) if i not in in_x]
-    shared = [v.axes[i] for i in batch[0]]
-    groups = [*shared, *(free_v + free_x if first else free_x + free_v)]
-    out = tuple(label for group in groups for label in group)
-    summed = {label for i in contracted[0] for label in v.axes[i]} - {*v.core_axes}
-
-    def delta(core, x, *bases):
-        factors = list(zip(bases, v.bases_axes, strict=True))
-        before = [f for f in factors if summed & {*f[1]}]  # x P, which is kept in place of x
-        after = [f for f in factors if not summed & {*f[1]}]
-        arrays, axes = zip(*before, (core, v.core_axes), *after, strict=True)
-        arrays = [a.astype(x.dtype) for a in arrays]
-        x = x.reshape([sizes[label] for label in x_axes])
-        return product(x, x_axes, arrays, axes, out, precision=precision).reshape(y.shape)
-
-    return attach(delta, y, v.core, x, *v.bases)

@@ -13,8 +13,9 @@ from jax import lax
 from jax.extend import core as jax_core
 from jaxtyping import Array
 
+from .products import dot, plain
 from .programs import apply
-from .tagged import Tagged, cut, dot, plain, reshape, scale, transpose
+from .tagged import Tagged, cut, reshape, scale, transpose
 
 
 Value = Any  # an array or a Tagged
@@ -91,10 +92,15 @@ def _dot_general(eqn: jax_core.JaxprEqn, a: Value, b: Value) -> Array | None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     x = jnp.asarray(x)  # of a literal
+    (y,) = apply(eqn, [v.weight, x] if first else [x, v.weight])
+    return dot(v, x, y, *axes_of(eqn, first), first, eqn.params["precision"])
+
+
+def axes_of(eqn: jax_core.JaxprEqn, first: bool) -> tuple[Any, Any]:
+    """The axes that a `dot_general` contracts, and those of a batch: of the weight, and of x."""
     ordered = lambda pair: tuple(pair) if first else (pair[1], pair[0])
     contracted, batch = map(ordered, eqn.params["dimension_numbers"])
-    (y,) = apply(eqn, [v.weight, x] if first else [x, v.weight])
-    return dot(v, x, y, contracted, batch, first, eqn.params["precision"])
+    return contracted, batch
 
 
 def _gather(eqn: jax_core.JaxprEqn, v: Value, indices: Value) -> Value | None:

@@ -402,11 +402,62 @@ MUTANTS = [
     Mutant("sharding", "takes no cores", "True if is_core(G) else G", "G"),
     Mutant("backward", "cores in the leaf's dtype", "core_dtype(P, w))", "w.dtype)"),
     Mutant("tagged", "a factor forgotten", "weight * by.reshape(()), core=core", "weight * by"),
-    Mutant("tagged", "blocks as rows", "label for i in contracted[0]", "label for i in batch[0]"),
+    Mutant("products", "x P comes last", "label for i in contracted[0]", "label for i in batch[0]"),
     Mutant("uses", "minus forgotten", "scale(v, -jnp.ones", "scale(v, jnp.ones"),
     Mutant("uses", "gathers the weight alone", "plain(v) if alone else v", "y"),
     Mutant("lowrank", "scans forward", '("length", "reverse", "unroll")', '("length", "unroll")'),
-    Mutant("lowrank", "falls back in silence", "report(operation, x.name)", "pass"),
+    Mutant("lowrank", "falls back in silence", "place, x, whole=True))", "place, x, whole=False))"),
+    Mutant("lowrank", "in no program", "within=(eqn, *use.within)", "within=use.within"),
+    Mutant("costs", "a loop turns once", "times = math.prod(lengths)", "times = 1"),
+    Mutant(
+        "costs",
+        "a weight that falls back is projected at no cost",
+        "whole + _lifting(v, v.sizes)",
+        "whole",
+    ),
+    Mutant("costs", "experts as one", "for n in {*x_axes, *_flat(v)}", "for n in {*x_axes}"),
+    Mutant(
+        "costs",
+        "one pass with all weights tagged",
+        "w if (path in bases) != projected else",
+        "0 or",
+    ),
+    Mutant(
+        "costs",
+        "a program called twice is one",
+        "(*map(id, use.within), id(use.eqn)",
+        "(id(use.eqn)",
+    ),
+    Mutant(
+        "explain",
+        "projecting costs nothing",
+        "row.whole_flops + projecting(spec)",
+        "row.whole_flops",
+    ),
+    Mutant(
+        "explain",
+        "no whole gradient where one falls back",
+        "nbytes + sum(each",
+        "nbytes + 0 * sum(each",
+    ),
+    Mutant("tables", "leaves alike by name alone", "of(row)), [])", "None), [])"),
+    Mutant("nnx", "a step leaves no state", "nnx.update(model, drawn, rest)", "pass"),
+    Mutant(
+        "nnx", "bases are lost", "nnx.update(optimizer.opt_state, nnx.state(opt_state))", "pass"
+    ),
+    Mutant(
+        "nnx",
+        "masks alike in all micro-batches",
+        "fold_in)(key.ravel(), after[at].ravel())",
+        "fold_in)(key.ravel(), 0 * after[at].ravel())",
+    ),
+    Mutant("nnx", "statistics of the last micro-batch", "x[0], mean)", "x[0], x[-1])"),
+    Mutant(
+        "nnx",
+        "cores with names of axes",
+        "type(w)(G) if is_core(G) else w.replace(G)",
+        "w.replace(G)",
+    ),
     Mutant("engine", "updates are gathered whole", "layout.hint(", "(lambda x, _: x)("),
     Mutant(
         "placement", "no mesh entered", "if explicit and get_abstract_mesh().empty:", "if False:"
@@ -546,6 +597,9 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
         room: ["test_gradients"]
         for room in ("backward", "gradients", "lowrank", "tagged", "turns", "uses", "whole")
     },
+    **{room: ["test_explain"] for room in ("costs", "explain", "products")},
+    "tables": ["test_report", "test_explain"],
+    "nnx": ["test_nnx_gradients"],
     "lower": ["test_trajectory", "test_engine", "test_gradients"],
     "residual": ["test_residual", "test_trajectory"],
     "signs": ["test_residual"],
