@@ -102,6 +102,51 @@ def test_a_whole_training_step(name):
     ]
 
 
+CORES = (ROOT / "docs/low-rank-gradients.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        *(("350m", name) for name in ("adamw", "galore", "galore_cores")),
+        *(("1b", name) for name in ("adamw", "galore", "galore_cores", "natural_galore_cores")),
+    ],
+)
+def test_gradients_that_are_cores(size, name):
+    methods = results(f"cores-{size}")["layouts"]["data"]["methods"]
+    of, adamw = methods[name], methods["adamw"]
+    cells = (
+        size,
+        f"`{name}`",
+        f"{of['tokens_per_second']:,.0f}",
+        f"{of['tokens_per_second'] / adamw['tokens_per_second']:.2f}",
+        f"{of['slowest_step_seconds'] / of['median_step_seconds']:.1f}",
+        f"{of['temp_bytes'] / 1e6:,.0f} MB",
+        f"{of['peak_bytes'] / 1e6:,.0f} MB",
+    )
+    assert f"\n| {' | '.join(cells)} |\n" in CORES
+
+
+def test_what_cores_move_and_hold():
+    methods = results("cores-1b")["layouts"]["data"]["methods"]
+    ours, adamw = methods["galore_cores"], methods["adamw"]
+    time = ours["median_step_seconds"] / adamw["median_step_seconds"]
+    peaks = [f"{of['peak_bytes'] / 1e9:.1f} GB" for of in (ours, adamw)]
+    words = f"took {time:.2f} of AdamW's time on one H200, and {' at most instead of '.join(peaks)}"
+    assert words in (ROOT / "README.md").read_text()
+    moved = results("cores-moved")["layouts"]["data"]["methods"]
+    ours, adamw = (
+        moved[name]["collectives"]["every step"]["all-reduce"]["bytes"] / 1e6
+        for name in ("galore_cores", "adamw")
+    )
+    words = f"sums {ours:,.0f} MB in place of AdamW's {adamw:,.0f} MB, {ours / adamw:.2f} of it"
+    assert words in CORES
+    assert ours / adamw < 0.35
+    held = results("cores-1b-accumulated")["layouts"]["data"]["methods"]
+    ours, whole = (held[name]["temp_bytes"] / 1e9 for name in ("galore_cores", "galore"))
+    assert f"{ours:.1f} GB of temporaries instead of the {whole:.1f} GB of whole" in CORES
+
+
 @pytest.mark.parametrize(
     ("words", "name"),
     [
