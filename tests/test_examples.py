@@ -406,6 +406,7 @@ class TestCommandLine:
         assert Path("here/sample.txt").read_text() in out
         assert all(c.isprintable() or c in "\n\t" for c in out)  # no terminal, no control codes
 
+    @pytest.mark.slow
     def test_low_rank_gradients_train_to_the_same(self, monkeypatch):
         """Through a refresh; without their flag's effect the same config takes whole gradients."""
         config = settings.Config(

@@ -671,7 +671,7 @@ def test_which_refreshes_are_passes(settings, passes, monkeypatch):
     assert made == ["turns" if passes else "whole"]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_neither_does_a_refresh(micro_batches):
     """The whole step, with products or sums of no more than r x n and r x m entries a matrix."""
     tx = natural(stagger=False)

@@ -124,6 +124,7 @@ def test_training_is_that_of_whole_gradients_through_refreshes(refresh):
     assert int(seen[-1][1]["drop"]["rngs"]["count"]) == 5
 
 
+@pytest.mark.slow
 def test_without_jit():
     ours = natgalore.nnx.value_and_grad(loss_fn, on_fallback="error")
     data = batches(3)
