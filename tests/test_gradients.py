@@ -583,6 +583,18 @@ def test_auxiliary_outputs_and_keywords():
         assert len(cores(grads)) == 2
 
 
+def test_a_scaled_loss_is_unscaled_as_any_gradient_is():
+    """As mixed precision does it: through a refresh, whose bases do not know of the scale."""
+    tx, scale = galore(refresh_every=2, stagger=False), 2.0**10
+    scaled = natgalore.value_and_grad(lambda params, x: scale * small_loss(params, x), tx)
+
+    def unscaled(params, opt_state, x):
+        (value, grads), opt_state = scaled(params, opt_state, x)
+        return jax.tree.map(lambda x: x / scale, (value, grads)), opt_state
+
+    assert_same_training(trained(tx, unscaled, steps=4), trained(tx, whole_gradients(), steps=4))
+
+
 def test_bfloat16_params_have_float32_cores():
     tx, x = natural(), batches(1)[0]
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
