@@ -12,14 +12,14 @@ ROOMS = [
     {"checks", "control", "linalg", "programs", "spec", "stacks"},
     {"manual", "roles", "tagged"},
     {"kinds", "placement", "rules", "uses"},
-    {"layout", "lowrank"},
+    {"codes", "layout", "lowrank"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay"},
     {"residual", "signs", "sweep", "transport"},
     {"lift", "refresh"},
     {"lower"},
     {"backward", "engine"},
     {"gradients", "project"},
-    {"recipes", "diagnostics", "memory", "offload"},
+    {"recipes", "diagnostics", "memory", "offload", "quantize"},
     {"report", "sharding"},
 ]
 FILES = {
