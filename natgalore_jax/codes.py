@@ -14,8 +14,8 @@ that they span. A second moment may be 1e-12 of the largest in its block, and if
 value, 3e-7 of the scale's root.
 
 The table of 8-bit Adam has 1 as a value more, without -1, and its next one 0.7 % below; here the
-largest of a block comes back as it is, of either sign, and the integer that is left over, -128 or 1,
-stands for what is not finite. No table is looked up: that is slow on TPUs.
+largest of a block comes back as it is, of either sign, and the integer that is left, -128 or 1,
+stands for what is not finite. No table is looked up: a gather, which is slow on TPUs.
 
 References: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861;
 Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561, of the code.
@@ -163,7 +163,8 @@ def coded(code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None 
     mesh, lies = explicit_mesh(x), partition(x)
     blocks = (*x.shape[:-1], x.shape[-1] // block)
     scales = lies if mesh is None else fitting(lies, blocks, mesh)
-    return Coded(*local(lambda x: encode(code, x, block, key), (lies, scales), x))
+    encoded = lambda x, key: encode(code, x, block, key)
+    return Coded(*local(encoded, (lies, scales), x, key))
 
 
 def decoded(state: PyTree) -> PyTree:

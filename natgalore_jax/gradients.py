@@ -135,7 +135,9 @@ def value_and_grad(
         for i, state in zip(places, states, strict=True):
             leaves[i] = state
         (value, aux), grads = result
-        return ((value, aux) if has_aux else value, grads), recoded(treedef.unflatten(leaves), given)
+        return ((value, aux) if has_aux else value, grads), recoded(
+            treedef.unflatten(leaves), given
+        )
 
     return fn
 

@@ -48,9 +48,9 @@ def quantized(
 
     Each update decodes the state, is that of `tx`, and encodes what comes of it, so 8-bit AdamW is
     `quantized(optax.adamw(1e-3))`. Which code is used for what, and why, is in `codes.py`. Second
-    moments are kept by their roots, since Adam divides by these. Where the gradients of a block
-    span three decades, they are then within 0.4 to 2.4 times those of float32 after 4000 steps;
-    kept as they are, the small ones become 0 and steps a million times too long.
+    moments are kept by their roots, since Adam divides by these. In blocks of 128
+    gradients whose sizes span two decades the longest of 4000 steps of noise was then 1.6, as in
+    float32; with second moments as they are, the small ones became 0 and it was 17,000.
 
     Arrays of fewer than 4096 numbers stay as they are, as in 8-bit Adam, and so do those whose last
     axis has no divisor from 16 to 128.
@@ -129,9 +129,7 @@ def quantized(
         return encoded(state, key)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        updates, inner_state = tx.update(
-            updates, decoded(state.inner_state), params, **extra_args
-        )
+        updates, inner_state = tx.update(updates, decoded(state.inner_state), params, **extra_args)
         return updates, encoded(inner_state, state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)

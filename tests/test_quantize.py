@@ -18,12 +18,10 @@ from natgalore_jax.codes import (
     SQUARE,
     Coded,
     block_size,
-    coded,
     decode,
     decoded,
     encode,
     is_coded,
-    recoded,
 )
 
 from .oracles import dynamic_code
@@ -211,7 +209,10 @@ OPTIMIZERS = {
         natgalore.galore, rank=32, basis="random", residual="isotropic", refresh_every=10
     ),
 }
-each = pytest.mark.parametrize("name", OPTIMIZERS)
+SELDOM = ("galore", "random, isotropic")
+each = pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x in SELDOM else ()) for x in OPTIMIZERS]
+)
 
 
 def coded_arrays(state):
@@ -247,8 +248,8 @@ def test_other_roles_on_request():
         np.testing.assert_allclose(energy[leaf], exact[leaf], rtol=0.02)
 
 
-def run(tx, steps=150, lr_steps=None):
-    """Least squares of a product of two matrices; the losses."""
+def run(tx, steps=121):
+    """Least squares of a product of two matrices: the state at the end, and the losses."""
     keys = jax.random.split(jax.random.key(5), 4)
     x = jax.random.normal(keys[0], (256, 64)) * jnp.logspace(0, -1, 64)[None]
     y = x @ (jax.random.normal(keys[1], (64, 64)) / 8)
@@ -267,21 +268,257 @@ def run(tx, steps=150, lr_steps=None):
         return (optax.apply_updates(params, updates), state), value
 
     train = jax.jit(lambda at: jax.lax.scan(step, at, None, steps))
-    (params, state), losses = train((params, tx.init(params)))
-    return params, state, losses
+    (_, state), losses = train((params, tx.init(params)))
+    return state, np.float64(losses)
 
 
 @pytest.mark.parametrize(
-    ("name", "roles"),
-    [("adamw", MOMENTS), ("galore", MOMENTS), ("natural_galore", {*MOMENTS, "basis"})],
+    ("name", "rank", "roles"),
+    [
+        ("adamw", {}, MOMENTS),
+        pytest.param("galore", {}, MOMENTS, marks=pytest.mark.slow),
+        ("natural_galore", {"rank": 64, "side": "both"}, {*MOMENTS, "basis"}),
+    ],
 )
-def test_trains_as_in_float32(name, roles):
-    tx = OPTIMIZERS[name](3e-3)
-    _, _, losses = run(tx)
-    _, state, mine = run(natgalore.quantized(tx, roles))
-    assert coded_arrays(state)
-    # A code's error is at most 3.5 % of what it stands for in its first decade, and independent
-    # from number to number: a step differs by a few percent of its length, in no direction, and
-    # 150 of them by as much in the loss's logarithm.
-    np.testing.assert_allclose(np.log(mine[10::20]), np.log(losses[10::20]), atol=0.08)
-    assert mine[-1] < 0.1 * mine[0]
+def test_trains_as_in_float32(name, rank, roles):
+    """Inside a scan. A number of the code's first decade is right to 3.5 %, so a step is at most
+    that much too long or too short, and the loss where time had run by as much faster or slower:
+    of a loss that falls exponentially, that share of its logarithm's fall."""
+    tx = OPTIMIZERS[name](3e-3, **rank)
+    _, losses = run(tx)
+    state, mine = run(natgalore.quantized(tx, tuple(roles)))
+    assert len(coded_arrays(state)) == (8 if "basis" in roles else 4)
+    fallen = np.log(losses / losses[0])[30::30]
+    assert fallen[-1] < -2
+    assert (np.abs(np.log(mine / losses)[30::30]) <= 0.035 * np.abs(fallen)).all()
+    assert (mine != losses)[5:].all()
+
+
+def test_a_block_recovers_from_one_large_gradient():
+    """What is rounded to nearest falls with the largest of its block; at random it does not."""
+
+    def roots(tx):
+        def step(state, t):
+            g = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), (128, 32))
+            g = g.at[:, 5].mul(jnp.where(t == 300, 1000.0, 1.0))
+            return tx.update(g, state)[1], None
+
+        state, _ = jax.lax.scan(step, tx.init(jnp.zeros((128, 32))), jnp.arange(1500))
+        return jnp.sqrt(decoded(getattr(state, "inner_state", state)).nu)
+
+    adam = optax.scale_by_adam()
+    mine, nearest, exact = [
+        np.asarray(jax.jit(lambda tx=tx: roots(tx))())
+        for tx in (
+            natgalore.quantized(adam),
+            natgalore.quantized(adam, stochastic=()),
+            adam,
+        )
+    ]
+    assert np.median(nearest / exact) < 0.8
+    # After the large gradient the others are in the third decade, whose cells are 14 % of them.
+    assert abs(np.median(mine / exact) - 1) < 0.03
+    assert np.abs(mine / exact - 1).mean() < 0.14
+
+
+def steps(tx, params, state, first, last):
+    update = jax.jit(tx.update)
+    for i in range(first, last):
+        grads = jax.tree.map(lambda g, w: g.astype(w.dtype), random(i + 10), params)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert update._cache_size() == 1
+    return params, state
+
+
+@each
+def test_goes_on_to_the_same_bits_from_numpy(name):
+    """Codes, scales and the key of the rounding are all there is; one program for all steps."""
+    tx = natgalore.quantized(OPTIMIZERS[name](1e-2), seed=3)
+    params = random(0, jnp.bfloat16)
+    at = steps(tx, params, tx.init(params), 0, 3)
+    saved = [np.asarray(x) for x in jax.tree.leaves(at)]
+    restored = jax.tree.structure(jax.eval_shape(lambda: (params, tx.init(params)))).unflatten(
+        [jnp.asarray(x) for x in saved]
+    )
+    expected, actual = steps(tx, *at, 3, 5), steps(tx, *restored, 3, 5)
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (actual, expected))))
+    other = natgalore.quantized(OPTIMIZERS[name](1e-2), seed=4)
+    _, different = steps(other, params, other.init(params), 0, 3)
+    assert not all(map(np.array_equal, *map(jax.tree.leaves, (different, at[1]))))
+
+
+def test_every_leaf_and_step_is_rounded_by_a_key_of_its_own():
+    params = {"a": jnp.zeros((64, 64)), "b": jnp.zeros((64, 64))}
+    grads = jax.tree.map(lambda x: jnp.tile(jnp.linspace(0.1, 1, 64)[None], (64, 1)), params)
+    tx = natgalore.quantized(optax.scale_by_rms(decay=0.0))  # nu is the newest square
+    state = tx.init(params)
+    found = []
+    for _ in range(2):
+        _, state = jax.jit(tx.update)(grads, state)
+        found += [np.asarray(x.codes) for x in coded_arrays(state)]
+    for i, one in enumerate(found):
+        assert all((one != other).any() for other in found[:i])
+
+
+def test_what_is_not_finite_stays_so_in_adamw_and_out_of_a_projection():
+    params = random(0)
+    bad = jax.tree.map(lambda g: g.at[..., 3].set(jnp.nan), random(1))
+    params, bad = ({"up": x["up"]} for x in (params, bad))
+    for name in ("adamw", "galore"):
+        tx = natgalore.quantized(OPTIMIZERS[name](1e-2))
+        plain = OPTIMIZERS[name](1e-2)
+
+        @jax.jit
+        def run(tx=tx, plain=plain):
+            states = tx.init(params), plain.init(params)
+            for grads in ({"up": random(2)["up"]}, bad, {"up": random(3)["up"]}):
+                updates, states = zip(
+                    *(o.update(grads, s, params) for o, s in zip((tx, plain), states, strict=True)),
+                    strict=True,
+                )
+            return updates
+
+        mine, exact = run()
+        for x, y in zip(*map(jax.tree.leaves, (mine, exact)), strict=True):
+            np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
+        assert bool(np.isnan(mine["up"]["kernel"]).any()) == (name == "adamw")
+
+
+def test_around_and_inside_of_other_wrappers():
+    params = {"up": {"kernel": random(0)["up"]["kernel"]}}
+    grads = [{"up": {"kernel": random(i)["up"]["kernel"]}} for i in range(4)]
+    inject = optax.inject_hyperparams(natgalore.galore, static_args=natgalore.STATIC_ARGS["galore"])
+    within = natgalore.quantized(inject(learning_rate=1e-2, rank=32))
+    tx = optax.MultiSteps(within, 2)
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for g in grads:
+        _, state = update(g, state, params)
+    assert state.gradient_step == 2
+    assert len(coded_arrays(state.inner_opt_state)) == 2
+    assert coded_arrays(state) == coded_arrays(state.inner_opt_state)
+    assert state.inner_opt_state.inner_state.hyperparams["learning_rate"] == np.float32(1e-2)
+    host = natgalore.offload(natgalore.quantized(natgalore.galore(1e-2, 32)), "moments")
+    for x in coded_arrays(jax.jit(host.update)(grads[0], host.init(params), params)[1]):
+        assert x.codes.sharding.memory_kind == x.scales.sharding.memory_kind == "pinned_host"
+
+
+def test_gradients_from_the_backward_pass():
+    """`value_and_grad` decodes the state and leaves it, on a step without a refresh, as it was."""
+    params = {"up": {"kernel": random(0)["up"]["kernel"]}}
+    x = jax.random.normal(jax.random.key(1), (16, 64))
+    loss = lambda p: jnp.mean(jnp.tanh(x @ p["up"]["kernel"]) ** 2)
+    tx = natgalore.quantized(natgalore.galore(1e-2, 32, refresh_every=2), (*MOMENTS, "basis"))
+    gradients = jax.jit(natgalore.value_and_grad(loss, tx))
+    full = jax.jit(jax.value_and_grad(loss))
+    ours = theirs = tx.init(params)
+    for step in range(4):
+        (_, grads), after = gradients(params, ours)
+        assert jax.tree.structure(after) == jax.tree.structure(ours)
+        if step % 2:
+            assert all(map(np.array_equal, *map(jax.tree.leaves, (after, ours))))
+        mine, ours = jax.jit(tx.update)(grads, after, params)
+        expected, theirs = jax.jit(tx.update)(full(params)[1], theirs, params)
+    # A refresh rounds what it has turned to nearest before Adam's step does, by up to 3.5 %.
+    a, b = mine["up"]["kernel"], expected["up"]["kernel"]
+    assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
+def test_memory_report_counts_codes_and_scales():
+    params = {"up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}}
+    galore = natgalore.galore(1.0, rank=16)
+    methods = {"galore": galore, "quantized": natgalore.quantized(galore)}
+    report = natgalore.memory_report(params, methods)
+    moments = 2 * 16 * 256
+    saved = 4 * moments - (moments + 4 * moments // 32)
+    assert report.projected["galore"] - report.projected["quantized"] == saved
+    assert report.total["galore"] - report.total["quantized"] == saved - 2 * 4  # and the key
+    adamw = natgalore.memory_report(params, {"a": natgalore.quantized(optax.adamw(1.0)), **methods})
+    assert adamw.projected["a"] == 2 * 64 * 256 + 2 * 2 * 64 * 8  # scales are bfloat16, as it is
+
+
+class Memory(NamedTuple):
+    weights: object
+
+
+def test_refusals():
+    params = {"up": {"kernel": jnp.zeros((64, 128))}}
+    adam = optax.scale_by_adam()
+    one_of = "must be one of 'linear', 'square', 'basis', got 'window'"
+    with pytest.raises(ValueError, match=rf"^`roles` {one_of}.$"):
+        natgalore.quantized(adam, ["linear", "window"])
+    with pytest.raises(ValueError, match=rf"^`stochastic` {one_of}.$"):
+        natgalore.quantized(adam, stochastic="window")
+    with pytest.raises(ValueError, match=r"^`seed` must be in"):
+        natgalore.quantized(adam, seed=-1)
+    inside = natgalore.chain(natgalore.project(16), natgalore.quantized(adam))
+    with pytest.raises(ValueError, match=r"^`quantized` goes around `natgalore.project`, not into"):
+        inside.init(params)
+    with pytest.raises(ValueError, match=r"^`tx` is quantized already: give `quantized` the"):
+        natgalore.quantized(natgalore.quantized(adam)).init(params)
+    own = optax.GradientTransformation(Memory, lambda g, state, params=None: (g, state))
+    with pytest.warns(UserWarning, match=r"^`quantized` leaves Memory.weights as it is: `natgal"):
+        state = natgalore.quantized(own).init(params)
+    assert not coded_arrays(state)
+    with warnings.catch_warnings(action="error"):
+        natgalore.quantized(own).init({"up": jnp.zeros((31, 128))})  # small
+
+
+# --- Meshes ---------------------------------------------------------------------------------------
+
+LIES = {"up": {"kernel": P("fsdp", "tensor")}, "down": {"kernel": P(None, "fsdp", "tensor")}}
+LIES |= {"bias": P(), "frozen": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param("adamw", AxisType.Explicit, marks=pytest.mark.slow),
+        ("adamw", AxisType.Auto),
+        ("galore", AxisType.Explicit),
+        pytest.param("galore", AxisType.Auto, marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_as_the_arrays_are(name, kind):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind, kind))
+    on_mesh = jax.tree.map(lambda spec: NamedSharding(mesh, spec), LIES)
+    plain = OPTIMIZERS[name](1e-2)
+    tx = natgalore.sharded(natgalore.quantized(plain), on_mesh)
+    alone = natgalore.quantized(plain)
+    params, grads = random(0), random(1)
+    _, expected = jax.jit(alone.update)(grads, alone.init(params), params)
+    with jax.set_mesh(mesh):
+        params, grads = (jax.device_put(x, on_mesh) for x in (params, grads))
+        told = natgalore.state_shardings(tx, params, on_mesh)
+        state = jax.jit(tx.init)(params)
+        _, after = jax.jit(tx.update)(grads, state, params)
+    for x, y, s in zip(*map(jax.tree.leaves, (state, after, told)), strict=True):
+        assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
+        assert y.sharding.is_equivalent_to(s, y.ndim), (y.shape, y.sharding.spec, s.spec)
+    exact = natgalore.state_shardings(plain, params, on_mesh)
+    array = lambda x: x.codes if is_coded(x) else x
+    codes = jax.tree.map(array, told.inner_state, is_leaf=is_coded)
+    assert jax.tree.leaves(codes) == jax.tree.leaves(exact)  # lie as the arrays do
+    for x, y in zip(coded_arrays(told), coded_arrays(after), strict=True):
+        cut = y.scales.shape[-1] % 4 == 0  # 8 blocks of `up`; 2 of `down`, which 4 cannot share
+        assert (x.scales == x.codes) == cut or x.codes.spec == P(None, "fsdp")
+    # Sums in another order move a number near a border to the next cell, 7 % off, and few are.
+    for x, y in zip(*map(coded_arrays, (after, expected)), strict=True):
+        assert np.mean(np.asarray(x.codes) != np.asarray(y.codes)) < 0.01
+        np.testing.assert_allclose(x.scales, y.scales, rtol=1e-4)
+
+
+def test_scales_of_few_blocks_are_whole():
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    lies = NamedSharding(mesh, P(None, "fsdp"))
+    tx = natgalore.quantized(optax.adamw(1e-2))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones((128, 96)), lies)
+        (mu, nu) = coded_arrays(natgalore.state_shardings(tx, params, lies))
+        state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)[1]
+    assert mu == nu == Coded(lies, NamedSharding(mesh, P()))
+    for x in coded_arrays(state):
+        assert x.codes.sharding.is_equivalent_to(lies, 2)
+        assert x.scales.shape == (128, 2)
+        assert x.scales.sharding.is_fully_replicated
