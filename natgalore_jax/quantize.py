@@ -48,9 +48,9 @@ def quantized(
 
     Each update decodes the state, is that of `tx`, and encodes what comes of it, so 8-bit AdamW is
     `quantized(optax.adamw(1e-3))`. Which code is used for what, and why, is in `codes.py`. Second
-    moments are kept by their roots, since Adam divides by these. In blocks of 128
-    gradients whose sizes span two decades the longest of 4000 steps of noise was then 1.6, as in
-    float32; with second moments as they are, the small ones became 0 and it was 17,000.
+    moments are kept by their roots, since Adam divides by these. In blocks of 128 gradients, noise
+    of sizes that span two decades (95 %), the largest of Adam's answers in 4000 steps was then 1.6;
+    with second moments as they are the small ones became 0, and it was 17,000.
 
     Arrays of fewer than 4096 numbers stay as they are, as in 8-bit Adam, and so do those whose last
     axis has no divisor from 16 to 128.
@@ -61,10 +61,9 @@ def quantized(
         as it is, with a warning at init. `optax.MultiSteps` goes around `quantized`, or small
         gradients are lost where it sums them.
       roles: what is encoded: `"linear"`, what is linear in gradients, as momentum is; `"square"`,
-        Adam's second moments; `"basis"`, the bases of projections but random ones, which are then
-        orthonormal to 1 %. Not Fisher windows: their Gram matrix is that of cores in full, and
-        `window_dtype` of :func:`scale_by_fisher` knows of it. They need no more than r x r in the
-        other form.
+        Adam's second moments; `"basis"`, the bases of projections but random ones. PᵀP is then
+        the identity to 1.5 % (r = 256, m = 1024). Not Fisher windows: their Gram matrix is that of
+        cores in full, and `window_dtype` of :func:`scale_by_fisher` knows of it.
       stochastic: which of them are rounded to one of the two nearest values at random, so that the
         mean is right. Second moments should be: in a step they move by 0.1 %, less than the code
         resolves, so that to nearest they stay where they are relative to the largest of their
