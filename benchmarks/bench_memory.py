@@ -26,6 +26,7 @@ RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore,
 
 
 def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
+    moments, all_roles = ("linear", "square"), ("linear", "square", "basis")
     return {
         "adamw": optax.adamw(1.0),
         "galore": natgalore.galore(1.0, rank),
@@ -35,6 +36,16 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
             1.0, rank, fisher="window", side="both"
         ),
         "galore, random": natgalore.galore(1.0, rank, basis="random"),
+        "adamw, 8 bits": natgalore.quantized(optax.adamw(1.0), moments),
+        "natural_galore, 8 bits": natgalore.quantized(natgalore.natural_galore(1.0, rank), moments),
+        "natural_galore, 8 bits, bases too": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank), all_roles
+        ),
+        "galore, 8 bits": natgalore.quantized(natgalore.galore(1.0, rank), moments),
+        "galore, 8 bits, bases too": natgalore.quantized(natgalore.galore(1.0, rank), all_roles),
+        "galore, random, 8 bits": natgalore.quantized(
+            natgalore.galore(1.0, rank, basis="random"), moments
+        ),
     }
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 
 from .boxes import rebox, unbox
 from .lift import expanded
+from .linalg import magnitude
 from .lower import core_dtype, working_dtype
 from .lowrank import Use, arrays, evaluate
 from .manual import varying_as
@@ -147,7 +148,7 @@ def is_basis(x: Any) -> bool:
 
 def largest(result: Result, state: Any) -> list[Array]:
     """The largest entries of each matrix of each core that is of a SubspaceState, in its order."""
-    at = {R.spec: jnp.abs(R.value).max(axis=(-2, -1)) for R in cores(result[1])}
+    at = {R.spec: magnitude(R.value) for R in cores(result[1])}
     return [at[n.spec] for n in cores(state.refreshed)]
 
 

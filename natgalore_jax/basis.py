@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from .linalg import matmul, orthonormalise, product, rounded_product
+from .linalg import magnitude, matmul, orthonormalise, product, rounded_product
 from .spec import LeafSpec
 
 
@@ -160,9 +160,9 @@ def normalised(G: Float[Array, "..."]) -> tuple[Float[Array, "..."], Bool[Array,
 
     A G that is zero or not finite says nothing of a basis.
     """
-    largest = jnp.max(jnp.abs(G))
-    usable = jnp.isfinite(largest) & (largest > 0)
-    return jnp.where(usable, G / jnp.where(usable, largest, 1.0), 0.0), usable
+    unit = magnitude(G, None)
+    usable = jnp.isfinite(unit) & (unit > 0)
+    return jnp.where(usable, G / jnp.where(usable, unit, 1.0), 0.0), usable
 
 
 def expand(kept: Array, spec: LeafSpec, dtype: Any) -> Float[Array, "*batch m r"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 
 from .basis import normalised, to_core
 from .boxes import unbox
+from .codes import decoded
 from .engine import SubspaceState
 from .fisher_core import CoreFisherState
 from .fisher_window import FisherState
@@ -147,6 +148,6 @@ def _bases(state: PyTree) -> list[tuple[Basis, Basis | None]]:
     """P and Q of each projected leaf."""
     found = []
     for node in _find(state, SubspaceState):
-        right = {Q.spec.name: Q for Q in _find(node.right_basis, Basis)}
-        found += [(P, right.get(P.spec.name)) for P in _find(node.basis, Basis)]
+        right = {Q.spec.name: Q for Q in _find(decoded(node.right_basis), Basis)}
+        found += [(P, right.get(P.spec.name)) for P in _find(decoded(node.basis), Basis)]
     return found

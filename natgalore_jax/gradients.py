@@ -20,6 +20,7 @@ from . import turns, whole
 from .backward import backward, bases_in, bases_of, mean
 from .boxes import unbox
 from .checks import check_choice, check_int
+from .codes import decoded, recoded
 from .engine import Engine, SubspaceState, finding
 from .placement import Layout, entered, layout_of
 from .refresh import Refresh, groups, matrices
@@ -109,6 +110,7 @@ def value_and_grad(
 
     def fn(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any):
         _check_micro_batches(args, micro_batches)
+        given, opt_state = opt_state, decoded(opt_state)
         full = lambda: mean(lambda args: slopes(params, *args, **kwargs), args, micro_batches)
         leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_subspace)
         engines = engines_of(tx, params, opt_state)
@@ -133,7 +135,9 @@ def value_and_grad(
         for i, state in zip(places, states, strict=True):
             leaves[i] = state
         (value, aux), grads = result
-        return ((value, aux) if has_aux else value, grads), treedef.unflatten(leaves)
+        return ((value, aux) if has_aux else value, grads), recoded(
+            treedef.unflatten(leaves), given
+        )
 
     return fn
 

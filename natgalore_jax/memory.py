@@ -86,7 +86,8 @@ def memory_report(
 def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
     """The bytes of `state` that belong to each leaf of `params`, by the leaf's name.
 
-    A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own.
+    A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own,
+    or that of the codes and scales which stand for it.
     """
     state, params = unbox(state), unbox(params)
     names = {path: path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
@@ -100,8 +101,9 @@ def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
 
 
 def owner(path: tuple, names: Mapping[tuple, Any]) -> tuple | None:
-    """The path, of those in `names`, that ends the path of an array of a state."""
-    return next((path[i:] for i in range(len(path) + 1) if path[i:] in names), None)
+    """The path, of those in `names`, that ends the path of an array of a state, or of its parts."""
+    ends = (end[i:] for end in (path, path[:-1]) for i in range(len(end) + 1))
+    return next((end for end in ends if end in names), None)
 
 
 def _nbytes(x: Any) -> int:

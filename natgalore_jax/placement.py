@@ -80,6 +80,17 @@ def trimmed(entries: list[Entry]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def fitting(
+    param: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """`param` where it divides the axes of an array of this shape, and None where it does not."""
+
+    def fits(entry, size):
+        return size % math.prod(mesh.shape[name] for name in held(entry)) == 0
+
+    return trimmed([e if fits(e, n) else None for e, n in zip(param, shape, strict=False)])
+
+
 def _by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
     """The entries of `param` for the axes that `spec` speaks of."""
     left = iter([*param, *[None] * (len(spec.shape) - len(param))])

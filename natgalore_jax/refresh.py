@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .basis import Method, basis_key, expand, normalised, to_core
-from .linalg import matmul
+from .linalg import magnitude, matmul
 from .placement import Layout
 from .roles import per_matrix, walk
 from .spec import Basis, LeafSpec, cores, replace_cores
@@ -135,7 +135,7 @@ class Refresh:
         total = matrices(state.basis if of is None else of)
         # The one pass over the cores that every step needs: their largest entries tell which are
         # finite, for the gate as well, and which are not zero.
-        largest = [jnp.abs(R.value).max(axis=(-2, -1)) for R in Rs]
+        largest = [magnitude(R.value) for R in Rs]
         flags = [
             self.flags(R.spec, x, n.value, state.count, total)
             for R, x, n in zip(Rs, largest, times, strict=True)

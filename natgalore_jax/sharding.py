@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .boxes import unbox
 from .checks import check_choice
 from .memory import owner
-from .placement import Layout, held, knowing, lying, place, trimmed
+from .placement import Layout, fitting, held, knowing, lying, place, trimmed
 from .roles import walk
 from .spec import LeafSpec, is_core
 
@@ -29,7 +29,8 @@ def state_shardings(
 
     Of a projected weight on the mesh's axes (a, c) the basis lies as a, moments and windows as c;
     what is r x r or s x s is on every device. What has the shape of a weight lies as it does, and
-    all else is on every device.
+    all else is on every device. Of what is :func:`quantized` codes lie as the array would, and
+    scales too where the number of blocks allows it.
 
     Args:
       tx: any optimizer, of this library's transformations and Optax's.
@@ -156,6 +157,7 @@ def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence
     weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
 
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
+        entries = fitting(entries, x.shape, mesh)  # as the scales of a few blocks may not
         for axis in zero_axes:
             entries = _over(axis, mesh, entries, x.shape, divisible)
         return NamedSharding(mesh, entries)
@@ -171,12 +173,20 @@ def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence
         if isinstance(x, NamedSharding):
             return x
         leaf = owner(path, lies)
-        if leaf is None or tuple(weights[leaf].shape) != tuple(x.shape):
+        if leaf is None or not _like(x.shape, weights[leaf].shape):
             return named(x, PartitionSpec(), [])
         return named(x, trimmed([*lies[leaf]]), range(len(x.shape)))
 
     found = jax.tree_util.tree_leaves_with_path(unbox(walk(state, projected)))
     return jax.tree.structure(state).unflatten([other(path, x) for path, x in found])
+
+
+def _like(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether an array has the shape of a weight, or of blocks of its last axis."""
+    if len(shape) != len(weight) or not shape:
+        return tuple(shape) == tuple(weight)
+    blocks = shape[-1] and weight[-1] % shape[-1] == 0
+    return tuple(shape[:-1]) == tuple(weight[:-1]) and bool(blocks or shape == weight)
 
 
 def _over(

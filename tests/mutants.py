@@ -44,7 +44,7 @@ MUTANTS = [
         "full_matrices=False)[0][:, -P.shape[-1] :]",
     ),
     Mutant("basis", "one turn at the start", "first, self.first_turns, 1)", "first, 1, 1)"),
-    Mutant("basis", "gradient in its own units", "G / jnp.where(usable, largest, 1.0)", "G"),
+    Mutant("basis", "gradient in its own units", "G / jnp.where(usable, unit, 1.0)", "G"),
     Mutant(
         "basis", "Q has P's key", "for part in (side, index, times)", "for part in (index, times)"
     ),
@@ -476,6 +476,43 @@ MUTANTS = [
     Mutant("stacks", "two dtypes in one stack", "else jax.typeof(R), []", "else R.shape, []"),
     Mutant("decay", "a number that was cast is none", ', "pvary"),', "),"),
     Mutant("sharding", "the host is not told", '"pinned_host" if x else', '"device" if x else'),
+    Mutant("codes", "what is small becomes zero", "jnp.maximum(q, code.smallest), q)", "q, q)"),
+    Mutant(
+        "codes",
+        "squares as they are",
+        "code.nearest(jnp.sqrt(y) if code.squares else y)",
+        "code.nearest(y)",
+    ),
+    Mutant(
+        "codes",
+        "decades begin at their edge",
+        "start = (below + (2 * first + 9) * unit) / 2",
+        "start = below",
+    ),
+    Mutant("codes", "up and never down", "< chance, high, low)", "< 2.0, high, low)"),
+    Mutant("codes", "not a number is a number", "q = jnp.where(finite, q, code.nan)", "pass"),
+    Mutant("codes", "blocks that shards cut", "(math.gcd(n // b, 8), b)", "b"),
+    Mutant(
+        "codes",
+        "refreshed gradients in the clear",
+        "if not is_coded(x):\n            return array",
+        "if True:\n            return array",
+    ),
+    Mutant("quantize", "one key for all leaves", "jax.random.fold_in(now, i)", "now"),
+    Mutant("quantize", "one key for all steps", "jax.random.key_data(following)", "key"),
+    Mutant("quantize", "cores inside a projection", "if cores(params):", "if False:"),
+    Mutant(
+        "sharding",
+        "scales of a few blocks cut",
+        "entries = fitting(entries, x.shape, mesh)",
+        "pass",
+    ),
+    Mutant(
+        "linalg",
+        "a largest entry that hides NaN",
+        "return jnp.where(finite, jnp.abs(X).max(axis=axes), jnp.nan)",
+        "return jnp.abs(X).max(axis=axes)",
+    ),
     Mutant("offload", "vectors too", "chosen = x.ndim > 1 and", "chosen = x.ndim > 0 and"),
     Mutant(
         "offload",
@@ -588,7 +625,7 @@ MUTANTS = [
 
 FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "basis": ["test_basis", "test_engine", "test_trajectory"],
-    "linalg": ["test_linalg", "test_fisher", "test_basis", "test_manual"],
+    "linalg": ["test_linalg", "test_engine", "test_fisher", "test_basis", "test_manual"],
     "manual": ["test_manual"],
     "refresh": ["test_trajectory", "test_engine", "test_sharding"],
     "engine": ["test_trajectory", "test_engine", "test_contract", "test_sharding"],
@@ -618,8 +655,10 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "layout": ["test_layout", "test_unseen"],
     "rules": ["test_select"],
     "select": ["test_select"],
-    "sharding": ["test_sharding", "test_offload", "test_flax", "test_gradients"],
+    "sharding": ["test_sharding", "test_offload", "test_quantize", "test_flax", "test_gradients"],
     "offload": ["test_offload"],
+    "codes": ["test_quantize"],
+    "quantize": ["test_quantize"],
     "placement": ["test_sharding", "test_manual"],
     "roles": ["test_roles", "test_partners"],
     "spec": ["test_spec", "test_trajectory"],

@@ -132,6 +132,19 @@ SPOILERS = {
 
 
 class TestGate:
+    @pytest.mark.parametrize("entry", [(3, 2), (31, 255)])
+    def test_a_nan_in_a_large_core_is_seen(self, entry):
+        """On CPUs the largest of 8192 numbers may be one of them although another is NaN."""
+        tx = natgalore.project(32, optax.trace(0.9))
+        state = tx.init({"up": {"kernel": jnp.ones((64, 256))}})
+        step = jax.jit(tx.update)
+        for count in range(2):
+            g = jax.random.normal(jax.random.key(count), (64, 256))
+            g = g.at[entry].set(jnp.nan) if count else g
+            updates, state = step({"up": {"kernel": g}}, state)
+        assert (updates["up"]["kernel"] == 0).all()
+        assert state.skipped["up"]["kernel"].value == 1
+
     @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
     @pytest.mark.parametrize("when", [0, 2, 4], ids=["first", "hot", "refresh"])
     @pytest.mark.parametrize("fisher", FISHERS)

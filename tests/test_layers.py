@@ -12,14 +12,14 @@ ROOMS = [
     {"checks", "control", "linalg", "programs", "spec", "stacks", "tables"},
     {"manual", "roles", "tagged"},
     {"kinds", "placement", "products", "rules"},
-    {"layout", "uses"},
+    {"codes", "layout", "uses"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay", "lowrank"},
     {"residual", "signs", "sweep", "transport"},
     {"lift", "refresh"},
     {"lower"},
     {"backward", "engine"},
     {"costs", "project", "turns", "whole"},
-    {"gradients", "recipes", "diagnostics", "memory", "offload"},
+    {"gradients", "recipes", "diagnostics", "memory", "offload", "quantize"},
     {"explain", "nnx", "report", "sharding"},
 ]
 FILES = {

@@ -73,3 +73,22 @@ def test_memory_table_is_the_measured_one(size):
         for of in ("projected", "total")
     ]
     assert cells[2:] == shares
+
+
+@pytest.mark.parametrize(
+    ("label", "names"),
+    [
+        ("AdamW", ["adamw", "adamw, 8 bits"]),
+        (
+            "Natural GaLore",
+            ["natural_galore", "natural_galore, 8 bits", "natural_galore, 8 bits, bases too"],
+        ),
+        ("GaLore", ["galore", "galore, 8 bits", "galore, 8 bits, bases too"]),
+        ('GaLore, `basis="random"`', ["galore, random", "galore, random, 8 bits"]),
+    ],
+)
+def test_table_of_smaller_state_is_the_measured_one(label, names):
+    figures = json.loads((ROOT / "benchmarks/results/memory.json").read_text())["1b"]["projected"]
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {label} |")]
+    cells = [cell.split()[0] for cell in row.strip("|").split("|")[1:] if cell.strip()]
+    assert cells == [f"{figures[name] / figures['adamw']:.2f}" for name in names]
