@@ -210,6 +210,7 @@ def test_float64_weights_take_a_float32_state_over_exactly(standard):
         assert types_after(tx, *restored) == types(restored)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_residual_goes_on_with_one(standard):
     """Its state has the structure of the first release's, and is taken as it is."""
     saved(OPTIMIZERS["core"], standard.save)

@@ -564,7 +564,11 @@ class TestResume:
 
     SETTINGS = "--steps 8 --refresh-every 2 --validate-every 4 --save-every 3 --rank 4"
 
-    @pytest.mark.parametrize("arguments", [["natural_galore"], ["contrib_galore"]], ids=" ".join)
+    @pytest.mark.parametrize(
+        "arguments",
+        [["natural_galore"], pytest.param(["contrib_galore"], marks=pytest.mark.slow)],
+        ids=" ".join,
+    )
     def test_a_stopped_run_goes_on_to_the_last_bit(self, run, monkeypatch, capsys, arguments):
         arguments = ["--optimizer", *arguments, *self.SETTINGS.split()]
         assert run(*arguments, "--out", "whole") == 0

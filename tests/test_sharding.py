@@ -239,7 +239,11 @@ def test_little_travels(layout, kind):
 
 
 @pytest.mark.parametrize("layout", ["rows and columns", "columns of a stack"])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+    ids=KINDS,
+)
 @pytest.mark.parametrize("residual", ["isotropic", pytest.param("fira", marks=pytest.mark.slow)])
 def test_a_residual_costs_reductions_of_columns(layout, kind, residual):
     """The lengths of columns and the norm; of what is left out nothing travels."""
