@@ -157,7 +157,11 @@ def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence
     weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
 
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
-        entries = fitting(entries, x.shape, mesh)  # as the scales of a few blocks may not
+        if x.shape and len(entries) == len(
+            x.shape
+        ):  # the last axis of scales is one of blocks, maybe of few
+            last = fitting(PartitionSpec(entries[-1]), x.shape[-1:], mesh)
+            entries = trimmed([*entries[:-1], *last])
         for axis in zero_axes:
             entries = _over(axis, mesh, entries, x.shape, divisible)
         return NamedSharding(mesh, entries)

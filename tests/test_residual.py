@@ -129,11 +129,12 @@ class TestIsotropic:
     def test_what_is_left_has_the_size_of_one_a_number(self):
         """In each column, whatever the gradient's is: m - r numbers, of mean square 1."""
         sizes = 10.0 ** jnp.arange(-10, 10)[:, None]
+        # A random basis leaves some of every column.
+        tx = self.project(optax.scale_by_adam(), basis="random")
         for unit in (1e-15, 1.0, 1e15):
             g = tree(1)
             g["out"]["kernel"] = g["out"]["kernel"] * sizes * unit  # (20, 12), n first
-            # A random basis leaves some of every column.
-            *_, (updates, state) = run(self.project(optax.scale_by_adam(), basis="random"), [g])
+            *_, (updates, state) = run(tx, [g])
             squares = jnp.square(self.left(updates, state)).mean(axis=0) * M / (M - R)
             np.testing.assert_allclose(squares, 1.0, atol=10 * DAMPING)  # a tenth or more is left
 
