@@ -157,9 +157,8 @@ def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence
     weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
 
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
-        if x.shape and len(entries) == len(
-            x.shape
-        ):  # the last axis of scales is one of blocks, maybe of few
+        if x.shape and len(entries) == len(x.shape):
+            # The last axis of scales is one of blocks, which may be few.
             last = fitting(PartitionSpec(entries[-1]), x.shape[-1:], mesh)
             entries = trimmed([*entries[:-1], *last])
         for axis in zero_axes:

@@ -52,6 +52,15 @@ def test_the_update_alone_in_variants(tree):
     assert is_row(tree["dtype"], f"{tree['decay']}", f"{adamw:.2f}", *ratios)
 
 
+def test_the_update_alone_on_an_h100():
+    ratios = []
+    for tree in results("step-h100")["trees"]:
+        adamw, *ours = (tree["methods"][name]["hot_ms"] for name in ("adamw", *OURS))
+        ratios.append(" and ".join(f"{x / adamw:.2f}" for x in ours))
+    assert f"these ratios were better: {', '.join(ratios)} (" in PAGE
+    assert f"on an H100 {ratios[0]}" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("tree", TREES[3:], ids=lambda t: t["tree"])
 @pytest.mark.parametrize("name", ["adamw", *OURS, "contrib_galore", "muon"])
 def test_the_update_alone_of_layers_apart(tree, name):
