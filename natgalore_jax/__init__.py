@@ -25,6 +25,7 @@ from .memory import memory_report as memory_report  # isort: skip
 from .sharding import sharded as sharded, state_shardings as state_shardings  # isort: skip
 from .offload import offload as offload  # isort: skip
 from .quantize import quantized as quantized  # isort: skip
+from .rounding import stochastic_rounding as stochastic_rounding  # isort: skip
 from .report import describe as describe  # isort: skip
 from .explain import explain as explain  # isort: skip
 

@@ -32,6 +32,9 @@ from jaxtyping import Array, Float, Integer, PyTree
 from .placement import explicit_mesh, fitting, local, partition
 
 
+GENERATOR = "threefry2x32"  # the same numbers on every machine, however they are sharded
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Coded:

@@ -11,14 +11,13 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .checks import check_choice, check_int
-from .codes import LINEAR, SQUARE, Code, block_size, coded, decoded, is_coded
+from .codes import GENERATOR, LINEAR, SQUARE, Code, block_size, coded, decoded, is_coded
 from .roles import Undeclared, register_state, walk
 from .spec import cores
 
 
 ROLES: dict[str, Code] = {"linear": LINEAR, "square": SQUARE, "basis": LINEAR}
 SMALLEST = 4096  # numbers of an array that is worth it, as in 8-bit Adam
-GENERATOR = "threefry2x32"  # the same numbers on every machine, however they are sharded
 
 
 class QuantizedState(NamedTuple):

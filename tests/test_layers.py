@@ -19,7 +19,7 @@ ROOMS = [
     {"lower"},
     {"backward", "engine"},
     {"costs", "project", "turns", "whole"},
-    {"gradients", "recipes", "diagnostics", "memory", "offload", "quantize"},
+    {"gradients", "recipes", "diagnostics", "memory", "offload", "quantize", "rounding"},
     {"explain", "nnx", "report", "sharding"},
 ]
 FILES = {
