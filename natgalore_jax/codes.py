@@ -182,10 +182,13 @@ def decoded(state: PyTree) -> PyTree:
 
 
 def recoded(state: PyTree, like: PyTree) -> PyTree:
-    """`state` with an array in 8 bits, to nearest, wherever `like` has one: undoes `decoded`."""
+    """`state` with an array in 8 bits, to nearest, wherever `like` has one: undoes `decoded`.
+
+    What is in 8 bits already stays as it is.
+    """
 
     def one(x, array):
-        if not is_coded(x):
+        if not is_coded(x) or is_coded(array):
             return array
         return coded(code_of(x.codes), array, array.shape[-1] // x.scales.shape[-1])
 

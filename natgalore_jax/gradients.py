@@ -110,12 +110,12 @@ def value_and_grad(
 
     def fn(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any):
         _check_micro_batches(args, micro_batches)
-        given, opt_state = opt_state, decoded(opt_state)
         full = lambda: mean(lambda args: slopes(params, *args, **kwargs), args, micro_batches)
         leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_subspace)
         engines = engines_of(tx, params, opt_state)
         places = [i for i, x in enumerate(leaves) if _is_subspace(x) and _bases(x)]
-        states = [leaves[i] for i in places]
+        given = [leaves[i] for i in places]
+        states = list(map(_with_bases, given))
         refreshes = [engines[_key(state)][0].refresh for state in states]
         check_paths(states, params)
         with entered(params):
@@ -132,12 +132,10 @@ def value_and_grad(
                     result, states = whole.refreshed(run, full, refreshes, states, layout)
             else:
                 result = full()
-        for i, state in zip(places, states, strict=True):
-            leaves[i] = state
+        for i, state, before in zip(places, states, given, strict=True):
+            leaves[i] = recoded(state, before)
         (value, aux), grads = result
-        return ((value, aux) if has_aux else value, grads), recoded(
-            treedef.unflatten(leaves), given
-        )
+        return ((value, aux) if has_aux else value, grads), treedef.unflatten(leaves)
 
     return fn
 
@@ -219,6 +217,11 @@ def _tell(fallbacks: dict[tuple[str, str], None], on_fallback: str) -> None:
     if on_fallback == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
+
+
+def _with_bases(state: SubspaceState) -> SubspaceState:
+    """The state with its bases as arrays, if they are kept in 8 bits."""
+    return state._replace(basis=decoded(state.basis), right_basis=decoded(state.right_basis))
 
 
 def _bases(state: SubspaceState) -> list[Basis]:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .backward import Bases, Result, bases_in, bases_of, is_basis, largest
 from .basis import basis_key, expand, normalised
+from .codes import decoded, recoded
 from .engine import SubspaceState
 from .linalg import norms
 from .placement import Layout, local, partition_of
@@ -130,7 +131,8 @@ def turn(
       state: the :class:`SubspaceState`.
     """
     bases = bases_in(state.basis)
-    roles, arrays = refresh.carried(state.inner_state, bases)
+    inner_state = decoded(state.inner_state)
+    roles, arrays = refresh.carried(inner_state, bases)
 
     def step(spec, roles, part, index, old):
         product, usable = normalised(part)
@@ -158,7 +160,7 @@ def turn(
     return (
         jax.tree.map(lambda P: P.replace(next(left)), state.basis, is_leaf=is_basis),
         replace_cores(state.refreshed, new_n),
-        refresh.put_back(state.inner_state, bases, new_arrays),
+        recoded(refresh.put_back(inner_state, bases, new_arrays), state.inner_state),
     )
 
 

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from .backward import Bases, Result, bases_of, blank, largest, like
 from .boxes import unbox
+from .codes import decoded, recoded
 from .control import when
 from .engine import SubspaceState
 from .lower import lower
@@ -73,7 +74,12 @@ def _lowered(
     """Bases, cores, counts and inner state after a refresh; cores lie as those of `backward`."""
     whole = jax.tree.map(lambda n: n.replace(PartitionSpec()), state.refreshed, is_leaf=is_core)
     like = state.basis, state.right_basis, whole, state.refreshed, state.inner_state
-    down = lambda gradients, state: lower(refresh, gradients, state, layout)[:-1]
+
+    def down(gradients, state):
+        decoded_state = state._replace(inner_state=decoded(state.inner_state))
+        *new, inner_state, _ = lower(refresh, gradients, decoded_state, layout)
+        return *new, recoded(inner_state, state.inner_state)
+
     return local(down, like, gradients, state)
 
 

@@ -495,7 +495,7 @@ MUTANTS = [
     Mutant(
         "codes",
         "refreshed gradients in the clear",
-        "if not is_coded(x):\n            return array",
+        "if not is_coded(x) or is_coded(array):\n            return array",
         "if True:\n            return array",
     ),
     Mutant("quantize", "one key for all leaves", "jax.random.fold_in(now, i)", "now"),

@@ -405,14 +405,21 @@ def test_around_and_inside_of_other_wrappers():
         assert x.codes.sharding.memory_kind == x.scales.sharding.memory_kind == "pinned_host"
 
 
-def test_gradients_from_the_backward_pass():
-    """`value_and_grad` decodes the state and leaves it, on a step without a refresh, as it was."""
-    params = {"up": {"kernel": random(0)["up"]["kernel"]}}
-    x = jax.random.normal(jax.random.key(1), (16, 64))
+@pytest.mark.parametrize("refresh", ["passes", "gradient"])
+def test_gradients_from_the_backward_pass(refresh):
+    """`value_and_grad` leaves the state, on a step without a refresh, as it was."""
+    keys = jax.random.split(jax.random.key(1))
+    params = {"up": {"kernel": 0.1 * jax.random.normal(keys[0], (128, 256))}}
+    x = jax.random.normal(keys[1], (256, 128))
     loss = lambda p: jnp.mean(jnp.tanh(x @ p["up"]["kernel"]) ** 2)
     tx = natgalore.quantized(natgalore.galore(1e-2, 32, refresh_every=2), (*MOMENTS, "basis"))
-    gradients = jax.jit(natgalore.value_and_grad(loss, tx))
+    gradients = jax.jit(natgalore.value_and_grad(loss, tx, refresh=refresh))
     full = jax.jit(jax.value_and_grad(loss))
+    # Moments are decoded within a refresh alone, before it the basis and nothing else.
+    (program,) = jax.make_jaxpr(gradients)(params, tx.init(params)).eqns
+    conversions = [x for x in program.params["jaxpr"].eqns if "convert" in x.primitive.name]
+    converted = [x.invars[0].aval for x in conversions]
+    assert {x.shape for x in converted if x.dtype in (jnp.int8, jnp.uint8)} == {(128, 32)}
     ours = theirs = tx.init(params)
     for step in range(4):
         (_, grads), after = gradients(params, ours)
