@@ -198,6 +198,27 @@ def newton_schulz_scales(condition: float) -> list[float]:
     return scales
 
 
+def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """Nearly the orthogonal factor U Vᵀ of X = U Σ Vᵀ, for X of Frobenius norm 1 at most.
+
+    Five turns of X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, after which a singular value from 0.01 to 1 lies
+    within 0.68 and 1.14, where more turns of the classical iteration would take it to 1; below it
+    grows by a⁵ = 485 at most, so what is nothing stays so. Nothing of it needs digits: the products
+    are in the arithmetic that accelerators are quickest in.
+
+    Reference: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon, of a, b, c.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = X.shape[-2] > X.shape[-1]
+
+    def turn(_, X):
+        A = X @ X.mT
+        return a * X + (b * A + c * A @ A) @ X
+
+    X = lax.fori_loop(0, 5, turn, X.mT if tall else X)
+    return X.mT if tall else X
+
+
 def norms(
     X: Float[Array, "*batch a b"], axes: tuple[int, ...], like: Array | None = None
 ) -> Float[Array, "*batch a_ b_"]:

@@ -79,11 +79,13 @@ def project(
         coordinates, `"keep"` leaves it as GaLore and the paper's code do, `"reset"` starts over,
         but for Adam's squares, which become their mean (its count goes on).
       residual: what becomes of G − P R, which the projection leaves out. None: nothing, as in
-        GaLore. `"isotropic"` adds it to P U, each column over the root of its mean square, as if
-        all directions left out had one second moment: entries of size 1, for an inner whose
-        answers have that size too, such as Adam. Two more reads of G, no state; by far the best so
-        far (`docs/convergence.md`). `"fira"`: each column times |U_j| / |R_j|, limited so that its
-        norm grows by 1 % a step, with one number a matrix of state. Or a pure function
+        GaLore. `"whitened"` adds its whitened form to P U, all directions left out equally far:
+        entries of size 1, for an inner whose answers have that size too, such as Adam; no state,
+        products of m x m and m x n as Muon's, by far the best so far (`docs/convergence.md`).
+        `"isotropic"`: each column over the root of its mean square, as if all directions left out
+        had one second moment: two more reads of G, no product, nearly as good. `"fira"`: each
+        column times |U_j| / |R_j|, limited so that its norm grows by 1 % a step, with one number a
+        matrix of state. Or a pure function
         (G − P R, R, U) -> S of one matrix (m x n, r x n, r x n; cores are r x r of both sides),
         whose S is added, limited in the same way; it needs G − P R whole. U must come without the
         learning rate, so `inner` is a `scale_by_...`, with the rate in a stage after it. See

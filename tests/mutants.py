@@ -396,8 +396,20 @@ MUTANTS = [
     Mutant(
         "residual",
         "isotropic with a limit",
-        'residual not in (None, "isotropic")',
-        "residual is not None",
+        'UNLIMITED = (None, "isotropic", "whitened")',
+        'UNLIMITED = (None, "whitened")',
+    ),
+    Mutant("residual", "whitened without damping", "/ of_G) + DAMPING)", "/ of_G))"),
+    Mutant("residual", "whitened rounding", "if directions == 0:", "if False:"),
+    Mutant(
+        "residual",
+        "whitened on all directions",
+        "min(m if len(bases) == 2 else m - r, n)",
+        "min(m, n)",
+    ),
+    Mutant("linalg", "polar of the long side", "X.mT if tall else X)", "X)"),
+    Mutant(
+        "linalg", "polar in one turn less", "lax.fori_loop(0, 5, turn", "lax.fori_loop(1, 5, turn"
     ),
     Mutant("sharding", "takes no cores", "True if is_core(G) else G", "G"),
     Mutant("backward", "cores in the leaf's dtype", "core_dtype(P, w))", "w.dtype)"),

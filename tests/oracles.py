@@ -224,6 +224,20 @@ def isotropic(left, core, u):
     return left / np.sqrt(np.where(whole > 0, variance, 1.0))
 
 
+def whitened(left, core, u):
+    """What is left with other singular values: what five turns of Muon's quintic make of them."""
+    (m, n), (r, k) = left.shape, core.shape
+    numbers, directions = m * n - r * k, min(m if k < n else m - r, n)
+    if directions == 0:
+        return np.zeros_like(left)
+    left_vectors, values, right_vectors = np.linalg.svd(left, full_matrices=False)
+    size = np.sqrt((left**2).sum() * 1.001 + 1e-3 * (core**2).sum())  # |T|² + 1e-3 |G|²
+    values = values / (size or 1.0)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return np.sqrt(numbers / directions) * (left_vectors * values) @ right_vectors
+
+
 def fira(left, core, u):  # arXiv:2410.01623
     """Each column of what is left, scaled as inner has scaled that column of the core.
 
@@ -414,7 +428,7 @@ class NaturalGaLore:
         lifted = self.lift(matrix, u)
         if self.residual is not None and finite:
             s = self.residual(g - self.lift(matrix, core), core, u)
-            if self.residual is not isotropic:
+            if self.residual not in (isotropic, whitened):
                 s = limited(s, matrix.residual_norm)
             matrix.residual_norm = np.linalg.norm(s) or matrix.residual_norm
             lifted = lifted + s

@@ -85,6 +85,28 @@ class TestLeafMathematics:
         np.testing.assert_allclose(lift(u) + s, lift(U) + S, atol=1e-12)
         assert norm is None
 
+    @pytest.mark.parametrize("shape", [(M, N), (N, M), (40, N), (R, N)])
+    @pytest.mark.parametrize("side", ["short", "both"])
+    def test_whitened_equals_the_oracle(self, shape, side):
+        """Of wide and tall views, with more directions left than columns, and with none left."""
+        rng = np.random.default_rng(7)
+        G = rng.standard_normal((2, *shape)) * np.array([[[1e-3]], [[1e3]]])
+        bases = [np.linalg.qr(rng.standard_normal((2, s, R)))[0] for s in shape]
+        bases = bases if side == "both" else bases[:1]
+        core = bases[0].mT @ G @ (bases[1] if side == "both" else np.eye(shape[1]))
+        U = rng.standard_normal(core.shape)
+        lifted = bases[0] @ core @ (bases[1].mT if side == "both" else np.eye(shape[1]))
+        S = np.stack([oracles.whitened(*x) for x in zip(G - lifted, core, U, strict=True)])
+        case = map(jnp.asarray, (G, core, U, np.full(2, True)))
+        u, s, norm = added("whitened", *case, None, *map(jnp.asarray, bases))
+        assert norm is None
+        np.testing.assert_array_equal(u, U)
+        np.testing.assert_allclose(s, S, atol=1e-10)
+        # Each number has mean square 1, to what Muon's quintic leaves of singular values.
+        left = np.prod(shape) - core[0].size
+        squares = np.square(s).sum(axis=(1, 2)) / max(left, 1)
+        assert np.all((squares > 0.5) & (squares < 1.3)) if left else not s.any()
+
     @pytest.mark.parametrize("side", ["short", "both"])
     def test_equals_the_oracle(self, side):
         G, core, U, bases, lift = self.case(side)
@@ -186,9 +208,11 @@ class TestIsotropic:
         """The state is that without a residual, or what is left of one with a limit."""
         make = lambda residual: natgalore.natural_galore(1e-2, R, residual=residual)
         g = [tree(1), tree(2)]
-        (none, isotropic, fira) = (last(make(x), g)[1] for x in (None, "isotropic", "fira"))
-        assert jax.tree.structure(isotropic) == jax.tree.structure(none)
-        assert_close(isotropic, none, rtol=1e-6, atol=1e-30)
+        kinds = (None, "isotropic", "whitened", "fira")
+        (none, isotropic, whitened, fira) = (last(make(x), g)[1] for x in kinds)
+        for state in (isotropic, whitened):
+            assert jax.tree.structure(state) == jax.tree.structure(none)
+            assert_close(state, none, rtol=1e-6, atol=1e-30)
         update = jax.jit(make("isotropic").update)
         for state in (none, fira):
             updates, after = update(g[0], state, g[0])
@@ -198,6 +222,44 @@ class TestIsotropic:
     def test_an_inner_with_its_learning_rate_is_refused(self):
         with pytest.raises(ValueError, match="learning rate"):
             self.project(optax.adamw(1e-3)).init(tree(0))
+
+
+class TestWhitened:
+    project = staticmethod(
+        functools.partial(natgalore.project, R, residual="whitened", refresh_every=3)
+    )
+
+    def test_rounding_is_not_scaled_up(self):
+        """Of a gradient that lies in the subspace, and at full rank, nothing is left but that."""
+        rng = np.random.default_rng(3)
+        low = rng.standard_normal((64, 2)) @ rng.standard_normal((2, 96))
+        params = {"up": {"kernel": jnp.zeros((64, 96))}}
+        g = {"up": {"kernel": jnp.asarray(low, jnp.float32)}}
+        *_, (updates, state) = run(self.project(optax.scale_by_adam()), [g] * 4, params)
+        left = TestIsotropic.left(self, updates, state, ("up", "kernel"))
+        # 485 / √ρ times rounding of 1e-6 of the whole; undamped its entries would be 1.
+        assert float(jnp.abs(left).max()) < 485 / DAMPING**0.5 * 1e-6
+
+    @pytest.mark.parametrize("unit", [0.0, 1e-25, 1e25])
+    def test_gradients_of_any_size(self, unit):
+        tx = self.project(optax.scale_by_sign())  # whose answers have no size either
+        g = jax.tree.map(lambda x: unit * x, tree(1))
+        *_, (updates, _) = run(tx, [g, g])
+        *_, (expected, _) = run(tx, [tree(1) if unit else g] * 2)
+        for name in ("layers", "out"):
+            # Signs of a core that is nearly 0 would differ: of these numbers none is.
+            assert_close(updates[name], expected[name], rtol=1e-3, atol=1e-3)
+        assert any(x.any() for x in jax.tree.leaves(updates)) == bool(unit)
+
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_a_bad_gradient_adds_nothing(self, bad):
+        gradients = [tree(i) for i in range(3)]
+        kernel = gradients[2]["layers"]["up"]["kernel"]
+        gradients[2]["layers"]["up"]["kernel"] = kernel.at[1, 2, 3].set(bad)
+        updates, state = last(self.project(optax.scale_by_adam(), stagger=False), gradients)
+        moved = updates["layers"]["up"]["kernel"]
+        assert [bool(x.any()) for x in moved] == [True, False, True]
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
 def test_without_a_limit_an_inner_that_does_nothing_returns_the_gradient():
@@ -218,7 +280,8 @@ def test_at_full_rank_nothing_is_left_out():
         gradients = optax.tree.cast([tree(i) for i in range(4)], jnp.float64)
         # Rounding of updates of 1e-2. The norm is larger, √eps, but it is the norm alone.
         *added, none = (
-            last(make(x), gradients, gradients[0])[0] for x in ("fira", "isotropic", None)
+            last(make(x), gradients, gradients[0])[0]
+            for x in ("fira", "isotropic", "whitened", None)
         )
         for updates in added:
             assert_close(updates, none, rtol=0, atol=1e-15)

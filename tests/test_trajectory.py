@@ -157,6 +157,7 @@ def damped(left, R, U):
 RESIDUALS = {
     "none": (None, None),
     "isotropic": ("isotropic", oracles.isotropic),
+    "whitened": ("whitened", oracles.whitened),
     "fira": ("fira", oracles.fira),
     "own": (damped, damped),
 }
