@@ -31,15 +31,18 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
         "adamw": optax.adamw(1.0),
         "galore": natgalore.galore(1.0, rank),
         "natural_galore": natgalore.natural_galore(1.0, rank),
+        "natural_galore, core": natgalore.natural_galore(1.0, rank, fisher="core"),
         "natural_galore, window": natgalore.natural_galore(1.0, rank, fisher="window"),
         "natural_galore, window, both": natgalore.natural_galore(
             1.0, rank, fisher="window", side="both"
         ),
         "galore, random": natgalore.galore(1.0, rank, basis="random"),
         "adamw, 8 bits": natgalore.quantized(optax.adamw(1.0), moments),
-        "natural_galore, 8 bits": natgalore.quantized(natgalore.natural_galore(1.0, rank), moments),
-        "natural_galore, 8 bits, bases too": natgalore.quantized(
-            natgalore.natural_galore(1.0, rank), all_roles
+        "natural_galore, core, 8 bits": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank, fisher="core"), moments
+        ),
+        "natural_galore, core, 8 bits, bases too": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank, fisher="core"), all_roles
         ),
         "galore, 8 bits": natgalore.quantized(natgalore.galore(1.0, rank), moments),
         "galore, 8 bits, bases too": natgalore.quantized(natgalore.galore(1.0, rank), all_roles),

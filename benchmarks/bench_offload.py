@@ -33,13 +33,14 @@ import llama
 
 def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
     core, window = (
-        natgalore.natural_galore(1e-3, rank, fisher=fisher) for fisher in ("core", "window")
+        natgalore.natural_galore(1e-3, rank, fisher=fisher, residual=None)
+        for fisher in ("core", "window")
     )
     return {
         "adamw": optax.adamw(1e-3),
         "adamw, moments on the host": natgalore.offload(optax.adamw(1e-3), "moments"),
-        "natural_galore": core,
-        "natural_galore, all on the host": natgalore.offload(core),
+        "natural_galore, core": core,
+        "natural_galore, core, all on the host": natgalore.offload(core),
         "natural_galore, window": window,
         "natural_galore, window on the host": natgalore.offload(window, "window"),
     }

@@ -48,12 +48,15 @@ def adafactor(rank: int, every: int, decay: float) -> optax.GradientTransformati
 METHODS: dict[str, Make] = {
     "natural_galore": ours("natural_galore"),
     "galore": ours("galore"),
+    "natural_galore_fisher": ours("natural_galore", fisher="core", residual=None),
     "adamw": lambda rank, every, decay: optax.adamw(RATE, weight_decay=decay),
     "contrib_galore": contrib_galore,
-    "natural_galore_cores": ours("natural_galore", stagger=False),
+    "natural_galore_fisher_cores": ours(
+        "natural_galore", fisher="core", residual=None, stagger=False
+    ),
     "galore_cores": ours("galore", stagger=False),
     "galore_isotropic": ours("galore", residual="isotropic"),
-    "natural_galore_window": ours("natural_galore", fisher="window"),
+    "natural_galore_window": ours("natural_galore", fisher="window", residual=None),
     "galore_random": ours("galore", basis="random"),
     "muon": lambda rank, every, decay: optax.contrib.muon(RATE, weight_decay=decay),
     "adafactor": adafactor,

@@ -26,17 +26,26 @@ class Recipe(NamedTuple):
     make: Callable[[optax.Schedule, "Config"], optax.GradientTransformation]
 
 
+RESIDUALS = {"none": None, "isotropic": "isotropic", "whitened": "whitened", "fira": "fira"}
+
+
 def low_rank(recipe: Callable[..., optax.GradientTransformation]):
     """One of natgalore's recipes, with the settings of the config."""
-    return lambda schedule, config: recipe(
-        schedule,
-        rank=config.rank,
-        refresh_every=config.refresh_every,
-        weight_decay=config.weight_decay,
-        residual=config.residual,
-        stagger=not config.low_rank_gradients,  # one costs as much as all
-        seed=config.seed,
-    )
+
+    def make(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
+        given = {} if config.residual is None else {"residual": RESIDUALS[config.residual]}
+        if config.low_rank_gradients:  # no whole gradient; a refresh of one costs as much as of all
+            given = {"residual": None, "stagger": False}
+        return recipe(
+            schedule,
+            rank=config.rank,
+            refresh_every=config.refresh_every,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            **given,
+        )
+
+    return make
 
 
 def contrib_galore(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
@@ -91,8 +100,9 @@ class Config:
     """Rank of the projected gradients. Default: a quarter of the model's width."""
     refresh_every: int = 50
     """Steps between two refreshes of the projections."""
-    residual: Literal["isotropic", "fira"] | None = None
-    """What becomes of what the projections leave out; isotropic has learned best so far."""
+    residual: Annotated[str | None, one_of(RESIDUALS)] = None
+    """What becomes of what the projections leave out. Default: whitened for natural_galore, none
+    for galore, and none with --low-rank-gradients."""
     low_rank_gradients: bool = False
     """Take the gradients of projected weights as cores, never whole; refresh all at once."""
     weight_decay: float = 0.0
@@ -146,7 +156,10 @@ class Config:
         for name in ("residual", "low_rank_gradients"):
             if getattr(self, name) and not ours:
                 raise ValueError(f"{flag(name)} is for {' and '.join(PROJECTING)}")
-        if self.residual and self.low_rank_gradients:
+        if self.residual is not None and self.residual not in RESIDUALS:
+            known = ", ".join(RESIDUALS)
+            raise ValueError(f"--residual must be one of {known}, got {self.residual!r}")
+        if self.residual not in (None, "none") and self.low_rank_gradients:
             raise ValueError("--residual needs whole gradients, --low-rank-gradients forms none")
         counts = ("refresh_every", "steps", "batch_size", "seq_len", "validate_every", "save_every")
         for name, least in (*((name, 1) for name in counts), ("rank", 1), ("seed", 0)):

@@ -203,8 +203,8 @@ def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
 
     Five turns of X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, after which a singular value from 0.01 to 1 lies
     within 0.68 and 1.14, where more turns of the classical iteration would take it to 1; below it
-    grows by a⁵ = 485 at most, so what is nothing stays so. Nothing of it needs digits: the products
-    are in the arithmetic that accelerators are quickest in.
+    grows by a⁵ = 485 at most, so what is nothing stays so. Nothing of it needs digits: accelerators
+    work in bfloat16, as Muon does, unless `jax_default_matmul_precision` is "highest".
 
     Reference: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon, of a, b, c.
     """
@@ -215,7 +215,15 @@ def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
         A = X @ X.mT
         return a * X + (b * A + c * A @ A) @ X
 
-    X = lax.fori_loop(0, 5, turn, X.mT if tall else X)
+    def turns(X):
+        return lax.fori_loop(0, 5, turn, X)
+
+    X, dtype = X.mT if tall else X, X.dtype
+    if all_digits_asked():
+        X = turns(X)
+    else:
+        narrow = lambda X: turns(X.astype(jnp.bfloat16)).astype(dtype)
+        X = lax.platform_dependent(X, cuda=narrow, tpu=narrow, default=turns)
     return X.mT if tall else X
 
 

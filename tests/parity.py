@@ -262,6 +262,7 @@ def recipe_error(name: str) -> float:
         basis="svd",
         side="both",
         transport="keep",
+        residual=None,
         stagger=False,
         scale=config["galore_scale"],
         refresh_every=config["update_proj_gap"],

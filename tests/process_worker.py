@@ -96,9 +96,8 @@ def run(job):
 @functools.cache
 def optimizer(settings):
     """The optimizer and its compiled step: jobs that share them share the compilation."""
-    tx = natgalore.natural_galore(
-        1e-2, 3, refresh_every=2, weight_decay=0.1, **json.loads(settings)
-    )
+    settings = {"fisher": "core", "residual": None} | json.loads(settings)
+    tx = natgalore.natural_galore(1e-2, 3, refresh_every=2, weight_decay=0.1, **settings)
 
     @jax.jit
     def step(params, state, grads):

@@ -24,10 +24,13 @@ STATIC = ("rank", "fisher", "refresh_every", "basis", "side", "transport", "stag
 
 
 def natural_galore(rank=4, **kwargs):
+    """With the Fisher stage, if not told otherwise: the recipe that remembers most."""
+    kwargs = {"fisher": "core", "residual": None} | kwargs
     return natgalore.natural_galore(1e-2, rank, refresh_every=2, weight_decay=0.1, **kwargs)
 
 
 OPTIMIZERS = {
+    "default": natgalore.natural_galore(1e-2, 4, refresh_every=2, weight_decay=0.1),
     "core": natural_galore(),
     "window": natural_galore(fisher="window"),
     "random bases, both sides": natural_galore(fisher=None, basis="random", side="both"),
@@ -141,7 +144,7 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(x, y)
 
 
-QUICK = {"core": "standard", "window": "pytree"}
+QUICK = {"default": "standard", "core": "seldom", "window": "pytree"}
 QUICK |= {"clipped, injected": "pytree", "random bases, both sides": "seldom"}
 QUICK |= {"residual": "seldom"}
 

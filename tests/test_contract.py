@@ -23,20 +23,22 @@ from natgalore_jax.engine import SubspaceState
 
 project = functools.partial(natgalore.project, 4, refresh_every=3)
 natural_galore = functools.partial(natgalore.natural_galore, 1e-2, 4, refresh_every=3)
+core = functools.partial(natural_galore, fisher="core", residual=None)
 TRANSFORMS = {
     "natural_galore": natural_galore(weight_decay=0.1),
-    "natural_galore, window": natural_galore(fisher="window"),
+    "natural_galore, core": core(weight_decay=0.1),
+    "natural_galore, window": core(fisher="window"),
     "galore": natgalore.galore(1e-2, 4, refresh_every=3),
     "project": project(optax.trace(0.9)),
     "project, svd": project(optax.trace(0.9), basis="svd", transport="keep"),
-    "two-sided, random": natural_galore(side="both", basis="random"),
+    "two-sided, random": core(side="both", basis="random"),
     "scale_by_fisher, bfloat16": natgalore.chain(
         project(side="long", transport="reset"),
         natgalore.scale_by_fisher(3, relative=True, power=0.5, window_dtype=jnp.bfloat16),
     ),
     "scale_by_fisher": natgalore.chain(project(), natgalore.scale_by_fisher(3)),
     "scale_by_core_fisher": natgalore.chain(project(), natgalore.scale_by_core_fisher()),
-    "residual": natural_galore(residual="fira", weight_decay=0.1),
+    "residual": core(residual="fira", weight_decay=0.1),
     "residual of one's own, two-sided": project(
         optax.trace(0.9), side="both", residual=lambda left, R, U: 0.1 * left
     ),
@@ -45,6 +47,7 @@ TRANSFORMS = {
 # Each kind of Fisher, basis, side and transport once, for tests that compile.
 QUICK = (
     "natural_galore",
+    "natural_galore, core",
     "project, svd",
     "two-sided, random",
     "scale_by_fisher, bfloat16",
@@ -252,7 +255,9 @@ def test_weakly_typed_weights_change_no_type(tx):
 class TestVariants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
     @parameterized.named_parameters(
-        ("core", "natural_galore"), ("window", "natural_galore, window"), ("decay", "adamw inside")
+        ("core", "natural_galore, core"),
+        ("window", "natural_galore, window"),
+        ("decay", "adamw inside"),
     )
     def test_jit_pmap_and_neither_agree(self, name):
         tx = TRANSFORMS[name]

@@ -130,7 +130,7 @@ class TestContenders:
         inner = lambda text: (
             contenders.contender(text).make(1e-3, 16, 5).init(params)[0].inner_state
         )
-        window = inner("natural_galore_window:fisher.window=3")[0].window["kernel"].value
+        window = inner("natural_galore:fisher=window+fisher.window=3")[0].window["kernel"].value
         assert window.shape == (3, 16, 96)
         assert inner("natural_galore:fisher=window")[0].window["kernel"].value.shape[0] == 20
         assert inner("natural_galore:fisher.power=0.25")[0].root["kernel"].value.shape == (16, 16)
@@ -349,7 +349,12 @@ def test_the_page_has_the_tables_that_the_results_make():
     assert f"({', '.join(losses)}, 2.558)" in page
     readme = (root / "README.md").read_text()
     row = {row["method"]: row for row in results.rows(found[tables[0]])}
-    best, small = (f"galore:residual=isotropic+refresh_every=20{x}" for x in ("", "+rank=32"))
-    for name in ("adamw", "galore", "natural_galore", best, small, "muon", "soap"):
-        loss, state = row[name]["loss"], row[name]["matrix_state_bytes"] / 1e6
-        assert f"{loss:.2f} nats ({state:.0f} MB)" in readme
+    core, small, isotropic = "fisher=core", "rank=32", "residual=isotropic+refresh_every=20"
+    ours = (f"natural_galore:{core}", f"natural_galore:{small}", f"galore:{isotropic}")
+    peers = ("adamw", "muon", "soap", "fira", "apollo", "contrib_galore")
+    for name in ("natural_galore", *ours, "galore", *peers):
+        of = row[name]
+        spread = f" ± {of['spread']:.3f}" if of["seeds"] > 1 else ""
+        state, milliseconds = of["matrix_state_bytes"] / 1e6, of["step_ms"]
+        cells = f"{of['loss']:.3f}{spread} | {state:.0f} MB | {milliseconds:.0f} ms |"
+        assert f" | {cells}\n" in readme, name

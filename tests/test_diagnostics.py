@@ -24,7 +24,9 @@ def random(seed):
 @functools.cache
 def trained(**kwargs):
     """The states of three steps, from the start on, and the last gradients."""
-    tx = natgalore.natural_galore(1e-2, RANK, **{"refresh_every": 2, "stagger": False} | kwargs)
+    tx = natgalore.natural_galore(
+        1e-2, RANK, **{"refresh_every": 2, "stagger": False, "fisher": "core"} | kwargs
+    )
     states = [tx.init(random(0))]
     for t in range(3):
         grads = random(t)

@@ -118,7 +118,7 @@ def test_the_state_of_a_device_under_fsdp_is_what_is_said():
 
     tx = natgalore.natural_galore(1e-3, 256)
     for page in (PAGE, (ROOT / "README.md").read_text()):
-        (said,) = [line for line in page.splitlines() if "instead of 759 MB" in line]
+        (said,) = [line for line in page.splitlines() if "instead of 671 MB" in line]
         assert f"{megabytes(tx, 'fsdp')} " in said
         assert f"instead of {megabytes(tx)}" in said
         assert megabytes(optax.adamw(1e-3)) in said

@@ -43,7 +43,10 @@ FISHERS = ["core", "window", None]
 @functools.cache
 def optimizer(fisher="core", **kwargs):
     return natgalore.natural_galore(
-        1e-2, RANK, fisher=fisher, **{"refresh_every": 4, "weight_decay": 0.1} | kwargs
+        1e-2,
+        RANK,
+        fisher=fisher,
+        **{"refresh_every": 4, "weight_decay": 0.1, "residual": None} | kwargs,
     )
 
 

@@ -427,16 +427,23 @@ class TestCommandLine:
         chex.assert_trees_all_close(cores, trained(), atol=2e-4)
 
     def test_a_residual_is_asked_for(self):
-        config = settings.Config(optimizer="galore", lr=1e-2, rank=4, residual="isotropic")
-        (plain,) = settings.Config(optimizer="galore", lr=1e-2, rank=4).runs()
+        """Or is there by default, and is not where gradients are cores."""
+        of = lambda name, **rest: settings.Config(optimizer=name, lr=1e-2, rank=4, **rest)
         params = {"mlp": {"up": {"kernel": jnp.eye(8, 16)}}}
         moved = []
-        for one in (config, plain):
+        for config in (
+            of("galore", residual="isotropic"),
+            of("galore"),
+            of("natural_galore"),
+            of("natural_galore", residual="none"),
+            of("natural_galore", low_rank_gradients=True),
+        ):
+            (one,) = config.runs()
             tx = one.make_optimizer()
             _, state = tx.update(params, tx.init(params), params)  # at a rate of zero
             updates, _ = tx.update(params, state, params)
             moved.append(float(jnp.linalg.matrix_rank(updates["mlp"]["up"]["kernel"])))
-        assert moved == [8, 4]
+        assert moved == [8, 4, 8, 4, 4]
 
     def test_a_run_is_not_overwritten_unasked(self, run, capsys):
         assert run("--optimizer", "adamw", "--out", "here") == 0
@@ -469,6 +476,7 @@ class TestCommandLine:
             ("--optimizer adamw --low-rank-gradients", "is for natural_galore and galore"),
             ("--compare adamw,contrib_galore --residual fira", "is for natural_galore and galore"),
             ("--residual fira --low-rank-gradients", "--residual needs whole gradients"),
+            ("--residual fire", "--residual must be one of none, isotropic, whitened, fira"),
             ("--size 3b", "--size must be one of tiny, 60m"),
             ("--rank 0", "--rank must be at least 1 and below 2**31, got 0"),
             ("--steps 0", "--steps must be at least 1 and below 2**31, got 0"),

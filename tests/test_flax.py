@@ -22,6 +22,7 @@ TARGETS = jax.random.normal(jax.random.key(1), (8, 12))
 
 
 def natural_galore(**kwargs):
+    kwargs = {"fisher": "core", "residual": None} | kwargs
     return natgalore.natural_galore(1e-2, 4, refresh_every=2, weight_decay=0.1, **kwargs)
 
 
@@ -30,6 +31,7 @@ def by_module(params):
 
 
 OPTIMIZERS = {
+    "default": natgalore.natural_galore(1e-2, 4, refresh_every=2, weight_decay=0.1),
     "core": natural_galore(),
     "galore": natural_galore(fisher=None),
     "window, two-sided, random": natural_galore(fisher="window", side="both", basis="random"),

@@ -418,7 +418,8 @@ def assert_same_training(ours, whole, rtol=2e-5):
 
 
 def natural(**kwargs):
-    return natgalore.natural_galore(1e-2, RANK, **{"refresh_every": 4} | kwargs)
+    settings = {"refresh_every": 4, "fisher": "core", "residual": None} | kwargs
+    return natgalore.natural_galore(1e-2, RANK, **settings)
 
 
 def galore(**kwargs):
@@ -450,7 +451,7 @@ OPTIMIZERS = {
     ),
     "inject_hyperparams": lambda: optax.inject_hyperparams(
         natgalore.natural_galore, natgalore.STATIC_ARGS["natural_galore"]
-    )(learning_rate=1e-2, rank=RANK, refresh_every=4, stagger=False),
+    )(learning_rate=1e-2, rank=RANK, refresh_every=4, residual=None, stagger=False),
     "multi_steps_inside": lambda: natgalore.project(
         RANK, optax.MultiSteps(optax.adam(1e-2), 2), refresh_every=4, stagger=False
     ),
@@ -851,7 +852,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="integer_pow of `out/kernel`") as error:
         natgalore.value_and_grad(power, tx, on_fallback="error")(PARAMS, opt_state, x)
     one_line(error)
-    other = natgalore.natural_galore(1e-2, 5)
+    other = natgalore.galore(1e-2, 5)
     with pytest.raises(ValueError, match="not a state of `tx`") as error:
         natgalore.value_and_grad(small_loss, other)(PARAMS, opt_state, x)
     one_line(error)
@@ -888,7 +889,7 @@ def test_the_residual_needs_whole_gradients():
 
 
 def test_cores_of_another_state():
-    tx, other = natural(), natgalore.natural_galore(1e-2, 5)
+    tx, other = natural(), natgalore.galore(1e-2, 5)
     x = batches(1)[0]
     (_, grads), _ = natgalore.value_and_grad(small_loss, tx)(PARAMS, tx.init(PARAMS), x)
     with pytest.raises(ValueError, match="core of another state") as error:

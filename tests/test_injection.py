@@ -19,7 +19,7 @@ STATIC = natgalore.STATIC_ARGS
 # Users have no run-time type checker: an argument is refused by our own message.
 FACTORIES = {name: inspect.unwrap(getattr(natgalore, name)) for name in STATIC}
 GIVEN = {
-    "natural_galore": {"learning_rate": 1e-2, "rank": RANK},
+    "natural_galore": {"learning_rate": 1e-2, "rank": RANK, "fisher": "core", "residual": None},
     "galore": {"learning_rate": 1e-2, "rank": RANK},
     "project": {"rank": RANK, "inner": optax.trace(0.9)},
     "scale_by_core_fisher": {"root_every": 1},
@@ -65,7 +65,7 @@ def test_every_function_is_listed():
         or (f.__annotations__.get("return") is natgalore.project.__annotations__["return"])
     )
     public = {n: f for n, f in vars(natgalore).items() if inspect.isfunction(f) and makes(f)}
-    without = {"project_back", "chain", "sharded", "offload", "quantized"}
+    without = {"project_back", "chain", "sharded", "offload", "quantized", "stochastic_rounding"}
     assert set(public) - set(STATIC) == without  # hyperparameters
 
 
@@ -189,8 +189,8 @@ class TestBfloat16:
             static_args=STATIC["natural_galore"],
             hyperparam_dtype=jnp.float32,
         )
-        tx = make(FACTORIES["natural_galore"])(1e-2, RANK, weight_decay=0.1)
-        plain = natgalore.natural_galore(1e-2, RANK, weight_decay=0.1)
+        tx = make(FACTORIES["natural_galore"])(1e-2, RANK, fisher="core", weight_decay=0.1)
+        plain = natgalore.natural_galore(1e-2, RANK, fisher="core", weight_decay=0.1)
         state, theirs = tx.init(self.params), plain.init(self.params)
         g = optax.tree.cast(gradients(0), jnp.bfloat16)
         ours, after = jax.jit(tx.update)(g, state, self.params)

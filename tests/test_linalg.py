@@ -15,6 +15,7 @@ from natgalore_jax.linalg import (
     newton_schulz,
     newton_schulz_scales,
     orthonormalise,
+    polar,
     power_of_two,
     product,
     rounded,
@@ -202,3 +203,16 @@ def test_powers_of_two_of_all_sizes(dtype):
         assert power.dtype == root.dtype == dtype
         np.testing.assert_array_equal(power, np.ldexp(dtype(1), exponent - 1))
         np.testing.assert_array_equal(root, np.ldexp(dtype(1), (exponent - 1) // 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (20, 8), (16, 16)])
+def test_polar_takes_every_singular_value_near_one(shape):
+    """From 0.005 on, with the same vectors; what is nothing stays so."""
+    rng = np.random.default_rng(0)
+    U, _, V = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    values = np.concatenate([[0.0, 1e-7], np.geomspace(0.005, 0.7, min(shape[-2:]) - 2)])
+    X = jnp.asarray((U * values) @ V, jnp.float32)
+    became = np.diagonal(U.mT @ polar(X) @ V.mT, axis1=-2, axis2=-1)
+    assert np.all(np.abs(became[..., :2]) < 1e-3)  # 485 times that, and rounding
+    assert np.all((became[..., 2:] > 0.68) & (became[..., 2:] < 1.16))
+    np.testing.assert_allclose((U * became[..., None, :]) @ V, polar(X), atol=1e-3)

@@ -20,6 +20,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def natural_galore(**settings):
+    settings = {"fisher": "core", "residual": None} | settings
     return natgalore.natural_galore(1e-2, 3, refresh_every=2, weight_decay=0.1, **settings)
 
 

@@ -62,7 +62,7 @@ def loss_fn(model, x, power=2):
 
 
 def optimizer_of(model, wrt=nnx.Param, **kwargs):
-    settings = {"rank": RANK, "refresh_every": 2, "stagger": False, "fisher": None} | kwargs
+    settings = {"rank": RANK, "refresh_every": 2, "stagger": False, "residual": None} | kwargs
     return nnx.Optimizer(model, natgalore.natural_galore(1e-2, **settings), wrt=wrt)
 
 

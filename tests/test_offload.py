@@ -27,7 +27,8 @@ def weights(key):
 
 
 def optimizer(**settings):
-    return natgalore.natural_galore(1e-2, 5, refresh_every=2, fisher="window", **settings)
+    settings = {"fisher": "window", "residual": None} | settings
+    return natgalore.natural_galore(1e-2, 5, refresh_every=2, **settings)
 
 
 def on_host(state):

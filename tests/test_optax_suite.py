@@ -43,8 +43,12 @@ def natural_galore(learning_rate: float):
     return natgalore.natural_galore(falling(learning_rate), RANK)
 
 
+def natural_galore_core(learning_rate: float):
+    return natgalore.natural_galore(falling(learning_rate), RANK, fisher="core", residual=None)
+
+
 def natural_galore_window(learning_rate: float):
-    return natgalore.natural_galore(falling(learning_rate), RANK, fisher=window())
+    return natgalore.natural_galore(falling(learning_rate), RANK, fisher=window(), residual=None)
 
 
 def galore(learning_rate: optax.ScalarOrSchedule):
@@ -66,7 +70,8 @@ def stage(fisher, learning_rate: float):
 
 
 OURS = {
-    "natgalore_core": natural_galore,
+    "natgalore_default": natural_galore,
+    "natgalore_core": natural_galore_core,
     "natgalore_window": natural_galore_window,
     "natgalore_galore": galore,
     "natgalore_project": project,

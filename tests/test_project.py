@@ -185,10 +185,19 @@ def test_refuses_an_unknown_fisher():
 
 
 def test_galore_takes_what_natural_galore_takes():
-    ours, theirs = (
-        inspect.signature(f).parameters for f in (natgalore.galore, natgalore.natural_galore)
+    """Its defaults are GaLore's, those of `project`; natural_galore's are what learned best."""
+    ours, theirs, engine = (
+        inspect.signature(f).parameters
+        for f in (natgalore.galore, natgalore.natural_galore, natgalore.project)
     )
-    assert dict(ours) == {name: p for name, p in theirs.items() if name != "fisher"}
+    own = ("residual",)
+    assert list(ours) == [name for name in theirs if name != "fisher"]
+    for name, parameter in ours.items():
+        if name != "b2":
+            assert parameter == (engine if name in own else theirs)[name]
+    assert theirs["residual"].default == "whitened"
+    assert theirs["fisher"].default is None
+    assert (ours["b2"].default, theirs["b2"].default) == (0.999, 0.95)
 
 
 def test_fisher_may_be_ones_own():

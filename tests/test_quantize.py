@@ -205,7 +205,9 @@ def random(seed, dtype=jnp.float32):
 OPTIMIZERS = {
     "adamw": functools.partial(optax.adamw, weight_decay=0.1),
     "galore": functools.partial(natgalore.galore, rank=32, refresh_every=10, weight_decay=0.1),
-    "natural_galore": functools.partial(natgalore.natural_galore, rank=32, refresh_every=10),
+    "natural_galore": functools.partial(
+        natgalore.natural_galore, rank=32, refresh_every=10, fisher="core", residual=None
+    ),
     "random, isotropic": functools.partial(
         natgalore.galore, rank=32, basis="random", residual="isotropic", refresh_every=10
     ),
@@ -284,14 +286,16 @@ def run(tx, steps=121):
 def test_trains_as_in_float32(name, rank, roles):
     """Inside a scan. A number of the code's first decade is right to 3.5 %, so a step is at most
     that much too long or too short, and the loss where time had run by as much faster or slower:
-    of a loss that falls exponentially, that share of its logarithm's fall."""
+    of a loss that falls exponentially, that share of its logarithm's fall. Bases are orthonormal to
+    1.5 %, once on the way down and once on the way up."""
     tx = OPTIMIZERS[name](3e-3, **rank)
     _, losses = run(tx)
     state, mine = run(natgalore.quantized(tx, tuple(roles)))
     assert len(coded_arrays(state)) == (8 if "basis" in roles else 4)
     fallen = np.log(losses / losses[0])[30::30]
     assert fallen[-1] < -2
-    assert (np.abs(np.log(mine / losses)[30::30]) <= 0.035 * np.abs(fallen)).all()
+    share = 0.035 + 2 * 0.015 * ("basis" in roles)
+    assert (np.abs(np.log(mine / losses)[30::30]) <= share * np.abs(fallen)).all()
     assert (mine != losses)[5:].all()
 
 

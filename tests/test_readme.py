@@ -58,6 +58,7 @@ def test_training_table_is_the_measured_one(name):
 @pytest.mark.parametrize("size", ["60m", "130m", "350m", "1b", "7b"])
 def test_memory_table_is_the_measured_one(size):
     figures = json.loads((ROOT / "benchmarks/results/memory.json").read_text())[size]
+    assert figures["total"]["natural_galore"] == figures["total"]["galore"]  # one column of both
     (row,) = [line for line in README.splitlines() if line.startswith(f"| {size} ")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == str(figures["rank"])
@@ -66,7 +67,7 @@ def test_memory_table_is_the_measured_one(size):
         for name in (
             "galore",
             "galore, random",
-            "natural_galore",
+            "natural_galore, core",
             "natural_galore, window",
             "natural_galore, window, both",
         )
@@ -80,10 +81,13 @@ def test_memory_table_is_the_measured_one(size):
     [
         ("AdamW", ["adamw", "adamw, 8 bits"]),
         (
-            "Natural GaLore",
-            ["natural_galore", "natural_galore, 8 bits", "natural_galore, 8 bits, bases too"],
+            'the same, `fisher="core"`',
+            [
+                "natural_galore, core",
+                *(f"natural_galore, core, 8 bits{x}" for x in ("", ", bases too")),
+            ],
         ),
-        ("GaLore", ["galore", "galore, 8 bits", "galore, 8 bits, bases too"]),
+        ("GaLore, Natural GaLore", ["galore", "galore, 8 bits", "galore, 8 bits, bases too"]),
         ('GaLore, `basis="random"`', ["galore, random", "galore, random, 8 bits"]),
     ],
 )

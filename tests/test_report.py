@@ -95,7 +95,7 @@ def test_describe_knows_both_sides():
 def test_describe_shows_the_health_of_a_state():
     params = jax.tree.map(lambda x: jnp.ones(x.shape), ABSTRACT)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
-    tx = natgalore.natural_galore(1.0, 4)
+    tx = natgalore.natural_galore(1.0, 4, fisher="core")
     _, state = tx.update(grads, tx.init(params), params)
     bad = jax.tree.map(lambda x: x, grads) | {"down": {"kernel": jnp.full((40, 16), jnp.nan)}}
     _, state = tx.update(bad, state, params)
@@ -141,7 +141,7 @@ def test_llama_1b_at_rank_512_keeps_what_is_promised():
         {
             "adamw": optax.adamw(1.0),
             "galore": natgalore.galore(1.0, 512),
-            "natural_galore": natgalore.natural_galore(1.0, 512),
+            "natural_galore": natgalore.natural_galore(1.0, 512, fisher="core"),
         },
     )
     ours = report.projected["natural_galore"]

@@ -27,14 +27,16 @@ LAYOUTS = {
 }
 KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
 OPTIMIZERS = {
-    "core": {},
-    "window": {"fisher": "window"},
-    "two-sided": {"side": "both"},
-    "random": {"fisher": None, "basis": "random"},
-    "reset, long": {"transport": "reset", "side": "long"},
-    "residual": {"residual": "fira"},
+    "core": {"fisher": "core", "residual": None},
+    "default": {},
+    "window": {"fisher": "window", "residual": None},
+    "two-sided": {"side": "both", "fisher": "core", "residual": None},
+    "random": {"basis": "random", "residual": None},
+    "reset, long": {"transport": "reset", "side": "long", "fisher": "core", "residual": None},
+    "residual": {"fisher": "core", "residual": "fira"},
     "isotropic": {"residual": "isotropic"},
 }
+CORE = OPTIMIZERS["core"]
 
 
 def make_mesh(kind):
@@ -105,18 +107,18 @@ def same_as_one_device(layout, kind, settings, jitted, key):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_equals_one_device(layout, key):
-    same_as_one_device(layout, AxisType.Explicit, {}, True, key)
+    same_as_one_device(layout, AxisType.Explicit, CORE, True, key)
 
 
 @pytest.mark.parametrize("layout", ["rows and columns", "layers"])
 def test_sharded_on_auto_axes_equals_one_device(layout, key):
-    same_as_one_device(layout, AxisType.Auto, {}, True, key)
+    same_as_one_device(layout, AxisType.Auto, CORE, True, key)
 
 
 @pytest.mark.slow
 def test_sharded_step_by_step_on_auto_axes(key):
     """Without `jit`, a stack over devices: its arrays say how they lie."""
-    same_as_one_device("layers", AxisType.Auto, {}, False, key)
+    same_as_one_device("layers", AxisType.Auto, CORE, False, key)
 
 
 SELDOM = ("window", "random", "reset, long", "isotropic")
@@ -135,7 +137,7 @@ def test_every_kind_of_state_can_be_sharded(name, key):
 
 
 def test_axes_of_both_kinds_may_mix(key):
-    same_as_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), {}, True, key)
+    same_as_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), CORE, True, key)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
@@ -143,7 +145,7 @@ def test_axes_of_both_kinds_may_mix(key):
 def test_zero_shards_the_state_of_replicated_weights(kind, told, key):
     """ZeRO-1: the same steps, and state that stays sharded; the update is gathered as a core."""
     shape, r = (64, 512), 8
-    tx = natgalore.natural_galore(1e-2, r, refresh_every=2, weight_decay=0.1)
+    tx = natgalore.natural_galore(1e-2, r, refresh_every=2, weight_decay=0.1, **CORE)
     make = lambda k: {"up": jax.random.normal(k, shape), "norm": jax.random.normal(k, (64,))}
     params, *gradients = [make(k) for k in jax.random.split(key, 5)]
     expected, _ = train(params, gradients, tx)
@@ -198,7 +200,7 @@ def compiled(spec, shape, kind, r, told=False, **settings):
     mesh = make_mesh(kind)
     params = {"layers": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
     on_mesh = {"layers": {"kernel": NamedSharding(mesh, spec)}}
-    tx = natgalore.natural_galore(1e-2, r, refresh_every=4, **settings)
+    tx = natgalore.natural_galore(1e-2, r, **{"refresh_every": 4} | CORE | settings)
     tx = natgalore.sharded(tx, on_mesh) if told else tx
     with jax.set_mesh(mesh):
         lies = natgalore.state_shardings(tx, params, on_mesh)
@@ -369,7 +371,7 @@ class TestStateShardings:
         ids=["alone", "chain", "masked", "MultiSteps", "adamw outside", "inject_hyperparams"],
     )
     def test_any_composition_can_be_created_so(self, wrap):
-        tx = wrap(natgalore.natural_galore(1e-2, 5))
+        tx = wrap(natgalore.natural_galore(1e-2, 5, **CORE))
         on_mesh = jax.tree.map(lambda _: NamedSharding(self.mesh, P()), self.params)
         on_mesh["layers"]["query"]["kernel"] = NamedSharding(self.mesh, P(None, "fsdp", "tensor"))
         params = jax.tree.map(lambda x: jnp.ones(x.shape), self.params)

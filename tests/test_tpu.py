@@ -47,6 +47,7 @@ OTHERS = {
 
 
 def natural_galore(**settings):
+    settings = {"fisher": "core", "residual": None} | settings
     return natgalore.natural_galore(1e-2, R, refresh_every=3, weight_decay=0.1, **settings)
 
 

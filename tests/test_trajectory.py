@@ -36,6 +36,7 @@ REFRESH_EVERY = 3  # refreshes at steps 0, 3, 6 and 9, or staggered around them
 
 
 def one_call(fisher, learning_rate, weight_decay, adam, **subspace):
+    subspace = {"residual": None} | subspace
     return natgalore.natural_galore(
         learning_rate, RANK, fisher=fisher, weight_decay=weight_decay, **adam, **subspace
     )
@@ -491,10 +492,15 @@ def compare(case, weights, gradients, atol, **changes):
 FLOAT64 = {fisher: 1e-9 if fisher.startswith("window") else 1e-12 for fisher in FISHERS}
 
 
+def float64(case):
+    """A whitened residual grows a small part of what is left by 485, and its rounding with it."""
+    return max(FLOAT64[case.fisher], 1e-11 * (case.residual == "whitened"))
+
+
 @pytest.mark.parametrize("case", list(covering(2)), ids=str)
 def test_follows_the_oracle(case):
     with jax.enable_x64(True):
-        compare(case, *problem(case), atol=FLOAT64[case.fisher])
+        compare(case, *problem(case), atol=float64(case))
 
 
 @pytest.mark.slow
@@ -502,7 +508,7 @@ def test_follows_the_oracle(case):
 def test_follows_the_oracle_in_many_more_combinations(case):
     # Of so many numbers one lies between two of bfloat16, and goes to the other one here: 2⁻⁹ of an
     # entry of a window, of 240, times the rate.
-    atol = max(FLOAT64[case.fisher], 1e-6 * (case.fisher == "window_rounded"))
+    atol = max(float64(case), 1e-6 * (case.fisher == "window_rounded"))
     with jax.enable_x64(True):
         compare(case, *problem(case), atol=atol)
 

@@ -28,7 +28,9 @@ FILE = Path(__file__).parent / "data" / f"natural_galore_v{FORMAT_VERSION}.zip"
 SHAPES = {"layers": {"up": {"kernel": (2, 8, 12)}}, "down": {"kernel": (12, 8), "bias": (8,)}}
 SAVED_AT, STEPS = 4, 10  # each matrix is refreshed before, and twice after
 
-tx = natgalore.natural_galore(1e-2, rank=3, refresh_every=3, weight_decay=0.1)
+tx = natgalore.natural_galore(
+    1e-2, rank=3, fisher="core", residual=None, refresh_every=3, weight_decay=0.1
+)
 
 
 def numbers(step):

@@ -2,8 +2,8 @@
 
 Ours can be given settings after a colon, which is how one thing at a time is taken away or added:
 
-    natural_galore:refresh_every=20+transport=keep    an argument of the recipe
-    natural_galore:fisher.damping=0.01+rank=64        of its Fisher stage, and the rank
+    natural_galore:refresh_every=20+transport=keep    arguments of the recipe
+    natural_galore:fisher=window+fisher.window=8      one of its Fisher stage
 
 A contender sees the matrices of the layers alone; everything else is under Adam, for all alike.
 Rates are in steps of two, four to begin with; `search` goes on where the best is at an end.
@@ -43,9 +43,8 @@ class Contender(NamedTuple):
 
 def ours(recipe: str, **settings: Any) -> Callable[..., optax.GradientTransformation]:
     def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
-        return getattr(natgalore, recipe)(
-            rate, **({"rank": rank, "refresh_every": every} | settings)
-        )
+        given = {"rank": rank, "refresh_every": every} | settings
+        return getattr(natgalore, recipe)(rate, **given)
 
     return make
 
@@ -70,8 +69,7 @@ CONTENDERS: dict[str, Contender] = {
         lambda rate, rank, every: optax.adamw(rate, b2=0.95, weight_decay=0.0), 2.5e-4
     ),
     "galore": Contender(ours("galore"), 6.25e-4),
-    "natural_galore": Contender(ours("natural_galore"), 6.25e-4),
-    "natural_galore_window": Contender(ours("natural_galore", fisher="window"), 6.25e-4),
+    "natural_galore": Contender(ours("natural_galore"), 1.25e-3),
     "contrib_galore": Contender(contrib_galore, 6.25e-4, stacked=False),
     "muon": Contender(
         lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 2.5e-3, stacked=False
@@ -110,8 +108,7 @@ def contender(text: str) -> Contender:
         raise ValueError(f"no method {name!r}: choose from {', '.join(CONTENDERS)}")
     if not colon:
         return CONTENDERS[name]
-    recipe = name.removesuffix("_window")
-    if recipe not in ("galore", "natural_galore"):
+    if name not in ("galore", "natural_galore"):
         raise ValueError(f"{name} takes no settings, got {rest!r}")
     settings: dict[str, Any] = {}
     of_stage: dict[str, Any] = {}
@@ -121,12 +118,9 @@ def contender(text: str) -> Contender:
             raise ValueError(f"a setting is name=value, got {part!r}")
         of = of_stage if key.startswith("fisher.") else settings
         of[key.removeprefix("fisher.")] = literal(value)
-    form = settings.get("fisher", "core" if name == recipe else "window")
     if of_stage:
-        settings["fisher"] = STAGES[form](**of_stage)
-    elif name != recipe:
-        settings["fisher"] = form
-    made = CONTENDERS[name]._replace(make=ours(recipe, **settings))
+        settings["fisher"] = STAGES[settings.get("fisher", "core")](**of_stage)
+    made = CONTENDERS[name]._replace(make=ours(name, **settings))
     try:
         made.make(1e-3, 8, 1)
     except (TypeError, ValueError) as error:
