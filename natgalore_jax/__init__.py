@@ -27,6 +27,7 @@ from .offload import offload as offload  # isort: skip
 from .quantize import quantized as quantized  # isort: skip
 from .report import describe as describe  # isort: skip
 from .explain import explain as explain  # isort: skip
+from .plan import plan as plan  # isort: skip
 
 
 def __getattr__(name: str):
