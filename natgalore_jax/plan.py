@@ -47,9 +47,10 @@ def plan(
     """Chooses ranks by a budget of bytes or by energy, and says where every byte goes.
 
     The bytes are those of one device that holds everything, and they are exact: of weights as they
-    are given, of the state that the optimizer makes, and of all gradients at once. Activations,
-    the products of a refresh, 8-bit state while it is decoded and other temporaries of a step are
-    known to its compiler alone: give `step`, or keep room for them with `reserve`.
+    are given, of the state that the optimizer makes, and of all gradients of a step without a
+    refresh at once. Activations, what a refresh makes, 8-bit state while it is decoded and other
+    temporaries are known to the compiler of a step alone: give `step`, or keep room for them with
+    `reserve`.
 
     Args:
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
@@ -106,7 +107,7 @@ def plan(
         program = None if step is None else step(tx)
         return bill_of(tx, params, low_rank_gradients, program, batch)
 
-    specs = {} if rank is not None and grads is None else _specs(made(1, ()), params)
+    specs = [] if rank is not None and grads is None else _specs(made(1, ()), params)
     spectra = {} if grads is None else _spectra(specs, params, grads)
     if rank is not None:
         candidates = [rank]

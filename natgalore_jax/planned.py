@@ -114,7 +114,8 @@ class Plan:
 
     def _verdict(self) -> str:
         measured = "temporaries" in self.dtypes
-        unknown = "" if measured else "activations and other temporaries, which are not counted"
+        parts = "activations, decoded state" if self.roles else "activations"
+        unknown = "" if measured else f"{parts} and other temporaries, which are not counted"
         total = human_bytes(self.total)
         if self.budget is None:
             return f"{total} in all{unknown and f', without {unknown}'}"

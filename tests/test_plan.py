@@ -422,7 +422,7 @@ def test_the_table_and_the_verdict():
     spare = MIB - planned.total
     assert lines[-1] == (
         f"fits in 1.0 MiB: {planned.total / 1024:.1f} KiB, {spare / 1024:.1f} KiB left for "
-        "activations and other temporaries, which are not counted"
+        "activations, decoded state and other temporaries, which are not counted"
     )
     console = Console(width=200, color_system=None)
     with console.capture() as captured:
