@@ -28,6 +28,7 @@ from .quantize import quantized as quantized  # isort: skip
 from .rounding import stochastic_rounding as stochastic_rounding  # isort: skip
 from .report import describe as describe  # isort: skip
 from .explain import explain as explain  # isort: skip
+from .plan import plan as plan  # isort: skip
 
 
 def __getattr__(name: str):

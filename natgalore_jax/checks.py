@@ -1,6 +1,7 @@
 """Arguments are refused where they are given, in words that say what is allowed."""
 
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -63,6 +64,34 @@ def check_choice(name: str, value: Any, choices: Collection[Any], *others: str) 
         allowed = ", ".join([*map(repr, choices), *others])
         raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.{_if_injected(value)}")
     return value
+
+
+UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base ** (i + 1)
+    for base, unit in ((1000, "b"), (1024, "ib"))
+    for i, prefix in enumerate("kmgt")
+}
+
+
+def check_bytes(name: str, value: Any) -> int:
+    """A number of bytes, whole or not, or a text such as `"22GiB"`, rounded down.
+
+    Example:
+      >>> check_bytes("budget", "1.5KiB"), check_bytes("budget", "24 GB"), check_bytes("budget", 7)
+      (1536, 24000000000, 7)
+    """
+    text = re.fullmatch(r"\s*([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*", str(value).lower())
+    try:
+        number, unit = text.groups() if text else ("", "")
+        found = float(number) * UNITS[unit]
+    except (ValueError, KeyError):
+        found = math.inf
+    if isinstance(value, bool) or not found < math.inf:
+        raise ValueError(
+            f"`{name}` must be a number of bytes or a text such as '22GiB' or '24GB', got "
+            f"{value!r}."
+        )
+    return int(found)
 
 
 def _if_injected(value: Any) -> str:

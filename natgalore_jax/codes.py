@@ -22,6 +22,7 @@ Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -108,6 +109,7 @@ def code_of(codes: Any) -> Code:
     return SQUARE if codes.dtype == jnp.uint8 else LINEAR
 
 
+@functools.partial(jax.jit, static_argnames=("code", "block"))  # traced once for arrays alike
 def encode(
     code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None
 ) -> tuple[Integer[Array, "*axes n"], Float[Array, "*axes blocks"]]:

@@ -9,18 +9,21 @@ import natgalore_jax
 
 
 ROOMS = [
-    {"checks", "control", "linalg", "programs", "spec", "stacks", "tables"},
+    {"checks", "control", "linalg", "programs", "shapes", "spec", "stacks", "tables"},
     {"manual", "roles", "tagged"},
-    {"kinds", "placement", "products", "rules"},
+    {"kinds", "placement", "products", "rules", "spectra"},
     {"codes", "layout", "uses"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay", "lowrank"},
-    {"residual", "signs", "sweep", "transport"},
+    {"ladder", "residual", "signs", "sweep", "transport"},
     {"lift", "refresh"},
     {"lower"},
     {"backward", "engine"},
     {"costs", "project", "turns", "whole"},
     {"gradients", "recipes", "diagnostics", "memory", "offload", "quantize", "rounding"},
-    {"explain", "nnx", "report", "sharding"},
+    {"counts", "explain", "nnx", "report", "sharding"},
+    {"planned"},
+    {"plan"},
+    {"__main__"},
 ]
 FILES = {
     path.stem: path

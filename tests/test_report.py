@@ -10,7 +10,7 @@ from flax import linen
 from rich.console import Console
 
 import natgalore_jax as natgalore
-from natgalore_jax.memory import bytes_by_leaf, human_bytes
+from natgalore_jax.memory import bytes_by_leaf, human_bytes, nbytes
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -126,6 +126,33 @@ def test_every_byte_is_counted_once():
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     assert report.total["adamw"] == sum(sizes)
     assert sum(bytes_by_leaf(state, ABSTRACT).values()) == sum(sizes) - 4  # the step count
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "held"),
+    [
+        ("int4", (3, 5), 8),  # two share a byte, and the last has one of its own
+        ("uint4", (4, 4), 8),
+        ("float4_e2m1fn", (4, 4), 8),
+        ("int2", (3, 5), 4),
+        ("float8_e4m3fn", (3, 5), 15),
+        ("bool", (3, 5), 15),
+        ("bfloat16", (), 2),
+        ("complex64", (3,), 24),
+        ("int4", (0, 5), 0),
+    ],
+)
+def test_bytes_are_packed(dtype, shape, held):
+    assert nbytes(jax.ShapeDtypeStruct(shape, dtype)) == held
+
+
+def test_a_report_counts_packed_state():
+    four_bits = lambda params: jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int4), params)
+    tx = optax.GradientTransformation(four_bits, lambda g, state, params=None: (g, state))
+    report = natgalore.memory_report(ABSTRACT, {"packed": tx})
+    assert report.total["packed"] == (99 * 16 + 4 * 16 * 40) // 2
+    keys = optax.GradientTransformation(lambda params: jax.random.key(0), tx.update)
+    assert natgalore.memory_report(ABSTRACT, {"a key": keys}).total["a key"] == 8
 
 
 def test_memory_report_refuses_nothing_to_report():
