@@ -6,6 +6,7 @@ Candidates (`ladder.py`) are counted by the state that the optimizer itself woul
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ def plan(
       bits: 8 or 32, of the moments and bases that :func:`quantized` can encode. With `bits=32` the
         recipe may be quantized by itself.
       low_rank_gradients: whether gradients come from :func:`value_and_grad`, as cores, for which
-        the optimizer refreshes all at once.
+        the optimizer has no residual and refreshes all at once.
       reserve: bytes of the budget to leave alone.
       step: makes of an optimizer the training step, a function `(params, opt_state, *batch)`, best
         jitted with both donated. It is compiled for each candidate, up to seven, and what it holds
@@ -95,6 +96,8 @@ def plan(
     _check_goal(budget, rank, energy, grads)
     if low_rank_gradients and settings.get("residual") is not None:
         raise ValueError("`residual` needs whole gradients: low_rank_gradients=False.")
+    if low_rank_gradients and _residual(recipe, settings) is not None:
+        settings["residual"] = None
     settings = {"refresh_every": 200, "stagger": not low_rank_gradients, **settings}
     roles = tuple(ROLES) if bits == 8 else ()
 
@@ -121,7 +124,7 @@ def plan(
     rank, bill = candidates[chosen], bills(chosen)
     savings = {}
     if bill.total > left:
-        may_be_low = settings.get("residual") is None
+        may_be_low = _residual(recipe, settings) is None
         savings = _savings(functools.partial(made, rank), params, low_rank_gradients, may_be_low)
     return Plan(
         settings={"rank": rank, **settings},
@@ -148,6 +151,12 @@ def _check_goal(budget: int | None, rank: Any, energy: Any, grads: Any) -> None:
             raise ValueError(f"`energy` is a share, at most 1, got {energy}.")
         if grads is None:
             raise ValueError("`energy` is that of `grads`: give them too.")
+
+
+def _residual(recipe: Callable[..., Any], settings: Mapping[str, Any]) -> Any:
+    """That of the optimizer which the recipe makes with these settings."""
+    parameter = inspect.signature(recipe).parameters.get("residual")
+    return settings.get("residual", parameter.default if parameter else None)
 
 
 def _specs(tx: optax.GradientTransformation, params: PyTree) -> list[LeafSpec]:

@@ -455,6 +455,10 @@ def test_what_does_not_fit_is_said_and_what_helps():
         params, 1, rank=8, bits=32, low_rank_gradients=False, residual="isotropic"
     )
     assert "low_rank_gradients=True" not in residual.savings
+    by_default = natgalore.plan(
+        params, 1, rank=8, bits=32, low_rank_gradients=False, recipe=natgalore.natural_galore
+    )
+    assert "low_rank_gradients=True" not in by_default.savings
 
 
 def test_it_says_where_adamw_fits():
@@ -669,3 +673,17 @@ def test_a_bill_of_any_optimizer():
     bill = bill_of(optax.sgd(1.0), tree())
     assert bill.bytes == {"weights": held(tree()), "gradients": held(tree()), "state": 0}
     assert {row.why for row in bill.rows} == {"not given to natgalore"}
+
+
+def test_a_recipe_leaves_its_residual_out_where_gradients_are_cores():
+    """As value_and_grad asks of it; the optimizer that is counted is one that it takes."""
+    params = {"up": {"kernel": jnp.ones((64, 256))}}
+    planned = natgalore.plan(params, rank=8, bits=32, recipe=natgalore.natural_galore)
+    assert planned.settings["residual"] is None
+    tx = planned.optimizer(1e-3)
+    loss = lambda params, x: jnp.sum((x @ params["up"]["kernel"]) ** 2)
+    natgalore.value_and_grad(loss, tx)(params, tx.init(params), jnp.ones((4, 64)))
+    whole = natgalore.plan(
+        params, rank=8, bits=32, recipe=natgalore.natural_galore, low_rank_gradients=False
+    )
+    assert "residual" not in whole.settings
