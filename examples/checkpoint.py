@@ -83,8 +83,9 @@ def clear(folders: list[Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "loss.png", "sample.txt"):
             (folder / name).unlink(missing_ok=True)
-        if (folder / "checkpoints").exists():
-            shutil.rmtree(folder / "checkpoints")
+        for name in ("checkpoints", "model"):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
 
 
 class Checkpoints:

@@ -17,6 +17,7 @@ import llama
 import numpy as np
 import pretrained
 import roberta
+from tokenizers import Tokenizer
 
 
 LLAMA_NAMES = {
@@ -73,6 +74,25 @@ def number(file: Path, config: Mapping[str, Any], name: str) -> Any:
     if name not in config:
         raise ValueError(f"{file} does not say {name}")
     return config[name]
+
+
+def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
+    """The tokenizer in a folder, whose tokens a model with this vocabulary knows.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or of another model.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer.json in {folder}")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no type of its own
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if (size := tokenizer.get_vocab_size()) > vocabulary:
+        raise ValueError(f"{file} has {size} tokens, the model {vocabulary}")
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def llama_config(folder: Path) -> llama.LlamaConfig:
