@@ -12,6 +12,7 @@ model that does not learn it is at the share of the most frequent label.
 
 import ast
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,33 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
             (folder / f"{file}.tsv").write_text("\n".join(lines) + "\n")
 
 
+PLACES = ("parser", "socket", "thread", "buffer", "module", "header", "stream", "format")
+
+
+def save_plans(folder: Path) -> None:
+    """Plans in TinyAgent's format: every pair of a name and a subject, in one of two wordings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = np.random.default_rng(0).permutation(list(itertools.product(PLACES, PLACES)))
+    found: dict[str, dict[str, Any]] = {"training": {}, "testing": {}}
+    for i, (name, subject) in enumerate(pairs):
+        plans = {
+            f"Write to {name} about {subject}": f'1. find("{name}")\n2. mail("$1", "{subject}")',
+            f"Note {name} in {subject}": f'1. note("{subject}", "{name}")',
+        }
+        for text, calls in plans.items():
+            plan = {
+                "type": "plan",
+                "raw_input": [{"role": "user", "content": text}],
+                "raw_output": f"{calls}\n{calls.count(chr(10)) + 2}. join()<END_OF_PLAN>",
+            }
+            found["testing" if i < 8 else "training"][f"{name}-{subject}-{text[0]}"] = {
+                "input": text,
+                "output": [plan],
+            }
+    for split, records in found.items():
+        (folder / f"{split}_data.json").write_text(json.dumps(records, indent=1))
+
+
 @dataclass(frozen=True)
 class Config:
     """Make small models and records of the standard library's text."""
@@ -184,6 +212,7 @@ def make(out: Path) -> None:
     save_llama(out / "llama", tokenizer)
     for name, task in glue.TASKS.items():
         save_task(out / "glue" / task.name, name, pool)
+    save_plans(out / "plans")
 
 
 def main() -> None:
