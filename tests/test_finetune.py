@@ -71,7 +71,10 @@ class TestMetrics:
             measured = glue.measure(task, *classes)
             assert measured == pytest.approx({name: expected[name] for name in measured})
         assert list(glue.measure("cola", *classes)) == ["Matthews"]
-        assert list(glue.measure("qqp", *classes)) == ["accuracy", "F1"]
+        for task in ("mrpc", "qqp"):
+            assert list(glue.measure(task, *classes)) == ["accuracy", "F1"]
+        for task in ("sst2", "qnli", "rte"):
+            assert list(glue.measure(task, *classes)) == ["accuracy"]
         assert glue.measure("mnli", np.array([2]), np.eye(3)[2:], of="matched") == {
             "accuracy matched": 1
         }
@@ -213,6 +216,13 @@ def functions(optimizer: str) -> finetuning.Functions:
 class TestMethods:
     def test_lora_trains_its_sums_and_the_head_alone(self):
         lora, full = functions("lora"), functions("adamw")
+        labels = np.array([0, 1], np.int32)
+        losses = [  # of one state and batch, which differ by what is dropped
+            lora.train_step(lora.init(jax.random.key(0)), (np.int32(step), TOKENS, labels))[1]
+            for step in (1, 1, 2)
+        ]
+        assert losses[0] == losses[1] != losses[2]
+
         state, whole = (f.init(jax.random.key(0)) for f in (lora, full))
         logits = jax.jit(lambda params: lora.model(params)(TOKENS))
         plain = jax.jit(lambda params: full.model(params)(TOKENS))
@@ -227,7 +237,7 @@ class TestMethods:
         assert layer["up"]["lora_a"].shape == (16, 3)
         assert layer["up"]["lora_b"].shape == (3, 24)
         for step in range(1, 4):
-            batch = np.int32(step), TOKENS, np.array([0, 1], np.int32)
+            batch = np.int32(step), TOKENS, labels
             state, _ = lora.train_step(state, batch)
         jax.tree.map(np.testing.assert_array_equal, state.params["frozen"], frozen)
         for leaf, at_first in zip(

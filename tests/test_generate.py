@@ -78,7 +78,9 @@ def written(net, prompt, count, temperature=0.0, seed=0, end=None) -> list[int]:
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("prompt", [[7], [1, 2, 3, 4], [9, 8, 7, 6, 5]], ids=len)
+    @pytest.mark.parametrize(
+        "prompt", [[7], [1, 2, 3, 4], [9, 8, 7, 6, 5], [3, 41, 7], [31, 4, 15, 9, 26]]
+    )
     def test_the_likeliest_tokens_are_those_without_a_cache(self, prompt):
         net = model(SMALL)
         net.head.kernel[...] = net.head.kernel[...] * 100  # clear winners
