@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import command_line
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import settings
 
 from natgalore_jax.engine import FORMAT_VERSION
 
@@ -83,8 +83,9 @@ def clear(folders: list[Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "loss.png", "sample.txt"):
             (folder / name).unlink(missing_ok=True)
-        if (folder / "checkpoints").exists():
-            shutil.rmtree(folder / "checkpoints")
+        for name in ("checkpoints", "model"):
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
 
 
 class Checkpoints:
@@ -95,7 +96,7 @@ class Checkpoints:
         sha256: digest of the text.
     """
 
-    def __init__(self, config: settings.Config, sha256: str):
+    def __init__(self, config: command_line.Run, sha256: str):
         self.folder = config.out
         self.belongs_to = {
             "format": FORMAT,
@@ -173,7 +174,7 @@ class Checkpoints:
                     f"the checkpoint in {self.folder} is of another version: "
                     f"its {what} have format {version}, these examples read {ours}"
                 )
-        if differs := settings.difference(belongs_to["config"], self.belongs_to["config"]):
+        if differs := command_line.difference(belongs_to["config"], self.belongs_to["config"]):
             raise WrongCheckpoint(f"the checkpoint in {self.folder} is of another run: {differs}")
         if belongs_to["text"] != self.belongs_to["text"]:
             raise WrongCheckpoint(f"the text is not the one that the run in {self.folder} read")

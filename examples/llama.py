@@ -9,6 +9,7 @@
 No biases, an untied head, and every weight of a layer a plain matrix: what an optimizer that
 projects matrices likes to see. With `scan=True` the layers are one stack of weights (layers, m, n)
 and one compiled body, so that compilation does not grow with depth; the function is the same.
+Weights of Hugging Face's Llamas come in and go out through `hugging_face.py`.
 """
 
 import math
@@ -40,6 +41,10 @@ class LlamaConfig:
             training step took 18 ms for 34 on one H100), as `jax.nn.dot_product_attention` says.
         activations: how the embedded tokens lie on a mesh, from which the compiler infers how all
             others do; by default it infers these too.
+        kv_heads: heads of keys and values, each shared by `heads / kv_heads` queries (grouped-query
+            attention, arXiv 2305.13245); by default each query has its own.
+        theta: base of the rotary frequencies.
+        epsilon: what the norms add to a mean square.
     """
 
     hidden: int
@@ -52,12 +57,25 @@ class LlamaConfig:
     dtype: jax.typing.DTypeLike = jnp.float32
     attention: Literal["xla", "cudnn"] = "xla"
     activations: jax.sharding.NamedSharding | None = None
+    kv_heads: int | None = None
+    theta: float = 10_000.0
+    epsilon: float = 1e-6
 
     def __post_init__(self):
         if self.hidden % (2 * self.heads):
             raise ValueError(
                 f"hidden must be a multiple of 2 * heads, got {self.hidden} and {self.heads} heads"
             )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(f"heads must be a multiple of kv_heads, got {self.kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def key_width(self) -> int:
+        return self.head_dim * (self.kv_heads or self.heads)
 
 
 CONFIGS = {
@@ -67,6 +85,7 @@ CONFIGS = {
     "350m": LlamaConfig(1024, 2736, heads=16, layers=24),
     "1b": LlamaConfig(2048, 5461, heads=32, layers=24),
     "7b": LlamaConfig(4096, 11008, heads=32, layers=32),
+    "tinyllama": LlamaConfig(2048, 5632, heads=32, layers=22, kv_heads=4, epsilon=1e-5),
 }
 
 
@@ -77,7 +96,7 @@ def linear(config: LlamaConfig, m: int, n: int, stddev: float, rngs: nnx.Rngs) -
 
 
 def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden, dtype=config.dtype, rngs=rngs)
+    return nnx.RMSNorm(config.hidden, epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
 
 
 def inner_stddev(config: LlamaConfig) -> float:
@@ -90,9 +109,11 @@ def outer_stddev(config: LlamaConfig) -> float:
     return inner_stddev(config) / math.sqrt(2 * config.layers)
 
 
-def rotary_angles(length: int, head_dim: int) -> Float[Array, "length half"]:
-    """Angle of each position and frequency: position / 10000^(2 i / head_dim)."""
-    frequencies = 10_000.0 ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rotary_angles(
+    length: int, head_dim: int, theta: float = 10_000.0
+) -> Float[Array, "length half"]:
+    """Angle of each position and frequency: position / theta^(2 i / head_dim)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     return jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
 
 
@@ -111,28 +132,35 @@ def rotate(
 
 
 class Attention(nnx.Module):
-    """Causal multi-head attention, all four matrices (hidden, hidden)."""
+    """Causal multi-head attention; query and out are (hidden, hidden)."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        self.heads, self.implementation = config.heads, config.attention
-        inner = partial(linear, config, config.hidden, config.hidden, inner_stddev(config))
-        self.query = inner(rngs)
-        self.key = inner(rngs)
-        self.value = inner(rngs)
+        self.config = config
+        inner = partial(linear, config, config.hidden, stddev=inner_stddev(config), rngs=rngs)
+        self.query = inner(config.hidden)
+        self.key = inner(config.key_width)
+        self.value = inner(config.key_width)
         self.out = linear(config, config.hidden, config.hidden, outer_stddev(config), rngs)
+
+    def heads(self, x: Float[Array, "batch length hidden"]) -> list[Array]:
+        """Queries, keys and values, (batch, length, heads, head_dim) each."""
+        split = (*x.shape[:2], -1, self.config.head_dim)
+        return [f(x).reshape(split) for f in (self.query, self.key, self.value)]
+
+    def angles(self, length: int) -> Float[Array, "length half"]:
+        return rotary_angles(length, self.config.head_dim, self.config.theta)
 
     def __call__(
         self, x: Float[Array, "batch length hidden"]
     ) -> Float[Array, "batch length hidden"]:
-        split = (*x.shape[:2], self.heads, x.shape[2] // self.heads)
-        query, key, value = (f(x).reshape(split) for f in (self.query, self.key, self.value))
-        angles = rotary_angles(split[1], split[3])
+        query, key, value = self.heads(x)
+        angles = self.angles(x.shape[1])
         mixed = jax.nn.dot_product_attention(
             rotate(query, angles),
             rotate(key, angles),
             value,
             is_causal=True,
-            implementation=self.implementation,
+            implementation=self.config.attention,
         )
         return self.out(mixed.reshape(x.shape))
 

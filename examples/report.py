@@ -57,7 +57,8 @@ class Run(NamedTuple):
     Attributes:
         header: config, environment, data, number of parameters, bytes of state.
         records: step, tokens, seconds, train_loss, tokens_per_second, and where it was measured
-            validation_loss; losses in nats per token.
+            validation_loss and, of a task that has others, metrics by their names; losses in nats
+            per token or per record.
     """
 
     header: dict[str, Any]
@@ -71,6 +72,10 @@ class Run(NamedTuple):
         """Tokens seen and values of `train_loss` or `validation_loss`."""
         measured = [record for record in self.records if kind in record]
         return [record["tokens"] for record in measured], [record[kind] for record in measured]
+
+    def metrics(self) -> dict[str, float]:
+        """Those measured last."""
+        return next((r["metrics"] for r in reversed(self.records) if "metrics" in r), {})
 
     def tokens_per_second(self) -> float:
         """Mean speed of training, without its first step, which warms up."""
@@ -140,7 +145,10 @@ class Display:
     def show(self, record: dict[str, Any]) -> None:
         """Shows a record of the log."""
         if "validation_loss" in record:
-            self.validation = [f"validation {record['validation_loss']:.3f}"]
+            self.validation = [
+                f"validation {record['validation_loss']:.3f}",
+                *(f"{name} {value:.3f}" for name, value in record.get("metrics", {}).items()),
+            ]
         step, status = record["step"], self.validation
         if "train_loss" in record:
             taken = step - self.first
@@ -180,6 +188,7 @@ def show_table(runs: Sequence[Run]) -> None:
     rows = {
         "training loss": lambda run: f"{run.losses('train_loss')[1][-1]:.3f}",
         "validation loss": lambda run: f"{run.losses('validation_loss')[1][-1]:.3f}",
+        **{name: lambda run, name=name: f"{run.metrics()[name]:.3f}" for name in runs[0].metrics()},
         "tokens/s": lambda run: f"{run.tokens_per_second():,.0f}",
         "optimizer state": lambda run: megabytes(run.header["state_bytes"]),
         "AdamW's state": lambda run: megabytes(run.header["adamw_state_bytes"]),

@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import command_line
 import jax
 import pretrain
 import report
@@ -27,6 +28,7 @@ import settings
 import shards
 import tyro
 from jax.sharding import NamedSharding, PartitionSpec
+from loop import TrainState
 
 import natgalore_jax as natgalore
 
@@ -79,7 +81,7 @@ def from_command_line() -> Config:
     Raises:
         ValueError: something makes no sense, or does not fit them.
     """
-    config = settings.from_command_line(Config)
+    config = command_line.from_command_line(Config)
     if config.devices != jax.config.jax_num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.devices)
     if config.distributed:
@@ -105,8 +107,8 @@ def make_functions(config: Config) -> pretrain.Functions:
         params,
         zero_axis=("fsdp", "data") if config.zero else "fsdp",
     )
-    state = pretrain.TrainState(params, opt_state)
-    mine = pretrain.TrainState(*map(bytes_per_device, abstract, state))
+    state = TrainState(params, opt_state)
+    mine = TrainState(*map(bytes_per_device, abstract, state))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return pretrain.Functions(
         init=jax.jit(functions.init, out_shardings=state),

@@ -30,8 +30,10 @@ from flax import nnx
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import checkpoint
+import command_line
 import data
 import llama
+import loop
 import pretrain
 import report
 import sample
@@ -292,7 +294,7 @@ def run(monkeypatch, tmp_path):
     Path("text").write_text(TEXT)
     tiny = replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
     monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
-    monkeypatch.setattr(pretrain, "LOG_EVERY", 2)
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
     monkeypatch.setattr(pretrain, "SAMPLE_BYTES", 20)
     monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 2)
     monkeypatch.setattr(pretrain, "make_functions", make_functions_once)
@@ -524,7 +526,7 @@ class TestCommandLine:
 
     def test_a_loss_that_is_not_finite_ends_the_run_unsaved(self, run, monkeypatch):
         def functions(config):
-            state = pretrain.TrainState({"w": jnp.zeros(2)}, ())
+            state = loop.TrainState({"w": jnp.zeros(2)}, ())
             step = jax.jit(lambda state, tokens: (state, jnp.nan))
             return pretrain.Functions(lambda key: state, step, lambda params, tokens: 5.5)
 
@@ -741,14 +743,14 @@ class TestResume:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         handler = signal.getsignal(signal.SIGINT)
-        with pretrain.Interrupts() as interrupts:
+        with loop.Interrupts() as interrupts:
             assert not interrupts.signal
             interrupt()
             assert interrupts.signal == signal.SIGINT
             assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) is handler
-        with pretrain.Interrupts() as interrupts:
+        with loop.Interrupts() as interrupts:
             signal.raise_signal(signal.SIGTERM)
             assert interrupts.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -958,7 +960,7 @@ class TestReport:
         assert tenth.endswith("3:00 left")  # 20 s for 10 steps
 
     def test_tyros_box_becomes_a_line(self):
-        assert doctest.testmod(settings).failed == 0
+        assert doctest.testmod(command_line).failed == 0
 
     def test_no_terminal_gets_plain_lines(self, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "40")

@@ -30,6 +30,7 @@ from .test_examples import (
 
 
 import llama  # isort: skip
+import loop  # isort: skip
 import pretrain  # isort: skip
 import sharded  # isort: skip
 import shards  # isort: skip
@@ -59,7 +60,8 @@ def run(monkeypatch, small):
     `run.made` holds the functions of each config of sharded.py.
     """
     Path("text").write_text(TEXT)
-    for name, value in {"LOG_EVERY": 1, "SAMPLE_BYTES": 20, "VALIDATION_BATCHES": 1}.items():
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    for name, value in {"SAMPLE_BYTES": 20, "VALIDATION_BATCHES": 1}.items():
         monkeypatch.setattr(pretrain, name, value)
     make = sharded.make_functions
 
