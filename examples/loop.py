@@ -194,7 +194,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
 def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return textwrap.shorten(str(error), 300)
+    return textwrap.shorten(str(error), 1000)
 
 
 @contextlib.contextmanager

@@ -308,7 +308,7 @@ def run(monkeypatch, tmp_path, tiny, capsys):
 
 
 # What a model reaches that guesses the most frequent label is 0 (correlations) or about 0.6.
-LEARNED = {"cola": 0.8, "stsb": 0.7, "mnli": 0.75}
+LEARNED = {"cola": 0.8, "stsb": 0.6, "mnli": 0.7}
 
 
 class TestGlue:
