@@ -219,7 +219,7 @@ class Engine:
         else:
             norm = None
         lifted, norm = local(
-            functools.partial(lift, self.scale, self.residual),
+            functools.partial(lift, self.scale, self.residual, layout),
             (weights, norm),
             *(answer, decay, finite, bases, weights, left),
         )

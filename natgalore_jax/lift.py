@@ -1,5 +1,6 @@
 """From inner's answers U back to the leaves: P U, P U Qᵀ, what was left out, and decay."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .basis import expand, from_core
+from .linalg import polar
+from .placement import Layout, dealt
 from .residual import Residual, added
 from .spec import Basis, is_core
 
@@ -14,6 +17,7 @@ from .spec import Basis, is_core
 def lift(
     scale: Any,
     residual: str | Residual | None,
+    layout: Layout,
     answer: PyTree,
     decay: list[Any],
     finite: PyTree,
@@ -26,6 +30,7 @@ def lift(
     Args:
       scale: of projected leaves.
       residual: what makes S; None for none.
+      layout: of the leaves, as far as known.
       answer: inner's, with Cores.
       decay: the a of each Core, or None.
       finite: whether the gradients are, with Cores.
@@ -48,7 +53,8 @@ def lift(
             G, R, *before = left
             G = P.spec.to_view(G).astype(dtype)
             size = before[0].value if before else None
-            U, S, size = added(residual, G, R.value, U, ok.value, size, *factors)
+            whole = functools.partial(dealt, polar, P.spec, layout)
+            U, S, size = added(residual, G, R.value, U, ok.value, size, *factors, polar=whole)
             norm = before[0].replace(size) if before else None
         full = from_core(w.dtype, scale * U, *factors)
         if S is not None:

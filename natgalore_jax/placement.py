@@ -15,8 +15,9 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -241,6 +242,36 @@ def over_shards(
         axis_names=names,
         check_vma=False,
     )(G.reshape(spec.sizes), which, state)
+
+
+def dealt(f: Callable[[Array], Array], spec: LeafSpec, layout: Layout, x: Array) -> Array:
+    """`f(x)` of the matrices of a leaf, (*batch, m, n), each of which it meets whole on a device.
+
+    For products of a matrix with itself, for each of which shards would be gathered. The matrices
+    of a stack are dealt out over the devices that share each of them; where their number does not
+    allow that, each of these devices works on all.
+    """
+    context = get_abstract_mesh()
+    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else layout.mesh
+    entry = _by_axis(spec, layout.at(spec.path))
+    sides = [_merged(spec, axes, entry) for axes in (spec.rows, spec.cols)]
+    batch = [[*held(entry[axis])] for axis in spec.batch]
+    shared = [name for side in sides for name in held(side)]
+    if mesh is None or not shared or not _are_auto(mesh, [*itertools.chain(*batch), *shared]):
+        return f(x)
+    lies = PartitionSpec(*[entry[axis] for axis in spec.batch], *sides)
+    for name in shared:
+        for names, size in zip(batch, spec.batch_shape, strict=True):
+            if size % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
+                names.append(name)
+                break
+    whole = NamedSharding(mesh, trimmed([tuple(names) or None for names in batch]))
+    return place(place(f(place(x, whole)), whole), NamedSharding(mesh, lies))
+
+
+def _are_auto(mesh: Mesh | AbstractMesh, names: Collection[str]) -> bool:
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return all(types[name] == AxisType.Auto for name in names)
 
 
 def entered(tree: PyTree) -> contextlib.AbstractContextManager[Any]:

@@ -117,6 +117,7 @@ def added(
     finite: Bool[Array, "*batch"],
     before: Float[Array, "*batch"] | None,
     *bases: Array,
+    polar: Callable[[Array], Array] = polar,
 ) -> tuple[Float[Array, "*batch r k"], Float[Array, "*batch m n"], Float[Array, "*batch"] | None]:
     """P U + S as P U' + S': U', S', and the norm of S if it is limited.
 
@@ -128,6 +129,7 @@ def added(
       finite: where they are; elsewhere S is 0, which leaves the norm as it was.
       before: |S_before|; None if it is not limited.
       *bases: P, or P and Q.
+      polar: of (2), on a mesh one that knows how G lies.
     """
     whole = finite[..., None, None]
     G = jnp.where(whole, G, 0)
@@ -135,7 +137,7 @@ def added(
         phi = isotropic(G, R, *(P.shape[-2] for P in bases))
         return U - phi * R, phi * G, None
     if residual == "whitened":
-        return U, whitened(G, R, *bases), None
+        return U, whitened(G, R, *bases, polar=polar), None
     if callable(residual):
         S = _each(residual, len(finite.shape))(G - from_core(G.dtype, R, *bases), R, U)
         if jnp.shape(S) != G.shape:
@@ -165,7 +167,10 @@ def isotropic(
 
 
 def whitened(
-    G: Float[Array, "*batch m n"], R: Float[Array, "*batch r k"], *bases: Array
+    G: Float[Array, "*batch m n"],
+    R: Float[Array, "*batch r k"],
+    *bases: Array,
+    polar: Callable[[Array], Array] = polar,
 ) -> Float[Array, "*batch m n"]:
     """S of (2)."""
     (m, n), (r, k) = G.shape[-2:], R.shape[-2:]

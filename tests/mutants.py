@@ -399,6 +399,8 @@ MUTANTS = [
         'UNLIMITED = (None, "isotropic", "whitened")',
         'UNLIMITED = (None, "whitened")',
     ),
+    Mutant("placement", "matrices in shards are multiplied", "mesh is None or not shared", "True"),
+    Mutant("placement", "matrices are never dealt out", "names.append(name)", "pass"),
     Mutant("residual", "whitened without damping", "/ of_G) + DAMPING)", "/ of_G))"),
     Mutant("residual", "whitened rounding", "if directions == 0:", "if False:"),
     Mutant(

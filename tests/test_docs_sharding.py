@@ -109,14 +109,14 @@ def test_the_offloading_table_is_the_measured_one():
         ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("label", "spec", "shape"),
     [
-        ("fsdp, none", P("fsdp"), (256, 512)),
-        ("none, fsdp", P(None, "fsdp"), (256, 512)),
-        ("fsdp, tensor", P("fsdp", "tensor"), (256, 512)),
-        ("layers on fsdp, four of them", P("fsdp"), (4, 256, 512)),
+        pytest.param("fsdp, none", P("fsdp"), (256, 512), marks=pytest.mark.slow),
+        pytest.param("none, fsdp", P(None, "fsdp"), (256, 512), marks=pytest.mark.slow),
+        pytest.param("fsdp, tensor", P("fsdp", "tensor"), (256, 512), marks=pytest.mark.slow),
+        ("four layers, fsdp, none", P(None, "fsdp"), (4, 256, 512)),
+        pytest.param("four layers, on fsdp", P("fsdp"), (4, 256, 512), marks=pytest.mark.slow),
     ],
 )
 def test_what_a_residual_moves_is_what_is_said(label, spec, shape):
@@ -138,10 +138,9 @@ def test_what_a_residual_moves_is_what_is_said(label, spec, shape):
 
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {label} |")]
     said = [int(cell.replace(",", "")) for cell in row.strip("|").split("|")[1:]]
-    # The compiler's choice, which may change: of the second by a half, of the first not.
     isotropic, whitened = moved("isotropic"), moved("whitened")
     assert isotropic == pytest.approx(said[0], rel=0.1, abs=8)
-    assert whitened == pytest.approx(said[1], rel=0.5, abs=8)
+    assert whitened == pytest.approx(said[1], rel=0.1, abs=8)
 
 
 def test_the_state_of_a_device_under_fsdp_is_what_is_said():

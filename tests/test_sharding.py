@@ -22,6 +22,7 @@ LAYOUTS = {
     "columns": (P(None, "fsdp"), (32, 48)),
     "rows and columns": (P("fsdp", "tensor"), (32, 48)),
     "layers": (P("fsdp"), (4, 32, 48)),
+    "rows of layers": (P(None, ("fsdp", "tensor")), (8, 32, 48)),
     "heads": (P("fsdp", "tensor"), (32, 4, 12)),
     "replicated": (P(), (32, 48)),
 }
@@ -113,6 +114,12 @@ def test_sharded_equals_one_device(layout, key):
 @pytest.mark.parametrize("layout", ["rows and columns", "layers"])
 def test_sharded_on_auto_axes_equals_one_device(layout, key):
     same_as_one_device(layout, AxisType.Auto, CORE, True, key)
+
+
+@pytest.mark.parametrize("layout", ["rows of layers", "columns"])
+def test_whitening_on_auto_axes_equals_one_device(layout, key):
+    """Where layers are dealt out for it, and where each device has the matrix."""
+    same_as_one_device(layout, AxisType.Auto, {}, True, key)
 
 
 @pytest.mark.slow
