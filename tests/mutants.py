@@ -409,7 +409,7 @@ MUTANTS = [
         "min(m if len(bases) == 2 else m - r, n)",
         "min(m, n)",
     ),
-    Mutant("linalg", "polar of the long side", "X.mT if tall else X)", "X)"),
+    Mutant("linalg", "polar of the long side", "return X.mT if tall else X", "return X"),
     Mutant(
         "linalg", "polar in one turn less", "lax.fori_loop(0, 5, turn", "lax.fori_loop(1, 5, turn"
     ),

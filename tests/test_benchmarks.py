@@ -155,6 +155,7 @@ def test_a_quarter_of_steps_is_as_quick_as_a_hot_one():
     assert figures["first_ms"] == pytest.approx(9000)
 
 
+@pytest.mark.slow
 def test_offloading_moves_state_and_keeps_what_it_needs(small, monkeypatch):
     what = "--size tiny --rank 8 --batch-size 2 --steps 1 --out offload.json --only adamw"
     run(bench_offload, monkeypatch, *what.split())

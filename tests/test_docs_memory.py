@@ -65,6 +65,7 @@ def test_snippets_run_and_print_what_is_said(capsys):
     assert int(capsys.readouterr().out) > 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_counts_and_compiles(small, monkeypatch):
     monkeypatch.setattr(shapes, "LLAMA", {"tiny": shapes.Sizes(32, 88, 2, 256)})
     two_layers = dataclasses.replace(llama.CONFIGS["tiny"], layers=2)

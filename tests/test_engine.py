@@ -376,7 +376,7 @@ class TestTransport:
 
 
 def test_other_leaves_are_the_inner_optimizers_alone(key):
-    tx, adam = optimizer(), optax.adamw(1e-2, weight_decay=0.1)
+    tx, adam = optimizer(), optax.adamw(1e-2, b2=0.95, weight_decay=0.1)
     params = tree(key)
     ours, theirs = tx.init(params), adam.init(params)
     for count in range(3):

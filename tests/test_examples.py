@@ -628,6 +628,7 @@ class TestResume:
         assert run("--out", "stopped", "--resume") == 0
         assert_same_run("stopped", "whole")
 
+    @pytest.mark.slow
     def test_a_log_that_cannot_be_written_stops_it_with_one_line(self, run, monkeypatch):
         def show(display, record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -214,6 +214,7 @@ def functions(optimizer: str) -> finetuning.Functions:
 
 
 class TestMethods:
+    @pytest.mark.slow
     def test_lora_trains_its_sums_and_the_head_alone(self):
         lora, full = functions("lora"), functions("adamw")
         labels = np.array([0, 1], np.int32)

@@ -173,6 +173,7 @@ def test_nnx_optimizer_equals_a_dict_of_arrays(name):
     assert_same_training(trained(name), trained_dict(name))
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_works_without_jit():
     runs = trained("galore", jit=not_jitted), trained_dict("galore", jit=not_jitted)
     assert_same_training(*runs)

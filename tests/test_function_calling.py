@@ -131,6 +131,7 @@ def run(monkeypatch, tmp_path, tiny):
 
 
 class TestFunctionCalling:
+    @pytest.mark.slow
     def test_a_few_steps_leave_a_model_that_generate_reads(self, run, capsys, tiny):
         assert run("--steps", "3", "--judged", "2", "--out", "here") == 0
         first, *_, last = report.read(Path("here/log.jsonl")).records

@@ -126,6 +126,7 @@ def call(monkeypatch, small):
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     def test_a_pretrained_model_writes_on(self, call, capsys, monkeypatch):
         Path("text").write_text("To be, or not to be, that is the question.\n" * 50)
         monkeypatch.setattr(pretrain, "SAMPLE_BYTES", 1)

@@ -163,6 +163,7 @@ def test_gradients_are_those_of_what_the_optimizer_trains():
     assert value.shape == ()
 
 
+@pytest.mark.slow
 def test_names_of_axes_stay_with_whole_gradients():
     """A core has other axes than its weight."""
     named = lambda init, *names: nnx.with_metadata(init, out_sharding=names)

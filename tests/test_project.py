@@ -133,7 +133,7 @@ class TestNothingProjected:
     @pytest.mark.filterwarnings("ignore:natgalore projects none")
     def test_it_is_plain_adam(self, key):
         params = {"norm": {"scale": jax.random.normal(key, (9,))}}
-        tx, adam = natgalore.natural_galore(1e-3), optax.adam(1e-3)
+        tx, adam = natgalore.natural_galore(1e-3), optax.adam(1e-3, b2=0.95)
         ours, _ = tx.update(params, tx.init(params), params)
         theirs, _ = adam.update(params, adam.init(params), params)
         np.testing.assert_allclose(ours["norm"]["scale"], theirs["norm"]["scale"], rtol=1e-6)

@@ -212,7 +212,7 @@ OPTIMIZERS = {
         natgalore.galore, rank=32, basis="random", residual="isotropic", refresh_every=10
     ),
 }
-SELDOM = ("galore", "random, isotropic")
+SELDOM = ("galore", "natural_galore", "random, isotropic")
 each = pytest.mark.parametrize(
     "name", [pytest.param(x, marks=pytest.mark.slow if x in SELDOM else ()) for x in OPTIMIZERS]
 )

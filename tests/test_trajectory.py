@@ -638,13 +638,13 @@ def test_a_linear_inner_at_full_rank_is_the_inner_itself():
     assert_close(after(lifted, weights, gradients), expected, atol=1e-11)
 
 
-def test_galore_is_natural_galore_without_fisher():
+def test_galore_is_natural_galore_without_residual():
     _, weights, gradients = everything("wide")
     kwargs = {"refresh_every": 3, "weight_decay": 0.1, "b1": 0.8, "b2": 0.95, "scale": 0.5}
     jax.tree.map(
         np.testing.assert_array_equal,
         after(natgalore.galore(0.1, RANK, **kwargs), weights, gradients),
-        after(natgalore.natural_galore(0.1, RANK, fisher=None, **kwargs), weights, gradients),
+        after(natgalore.natural_galore(0.1, RANK, residual=None, **kwargs), weights, gradients),
     )
 
 

@@ -29,7 +29,7 @@ SHAPES = {"layers": {"up": {"kernel": (2, 8, 12)}}, "down": {"kernel": (12, 8), 
 SAVED_AT, STEPS = 4, 10  # each matrix is refreshed before, and twice after
 
 tx = natgalore.natural_galore(
-    1e-2, rank=3, fisher="core", residual=None, refresh_every=3, weight_decay=0.1
+    1e-2, rank=3, fisher="core", residual=None, b2=0.999, refresh_every=3, weight_decay=0.1
 )
 
 
