@@ -1,6 +1,6 @@
 """Pre-train a Llama on text, byte by byte, with Natural GaLore in place of AdamW.
 
-    python examples/pretrain.py                             about three minutes on a laptop
+    python examples/pretrain.py                             about five minutes on a laptop
     python examples/pretrain.py --optimizer adamw           the same with another optimizer
     python examples/pretrain.py --compare galore,adamw      several in turn, in one picture
     python examples/pretrain.py --out runs/mine --resume    go on where it was stopped
