@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .basis import expand, from_core
+from .dealing import dealt
 from .linalg import polar
-from .placement import Layout, dealt
+from .placement import Layout
 from .residual import Residual, added
 from .spec import Basis, is_core
 

@@ -13,11 +13,8 @@ lies, and under `jit` none does, unless the user has said it, for :func:`knowing
 
 import contextlib
 import contextvars
-import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,9 +45,9 @@ def partition_of(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSp
       spec: the leaf's, or for a basis of the other side that turned.
       param: of the leaf.
     """
-    entry = _by_axis(spec, param)
+    entry = by_axis(spec, param)
     batch = [entry[axis] for axis in spec.batch]
-    rows, cols = _merged(spec, spec.rows, entry), _merged(spec, spec.cols, entry)
+    rows, cols = merged(spec, spec.rows, entry), merged(spec, spec.cols, entry)
     if spec.both and role != "basis":
         cols = None  # r wide
     rest: list[Entry] = {
@@ -92,7 +89,7 @@ def fitting(
     return trimmed([e if fits(e, n) else None for e, n in zip(param, shape, strict=False)])
 
 
-def _by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
+def by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
     """The entries of `param` for the axes that `spec` speaks of."""
     left = iter([*param, *[None] * (len(spec.shape) - len(param))])
     cuts = len(spec.sizes) - len(spec.shape)
@@ -105,7 +102,7 @@ def _by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
     return out
 
 
-def _merged(spec: LeafSpec, axes: tuple[int, ...], entry: list[Entry]) -> Entry:
+def merged(spec: LeafSpec, axes: tuple[int, ...], entry: list[Entry]) -> Entry:
     """How axes that are merged into one lie: as the first, where the others are whole."""
     first, *others = [entry[axis] for axis in axes if spec.sizes[axis] > 1] or [None]
     return None if any(other is not None for other in others) else first
@@ -193,85 +190,6 @@ def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, x), specs, is_leaf=is_spec)
     with use_abstract_mesh(mesh):
         return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
-
-
-def batch_partition(spec: LeafSpec, layout: Layout) -> PartitionSpec:
-    """How the batch axes of a leaf are sharded; an empty one where they are whole."""
-    entry = _by_axis(spec, layout.at(spec.path))
-    return trimmed([entry[axis] for axis in spec.batch])
-
-
-def over_shards(
-    f: Callable[..., PyTree],
-    spec: LeafSpec,
-    layout: Layout,
-    G: Array,
-    which: PyTree,
-    state: PyTree,
-) -> PyTree:
-    """`f(spec, G, which, state)` on each device's own matrices, where batch axes are sharded.
-
-    A loop over the matrices of a stack would gather it whole to cut one out.
-
-    Args:
-      f: from a leaf's spec, G, and arrays whose batch axes come first, to new ones of the last.
-      spec: of the leaf.
-      layout: of the gradients.
-      G: in the leaf's shape.
-      which: arrays that are not returned.
-      state: those that are.
-    """
-    batch = batch_partition(spec, layout)
-    if not batch:
-        return f(spec, G, which, state)
-    entry = _by_axis(spec, layout.at(spec.path))
-    names = {name for part in batch for name in held(part)}
-    context = get_abstract_mesh()
-    mesh = layout.mesh if context.empty else context
-    sizes = [
-        size // math.prod(mesh.shape[name] for name in held(entry[axis]) if axis in spec.batch)
-        for axis, size in enumerate(spec.sizes)
-    ]
-    own = dataclasses.replace(spec, shape=tuple(sizes), split=())
-    stacked = PartitionSpec(*[x if a in spec.batch else None for a, x in enumerate(entry)])
-    return jax.shard_map(
-        functools.partial(f, own),
-        mesh=mesh,
-        in_specs=(stacked, batch, batch),
-        out_specs=batch,
-        axis_names=names,
-        check_vma=False,
-    )(G.reshape(spec.sizes), which, state)
-
-
-def dealt(f: Callable[[Array], Array], spec: LeafSpec, layout: Layout, x: Array) -> Array:
-    """`f(x)` of the matrices of a leaf, (*batch, m, n), each of which it meets whole on a device.
-
-    For products of a matrix with itself, for each of which shards would be gathered. The matrices
-    of a stack are dealt out over the devices that share each of them; where their number does not
-    allow that, each of these devices works on all.
-    """
-    context = get_abstract_mesh()
-    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else layout.mesh
-    entry = _by_axis(spec, layout.at(spec.path))
-    sides = [_merged(spec, axes, entry) for axes in (spec.rows, spec.cols)]
-    batch = [[*held(entry[axis])] for axis in spec.batch]
-    shared = [name for side in sides for name in held(side)]
-    if mesh is None or not shared or not _are_auto(mesh, [*itertools.chain(*batch), *shared]):
-        return f(x)
-    lies = PartitionSpec(*[entry[axis] for axis in spec.batch], *sides)
-    for name in shared:
-        for names, size in zip(batch, spec.batch_shape, strict=True):
-            if size % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
-                names.append(name)
-                break
-    whole = NamedSharding(mesh, trimmed([tuple(names) or None for names in batch]))
-    return place(place(f(place(x, whole)), whole), NamedSharding(mesh, lies))
-
-
-def _are_auto(mesh: Mesh | AbstractMesh, names: Collection[str]) -> bool:
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return all(types[name] == AxisType.Auto for name in names)
 
 
 def entered(tree: PyTree) -> contextlib.AbstractContextManager[Any]:

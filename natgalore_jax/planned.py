@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from .counts import Row
+from .counts import Bill, Row
 from .quantize import quantized
 from .select import Rank
 from .tables import alike, human_bytes, rich_table, table
@@ -16,7 +16,7 @@ KINDS = ("weights", "gradients", "state")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Bill):
     """What :func:`natgalore.plan` decided and counted; prints as a table and a verdict.
 
     Attributes:
@@ -35,8 +35,6 @@ class Plan:
     settings: dict[str, Any]
     roles: tuple[str, ...]
     low_rank_gradients: bool
-    rows: list[Row]
-    dtypes: dict[str, dict[str, int]]
     budget: int | None
     adamw: int
     savings: dict[str, int]
@@ -46,15 +44,6 @@ class Plan:
     def rank(self) -> Rank:
         """As the recipes take it: a number, or rules."""
         return self.settings["rank"]
-
-    @property
-    def bytes(self) -> dict[str, int]:
-        """By kind."""
-        return {kind: sum(held.values()) for kind, held in self.dtypes.items()}
-
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
 
     @property
     def fits(self) -> bool:

@@ -17,7 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from .control import chosen, when, where_due
-from .placement import Layout, batch_partition, over_shards
+from .dealing import batch_partition, over_shards
+from .placement import Layout
 from .spec import LeafSpec
 
 

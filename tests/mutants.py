@@ -337,7 +337,7 @@ MUTANTS = [
         "False",
     ),
     Mutant(
-        "placement",
+        "dealing",
         "a stack is gathered",
         "if not batch:\n        return f(",
         "if True:\n        return f(",
@@ -399,8 +399,8 @@ MUTANTS = [
         'UNLIMITED = (None, "isotropic", "whitened")',
         'UNLIMITED = (None, "whitened")',
     ),
-    Mutant("placement", "matrices in shards are multiplied", "mesh is None or not shared", "True"),
-    Mutant("placement", "matrices are never dealt out", "names.append(name)", "pass"),
+    Mutant("dealing", "matrices in shards are multiplied", "mesh is None or not shared", "True"),
+    Mutant("dealing", "matrices are never dealt out", "names.append(name)", "pass"),
     Mutant("residual", "whitened without damping", "/ of_G) + DAMPING)", "/ of_G))"),
     Mutant("residual", "whitened rounding", "if directions == 0:", "if False:"),
     Mutant(
@@ -685,6 +685,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "quantize": ["test_quantize"],
     "rounding": ["test_rounding"],
     "placement": ["test_sharding", "test_manual"],
+    "dealing": ["test_sharding", "test_docs_sharding"],
     "roles": ["test_roles", "test_partners"],
     "spec": ["test_spec", "test_trajectory"],
 }

@@ -12,7 +12,7 @@ ROOMS = [
     {"checks", "control", "linalg", "programs", "shapes", "spec", "stacks", "tables"},
     {"manual", "roles", "tagged"},
     {"kinds", "placement", "products", "rules", "spectra"},
-    {"codes", "layout", "uses"},
+    {"codes", "dealing", "layout", "uses"},
     {"select", "basis", "boxes", "fisher_core", "fisher_window", "decay", "lowrank"},
     {"ladder", "residual", "signs", "sweep", "transport"},
     {"lift", "refresh"},
