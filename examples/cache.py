@@ -70,13 +70,18 @@ def extend(
     """
     x = model.embed(tokens)
     if model.config.scan:
-        structure, weights = nnx.split(model.layers)
 
-        def apply(x, layer):
+        def apply(structure, x, layer):
             weights, past = layer
             return extend_layer(nnx.merge(structure, weights), x, past, start)
 
-        x, past = jax.lax.scan(apply, x, (weights, past))
+        pasts, each = [], model.config.layers // model.config.stacks
+        for i, stack in enumerate(model.stacks()):
+            structure, weights = nnx.split(stack)
+            its = jax.tree.map(lambda one, i=i: one[i * each : (i + 1) * each], past)
+            x, its = jax.lax.scan(partial(apply, structure), x, (weights, its))
+            pasts.append(its)
+        past = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *pasts)
     else:
         pasts = []
         for i, layer in enumerate(model.layers):

@@ -8,7 +8,8 @@
 
 No biases, an untied head, and every weight of a layer a plain matrix: what an optimizer that
 projects matrices likes to see. With `scan=True` the layers are one stack of weights (layers, m, n)
-and one compiled body, so that compilation does not grow with depth; the function is the same.
+and one compiled body, so that compilation does not grow with depth; the function is the same. With
+`stacks=4` they are four, since what an optimizer does to a weight is an array as large as a stack.
 Weights of Hugging Face's Llamas come in and go out through `hugging_face.py`.
 """
 
@@ -35,8 +36,10 @@ class LlamaConfig:
         layers: depth.
         vocabulary: number of tokens.
         scan: stack the layers and scan over them, instead of unrolling them.
+        stacks: of equally many layers, if they are scanned.
         remat: recompute each layer in the backward pass instead of keeping its activations.
-        dtype: dtype of activations and matmuls; weights are float32 always.
+        dtype: dtype of activations and matmuls.
+        param_dtype: dtype of weights.
         attention: what computes it, `"xla"` or `"cudnn"` (NVIDIA's, bfloat16 alone: Llama 33m's
             training step took 18 ms for 34 on one H100), as `jax.nn.dot_product_attention` says.
         activations: how the embedded tokens lie on a mesh, from which the compiler infers how all
@@ -53,8 +56,10 @@ class LlamaConfig:
     layers: int
     vocabulary: int = 32_000
     scan: bool = False
+    stacks: int = 1
     remat: bool = False
     dtype: jax.typing.DTypeLike = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
     attention: Literal["xla", "cudnn"] = "xla"
     activations: jax.sharding.NamedSharding | None = None
     kv_heads: int | None = None
@@ -68,6 +73,8 @@ class LlamaConfig:
             )
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.kv_heads}")
+        if self.layers % self.stacks:
+            raise ValueError(f"layers must be a multiple of stacks, got {self.stacks}")
 
     @property
     def head_dim(self) -> int:
@@ -91,12 +98,25 @@ CONFIGS = {
 
 def linear(config: LlamaConfig, m: int, n: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:
     """x ↦ x W with W (m, n) drawn from a normal distribution, and no bias."""
-    init = nnx.initializers.normal(stddev)
-    return nnx.Linear(m, n, use_bias=False, kernel_init=init, dtype=config.dtype, rngs=rngs)
+    return nnx.Linear(
+        m,
+        n,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(stddev),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
 def rms_norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.hidden, epsilon=config.epsilon, dtype=config.dtype, rngs=rngs)
+    return nnx.RMSNorm(
+        config.hidden,
+        epsilon=config.epsilon,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        rngs=rngs,
+    )
 
 
 def inner_stddev(config: LlamaConfig) -> float:
@@ -206,11 +226,15 @@ class Llama(nnx.Module):
             config.hidden,
             embedding_init=nnx.initializers.normal(0.02),
             dtype=config.dtype,
+            param_dtype=config.param_dtype,
             rngs=rngs,
         )
         make_layer = partial(Layer, config)
-        if config.scan:
-            self.layers = nnx.vmap(make_layer)(rngs.split(config.layers))
+        make_stack = lambda: nnx.vmap(make_layer)(rngs.split(config.layers // config.stacks))
+        if config.scan and config.stacks > 1:
+            self.layers = nnx.List([make_stack() for _ in range(config.stacks)])
+        elif config.scan:
+            self.layers = make_stack()
         else:
             self.layers = nnx.List([make_layer(rngs) for _ in range(config.layers)])
         self.norm = rms_norm(config, rngs)
@@ -230,13 +254,18 @@ class Llama(nnx.Module):
         if self.config.activations is not None:
             x = jax.lax.with_sharding_constraint(x, self.config.activations)
         if self.config.scan:
-            structure, weights = nnx.split(self.layers)
-            x, _ = jax.lax.scan(partial(apply, structure), x, weights)
+            for stack in self.stacks():
+                structure, weights = nnx.split(stack)
+                x, _ = jax.lax.scan(partial(apply, structure), x, weights)
         else:
             for layer in self.layers:
                 structure, weights = nnx.split(layer)
                 x, _ = apply(structure, x, weights)
         return self.head(self.norm(x))
+
+    def stacks(self) -> list[Layer]:
+        """The layers, as they are scanned."""
+        return [self.layers] if self.config.stacks == 1 else [*self.layers]
 
 
 def next_token_loss(model: Llama, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:

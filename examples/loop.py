@@ -129,7 +129,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
     abstract = jax.eval_shape(job.init, key)
     first = header(config, job.data, abstract)
 
-    def record(step: int, **measured: float) -> None:
+    def record(step: int, **measured: Any) -> None:
         line = {"step": step, "tokens": step * job.tokens_per_step}
         line |= measured | {"seconds": round(time.perf_counter() - started, 3)}
         log.write(json.dumps(line) + "\n")
@@ -176,6 +176,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
                 measured = {
                     "train_loss": float(np.mean(losses)),
                     "tokens_per_second": round(speed, 1),
+                    **report.peak_bytes(),
                 }
                 if validating:
                     measured |= job.validate(state.params)

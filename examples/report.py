@@ -51,6 +51,13 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def peak_bytes() -> dict[str, int]:
+    """What the first device has had in use at most, where its allocator tells."""
+    said = jax.local_devices()[0].memory_stats() or {}
+    names = ("peak_bytes_in_use", "bytes_limit")
+    return {name: said[name] for name in names if name in said}
+
+
 class Run(NamedTuple):
     """A log, read back.
 
@@ -58,7 +65,7 @@ class Run(NamedTuple):
         header: config, environment, data, number of parameters, bytes of state.
         records: step, tokens, seconds, train_loss, tokens_per_second, and where it was measured
             validation_loss and, of a task that has others, metrics by their names; losses in nats
-            per token or per record.
+            per token or per record. On a GPU its peak_bytes_in_use, and its bytes_limit.
     """
 
     header: dict[str, Any]
@@ -159,6 +166,8 @@ class Display:
                 f"{record['tokens_per_second']:,.0f} tokens/s",
                 f"optimizer state {megabytes(self.state_bytes)}",
             ]
+            if "peak_bytes_in_use" in record:
+                status.append(f"peak {megabytes(record['peak_bytes_in_use'])}")
             if taken > 1:  # the first one warms up
                 status.append(f"{duration(per_step * (self.steps - step))} left")
         else:  # before the first step: validation was compiled

@@ -149,4 +149,4 @@ class Config(command_line.Run):
             decay_steps=self.steps,
             end_value=self.lr / 10,
         )
-        return OPTIMIZERS[self.optimizer].make(schedule, self)
+        return self.OPTIMIZERS[self.optimizer].make(schedule, self)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from .checks import check_choice, check_int
@@ -124,13 +125,20 @@ def quantized(
             raise ValueError("`tx` is quantized already: give `quantized` the optimizer itself.")
         _warn_undeclared(state)
         key = jax.random.key_data(jax.random.key(seed, impl=GENERATOR)) if random else None
-        return encoded(state, key)
+        return encoded(jax.tree.map(_not_folded, state), key)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
         updates, inner_state = tx.update(updates, decoded(state.inner_state), params, **extra_args)
         return updates, encoded(inner_state, state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _not_folded(x: Any) -> Any:
+    """x, which is constant at init, unknown to the compiler: it would encode it as it compiles."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x + lax.optimization_barrier(jnp.zeros((), x.dtype))
 
 
 def _block(x: Any) -> int | None:

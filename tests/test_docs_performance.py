@@ -134,6 +134,7 @@ CORES = (ROOT / "docs/low-rank-gradients.md").read_text()
         ("350m, r = 128, 8 micro-batches", "cores-350m-8"),
         ("1b, r = 128", "cores-1b"),
         ("1b, r = 128, 8 micro-batches", "cores-1b-8"),
+        ("1b, r = 256", "cores-1b-256"),
         ("1b, r = 512", "cores-1b-512"),
     ],
 )

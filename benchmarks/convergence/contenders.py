@@ -4,6 +4,7 @@ Ours can be given settings after a colon, which is how one thing at a time is ta
 
     natural_galore:refresh_every=20+transport=keep    arguments of the recipe
     natural_galore:fisher=window+fisher.window=8      one of its Fisher stage
+    natural_galore:bits=8                             its moments and bases in 8 bits
 
 A contender sees the matrices of the layers alone; everything else is under Adam, for all alike.
 Rates are in steps of two, four to begin with; `search` goes on where the best is at an end.
@@ -41,10 +42,16 @@ class Contender(NamedTuple):
     stacked: bool = True
 
 
-def ours(recipe: str, **settings: Any) -> Callable[..., optax.GradientTransformation]:
+def ours(
+    recipe: str, bits: int = 32, **settings: Any
+) -> Callable[..., optax.GradientTransformation]:
+    if bits not in (8, 32):
+        raise ValueError(f"bits must be 8 or 32, got {bits}")
+
     def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
         given = {"rank": rank, "refresh_every": every} | settings
-        return getattr(natgalore, recipe)(rate, **given)
+        tx = getattr(natgalore, recipe)(rate, **given)
+        return natgalore.quantized(tx, ("linear", "square", "basis")) if bits == 8 else tx
 
     return make
 
@@ -120,8 +127,8 @@ def contender(text: str) -> Contender:
         of[key.removeprefix("fisher.")] = literal(value)
     if of_stage:
         settings["fisher"] = STAGES[settings.get("fisher", "core")](**of_stage)
-    made = CONTENDERS[name]._replace(make=ours(name, **settings))
     try:
+        made = CONTENDERS[name]._replace(make=ours(name, **settings))
         made.make(1e-3, 8, 1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{text}: {error}") from error
