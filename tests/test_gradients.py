@@ -285,7 +285,7 @@ def custom_rule_of_weight(W):
 
 @case((12, 8))
 def scaled(W):
-    return jnp.sum(jnp.tanh(X @ (-W * 0.5 / 3.0) * jnp.tanh(X @ (W * X[0, 0]))) ** 2)
+    return jnp.sum(jnp.tanh(X @ (-W * 0.5 / 3.0) * jnp.tanh(X @ (W * X[0, 0]))) ** 3)
 
 
 @case((12, 8), fallback=("integer_pow", "mul"))
@@ -544,25 +544,35 @@ def test_micro_batches_are_one_batch(refresh):
 
 
 def test_a_sum_of_bfloat16_gradients_is_float32():
-    """Of 64 micro-batches: what bfloat16 adds to a sum stops counting before."""
+    """Of 64 micro-batches: what 63 of them add to the first one's 1, bfloat16 would not see."""
     params = {"w": jnp.ones((8, 8), jnp.bfloat16), "b": jnp.ones(8, jnp.bfloat16)}
     tx = natgalore.galore(1e-2, 2)
     loss = lambda params, x: jnp.sum(params["b"] * x) + jnp.sum(params["w"]) * 0.0
     gradients = natgalore.value_and_grad(loss, tx, micro_batches=64, on_fallback="ignore")
-    x = jnp.ones((64, 8)).at[:, 1:].set(1 / 64).astype(jnp.bfloat16)
+    x = jnp.full((64, 8), 1 / 512, jnp.bfloat16).at[0].set(1)
     (_, grads), _ = gradients(params, tx.init(params), x)
-    np.testing.assert_array_equal(grads["b"].astype(jnp.float32), x[0].astype(jnp.float32))
+    mean = jnp.full(8, (1 + 63 / 512) / 64, jnp.bfloat16)
+    np.testing.assert_array_equal(grads["b"].astype(jnp.float32), mean.astype(jnp.float32))
     assert grads["b"].dtype == jnp.bfloat16
 
 
-def test_a_late_first_gradient_brings_a_basis_at_once():
+@pytest.mark.parametrize("refresh", ["passes", "gradient"])
+def test_a_late_first_gradient_brings_a_basis_at_once(refresh):
     """The first gradient that is finite comes between the refreshes of the calendar."""
     tx = galore(refresh_every=50, stagger=False)
     batch = [jnp.full((8, 12), jnp.nan), *batches(3)]
-    ours, whole = both_ways(tx, params=PARAMS, batch=batch)
+    ours, whole = both_ways(tx, refresh=refresh, params=PARAMS, batch=batch)
     assert_same_training(ours, whole)
     counts = [core_arrays(natgalore_state(s).refreshed)[1] for _, s in ours]
     assert [int(n) for n in counts] == [0, 1, 1, 1]
+
+
+def test_each_random_basis_has_a_key_of_its_own():
+    tx = galore(basis="random", transport="reset", refresh_every=1, stagger=False)
+    ours, whole = both_ways(tx, steps=3)
+    assert_same_training(ours, whole)
+    keys = [jax.tree.leaves(natgalore_state(s).basis)[0] for _, s in ours]
+    assert len({tuple(np.asarray(key).ravel().tolist()) for key in keys}) == 3
 
 
 def natgalore_state(opt_state):
