@@ -11,6 +11,7 @@ model that does not learn it is at the share of the most frequent label.
 """
 
 import ast
+import gzip
 import itertools
 import json
 import re
@@ -165,6 +166,23 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
             (folder / f"{file}.tsv").write_text("\n".join(lines) + "\n")
 
 
+def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], shards: int = 2) -> None:
+    """Texts as C4's shards have them, and the tokenizer, in one folder; every tenth is held out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out, rest = texts[::10], [text for i, text in enumerate(texts) if i % 10]
+    for split, parts in (
+        ("train", [rest[i::shards] for i in range(shards)]),
+        ("validation", [held_out]),
+    ):
+        for i, part in enumerate(parts):
+            lines = [
+                json.dumps({"text": text, "url": f"stdlib/{n}"}) for n, text in enumerate(part)
+            ]
+            file = folder / f"c4-{split}.{i:05}-of-{len(parts):05}.json.gz"
+            file.write_bytes(gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 PLACES = ("parser", "socket", "thread", "buffer", "module", "header", "stream", "format")
 
 
@@ -213,6 +231,7 @@ def make(out: Path) -> None:
     for name, task in glue.TASKS.items():
         save_task(out / "glue" / task.name, name, pool)
     save_plans(out / "plans")
+    save_c4(out / "c4", tokenizer, texts)
 
 
 def main() -> None:
