@@ -166,20 +166,16 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
             (folder / f"{file}.tsv").write_text("\n".join(lines) + "\n")
 
 
-def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], shards: int = 2) -> None:
-    """Texts as C4's shards have them, and the tokenizer, in one folder; every tenth is held out."""
+def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], held_out: int = 10) -> None:
+    """Texts in C4's format, in three shards, with the tokenizer; one of `held_out` is held out."""
     folder.mkdir(parents=True, exist_ok=True)
-    held_out, rest = texts[::10], [text for i, text in enumerate(texts) if i % 10]
-    for split, parts in (
-        ("train", [rest[i::shards] for i in range(shards)]),
-        ("validation", [held_out]),
-    ):
-        for i, part in enumerate(parts):
-            lines = [
-                json.dumps({"text": text, "url": f"stdlib/{n}"}) for n, text in enumerate(part)
-            ]
-            file = folder / f"c4-{split}.{i:05}-of-{len(parts):05}.json.gz"
-            file.write_bytes(gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
+    rest = [text for i, text in enumerate(texts) if i % held_out]
+    splits = {"train": [rest[::2], rest[1::2]], "validation": [texts[::held_out]]}
+    for split, shards in splits.items():
+        for i, shard in enumerate(shards):
+            lines = [json.dumps({"text": text, "url": "stdlib"}) + "\n" for text in shard]
+            file = folder / f"c4-{split}.{i:05}-of-{len(shards):05}.json.gz"
+            file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
