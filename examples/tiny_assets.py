@@ -3,11 +3,13 @@
     python examples/tiny_assets.py --out runs/tiny      a few seconds, and no network
     python examples/finetune_glue.py --task cola --model runs/tiny/roberta \\
         --data runs/tiny/glue/CoLA --lr 1e-3 --scale 1 --epochs 10
+    python examples/pretrain.py --dataset c4 --data runs/tiny/c4 --tokenizer runs/tiny/c4
 
 It leaves a byte-level BPE tokenizer trained on docstrings, a RoBERTa and a Llama of two layers with
-random weights as Hugging Face stores them, and a few hundred records for each task in the format
-that it is published in. Labels follow from one word of the last sentence, which can be learned; a
-model that does not learn it is at the share of the most frequent label.
+random weights as Hugging Face stores them, a few hundred records for each task in the format that
+it is published in, and the docstrings as shards of C4. Labels follow from one word of the last
+sentence, which can be learned; a model that does not learn it is at the share of the most frequent
+label.
 """
 
 import ast
@@ -167,7 +169,7 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
 
 
 def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], held_out: int = 10) -> None:
-    """Texts in C4's format, in three shards, with the tokenizer; one of `held_out` is held out."""
+    """Texts in C4's format, in three shards, with the tokenizer; each tenth is held out, say."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = [text for i, text in enumerate(texts) if i % held_out]
     splits = {"train": [rest[::2], rest[1::2]], "validation": [texts[::held_out]]}

@@ -212,6 +212,12 @@ class TestPresets:
         assert (run.model.dtype, run.model.scan) == ("bfloat16", True)
         assert run.batch_size % run.micro_batches == 0
 
+    def test_the_docs_have_the_same_table(self):
+        text = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+        for name, numbers in presets.PRESETS.items():
+            row = [f"{numbers[key]:,}" for key in ("rank", "steps", "micro_batches")]
+            assert f"| {' | '.join([name, *row])} |\n" in text
+
     def test_the_rate_rises_for_a_tenth_and_falls_to_a_tenth(self, monkeypatch):
         (run,) = parsed(monkeypatch, "--preset 60m").runs()
         seen = []
