@@ -169,7 +169,7 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
 
 
 def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], held_out: int = 10) -> None:
-    """Texts in C4's format, in three shards, with the tokenizer; each tenth is held out, say."""
+    """Texts as shards of C4, with a tokenizer; one of `held_out` texts is for validation."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = [text for i, text in enumerate(texts) if i % held_out]
     splits = {"train": [rest[::2], rest[1::2]], "validation": [texts[::held_out]]}

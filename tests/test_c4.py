@@ -87,22 +87,27 @@ def cut(line: list[int], batch: int, length: int) -> list[np.ndarray]:
     return list(np.reshape(line[: whole * batch * length], (whole, batch, length)))
 
 
-@pytest.fixture(params=["shards", "hub"])
-def read(request, made, monkeypatch):
-    """What reads the training texts: of the Hub, through `datasets`, with the shards for it."""
-    shards = c4.find(made, "train")
-    if request.param == "shards":
-        return shards.read
+@pytest.fixture
+def hub(made, monkeypatch) -> None:
+    """`datasets` streams the shards here, in place of the Hub's."""
     datasets = pytest.importorskip("datasets")
     load_dataset = datasets.load_dataset
-    files = {"train": [str(file) for file in shards.files]}
 
     def load(path, name, *, split, streaming):
-        assert (path, name, split, streaming) == ("allenai/c4", "en", "train", True)
-        return load_dataset("json", data_files=files, split=split, streaming=True)
+        assert (path, name, streaming) == ("allenai/c4", "en", True)
+        files = [str(file) for file in c4.find(made, split).files]
+        return load_dataset("json", data_files={split: files}, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    return c4.Hub("train").read
+
+
+@pytest.fixture(params=["shards", "hub"])
+def read(request, made):
+    """What reads the training texts."""
+    if request.param == "shards":
+        return c4.find(made, "train").read
+    request.getfixturevalue("hub")
+    return c4.find(None, "train").read
 
 
 class TestPacking:
@@ -388,13 +393,13 @@ class TestRun:
 
     def test_a_stopped_run_goes_on_to_the_last_bit(self, run, monkeypatch):
         """It is stopped in the midst of a shard, and of a chunk, and reads all texts twice."""
-        assert run("--out", "whole") == 0
+        assert run(*ADAMW, "--out", "whole") == 0
         assert len(cut(line_of_tokens(Path("c4"), "train"), 4, 17)) == 6  # of 14 that are asked for
 
         for step in (3, 13):
             with monkeypatch.context() as patch:
                 stop_at(patch, step, interrupt)
-                assert run("--out", f"stopped{step}") == 130
+                assert run(*ADAMW, "--out", f"stopped{step}") == 130
             assert saved_state(f"stopped{step}")[0] == step
             Path("c4").rename("moved")
             where = ["--data", "moved", "--tokenizer", "moved/tokenizer.json"]
@@ -405,10 +410,22 @@ class TestRun:
         with monkeypatch.context() as patch:
             stop_at(patch, 7, crash)
             with pytest.raises(Killed):
-                run("--out", "crashed")
+                run(*ADAMW, "--out", "crashed")
         assert saved_state("crashed")[0] == 5
         assert run("--out", "crashed", "--resume") == 0
         assert_same_run("crashed", "whole")
+
+    def test_a_stream_of_the_hub_trains_and_goes_on_as_the_shards_do(self, hub, run, monkeypatch):
+        assert run(*ADAMW, "--out", "whole") == 0
+        begun = SETTINGS.replace("--data c4", "").split()
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *begun, *ADAMW, "--out", "streamed"])
+        with monkeypatch.context() as patch:
+            stop_at(patch, 9, interrupt)
+            with pytest.raises(SystemExit, match="130"):
+                pretrain.main()
+        assert run("--out", "streamed", "--resume") == 0
+        jax.tree.map(np.testing.assert_array_equal, saved_state("streamed"), saved_state("whole"))
+        assert log_without_times("streamed")[1:] == log_without_times("whole")[1:]
 
     def test_a_damaged_shard_stops_it_with_one_line(self, run):
         """After the first batch, which is read before anything is written."""
