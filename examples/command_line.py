@@ -94,7 +94,7 @@ class Run:
             raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}")
 
     def check_call(self) -> None:
-        """The same of what is not about the run, and can be told before its settings are."""
+        """The same of the flags about this call, which must make sense before all others do."""
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite cannot be used together")
         if self.resume and self.out is None:
@@ -207,8 +207,9 @@ def parse(kind: type[Kind], **options: Any) -> Kind:
 
 
 def from_command_line(kind: type[Kind]) -> Kind:
-    """Reads the command line; with --resume, what it leaves open is as the run began, and
-    otherwise as the config's `defaults` are.
+    """Reads the command line; what it leaves open is as its `defaults` are.
+
+    With --resume it is as the run began.
 
     Args:
         kind: of config, which says what there is to set.
