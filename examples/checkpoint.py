@@ -40,12 +40,14 @@ class Progress(NamedTuple):
         losses: of the steps since the last record of the log.
         seconds: spent so far.
         log_size: bytes of the log; what a crash left behind them is cut off.
+        position: where the next batch begins, as JSON, if that is no function of the step.
     """
 
     step: int = 0
     losses: Sequence[float] = ()
     seconds: float = 0.0
     log_size: int = 0
+    position: Any = None
 
 
 def holds_run(folder: Path) -> bool:

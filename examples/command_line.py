@@ -92,6 +92,9 @@ class Run:
             raise ValueError(f"--lr must be above 0 and finite, got {self.lr}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}")
+
+    def check_call(self) -> None:
+        """The same of the flags about this call, which must make sense before all others do."""
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite cannot be used together")
         if self.resume and self.out is None:
@@ -106,6 +109,10 @@ class Run:
     def fill(self, name: str) -> dict[str, Any]:
         """What the settings become that depend on the optimizer `name`."""
         return {"lr": self.OPTIMIZERS[name].learning_rate if self.lr is None else self.lr}
+
+    def defaults(self) -> Self | None:
+        """What the settings that are not given are, if not what they are by default."""
+        return None
 
     def runs(self) -> list[Self]:
         """One config for each optimizer, with everything filled in that depends on it."""
@@ -200,7 +207,9 @@ def parse(kind: type[Kind], **options: Any) -> Kind:
 
 
 def from_command_line(kind: type[Kind]) -> Kind:
-    """Reads the command line; with --resume, what it leaves open is as the run began.
+    """Reads the command line; what it leaves open is as its `defaults` are.
+
+    With --resume it is as the run began.
 
     Args:
         kind: of config, which says what there is to set.
@@ -208,14 +217,16 @@ def from_command_line(kind: type[Kind]) -> Kind:
     Raises:
         ValueError: something makes no sense, or contradicts the run that is to be resumed.
     """
-    config = parse(kind, config=(tyro.conf.FlagCreatePairsOff,))
-    config.check()
+    config = parse(kind)
+    config.check_call()
     if config.resume:
         begun = begun_with(config.out, kind)
         config = parse(kind, default=begun)
         if differs := difference(begun.fixed(), config.fixed()):
             raise ValueError(f"the run in {config.out} began with {differs}: leave the flag out")
-        config.check()
+    elif defaults := config.defaults():
+        config = parse(kind, default=defaults)
+    config.check()
     for run in config.runs():
         run.make_optimizer()  # natgalore checks its arguments too
     return config

@@ -1,4 +1,4 @@
-"""Text as bytes: a corpus that every Python installation has, and batches that need no state.
+"""What a run reads; and text as bytes: a corpus that every Python installation has.
 
 The default corpus is the Python standard library's own source code (about 11 MB). Every token is
 a byte, so there is no tokenizer and losses are in nats per byte. A batch is a function of
@@ -7,9 +7,9 @@ a byte, so there is no tokenizer and losses are in nats per byte. A batch is a f
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -26,6 +26,57 @@ EXCLUDED = {  # what distributions leave out or add, so that their corpora diffe
     "tests",
     "turtledemo",
 }
+
+
+class Coding(NamedTuple):
+    """Text as tokens.
+
+    Attributes:
+        size: how many different tokens there are.
+        encode: text -> tokens.
+        decode: tokens -> text, in UTF-8 as far as it is any.
+    """
+
+    size: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], bytes]
+
+
+BYTES = Coding(
+    VOCABULARY,
+    encode=lambda text: list(text.encode(errors="surrogateescape")),
+    decode=lambda tokens: bytes(token for token in tokens if token < VOCABULARY),
+)
+
+
+class Batches(Protocol):
+    """Batches to train on, asked for in the order of their steps, from 1."""
+
+    def batch(self, step: int) -> Int[np.ndarray, "batch length"]: ...
+
+    def position(self) -> Any:
+        """Where the next batch begins, as JSON; None where that is a function of the step."""
+
+    def seek(self, position: Any) -> None:
+        """Goes to a position."""
+
+
+class Source(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        coding: of its text.
+        training: () -> its batches, from the first one on.
+        validation: () -> batches that are held out: the same ones each time.
+        summary: what a log should say of it, its `sha256` with it.
+        about: the same in a few words.
+    """
+
+    coding: Coding
+    training: Callable[[], Batches]
+    validation: Callable[[], Iterable[Int[np.ndarray, "batch length"]]]
+    summary: dict[str, Any]
+    about: str
 
 
 class Corpus(NamedTuple):
@@ -136,3 +187,38 @@ def validation_batches(
     starts = np.linspace(0, len(tokens) - length, batches * batch_size).astype(np.int64)
     for batch in np.split(starts, batches):
         yield windows(tokens, batch, length)
+
+
+class RandomWindows(NamedTuple):
+    """Batches that are functions of their step, see `training_batch`."""
+
+    tokens: UInt8[np.ndarray, " tokens"]
+    batch_size: int
+    length: int
+    seed: int
+
+    def batch(self, step: int) -> Int[np.ndarray, "batch length"]:
+        return training_batch(self.tokens, *self[1:3], seed=self.seed, step=step)
+
+    def position(self) -> None:
+        return None
+
+    def seek(self, position: None) -> None:
+        pass
+
+
+def source(path: Path | None, batch_size: int, length: int, validation: int, seed: int) -> Source:
+    """Random windows of a text, see `load`, and `validation` batches of what is held out.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no text, or too little.
+    """
+    corpus = load(path)
+    check_length(corpus, batch_size, length)
+    return Source(
+        coding=BYTES,
+        training=lambda: RandomWindows(corpus.train, batch_size, length, seed),
+        validation=lambda: validation_batches(corpus.validation, batch_size, length, validation),
+        summary=corpus.summary(),
+        about=f"{corpus.files} files of text",
+    )

@@ -4,10 +4,11 @@
     python examples/generate.py TinyLlama-1.1B --prompt "Once upon" --temperature 0
     python examples/generate.py --help
 
-A folder of pretrain.py or sharded.py is read by its log and checkpoint, and writes bytes; one with
-config.json, model.safetensors and tokenizer.json, as Hugging Face has them and fine-tuning leaves
-them in `model`, writes by its tokenizer. Each token is computed alone, from the keys and values of
-those before it (`cache.py`), and given all of them: prompt and answer fill no window that slides.
+A folder of pretrain.py or sharded.py is read by its log and checkpoint, and writes bytes, or after
+C4 by the tokenizer that the run was given; one with config.json, model.safetensors and
+tokenizer.json, as Hugging Face has them and fine-tuning leaves them in `model`, writes by its own.
+Each token is computed alone, from the keys and values of those before it (`cache.py`), and given
+all of them: prompt and answer fill no window that slides.
 """
 
 import itertools
@@ -17,9 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import c4
 import cache
 import checkpoint
 import command_line
+import data
 import hugging_face
 import jax
 import jax.numpy as jnp
@@ -83,11 +86,11 @@ class Writer(NamedTuple):
     end: int | None = None
 
 
-def pretrained_on_bytes(folder: Path) -> Writer:
+def of_a_run(folder: Path) -> Writer:
     """The model of a run of pretrain.py or sharded.py.
 
     Raises:
-        ValueError: it holds no checkpoint, or a damaged one.
+        ValueError, OSError: it holds no checkpoint, or a damaged one, or its tokenizer is gone.
     """
     header = report.read_header(folder / "log.jsonl")
     kind = sharded.Config if "mesh" in header.get("config", {}) else settings.Config
@@ -96,15 +99,15 @@ def pretrained_on_bytes(folder: Path) -> Writer:
         raise ValueError(f"{folder} is a comparison: name one of {config.compare} in it")
     if not checkpoint.holds_checkpoint(folder):
         raise ValueError(f"{folder} holds no checkpoint")
+    coding, end = data.BYTES, None
+    if config.dataset == "c4":
+        tokenizer = c4.read_tokenizer(config.tokenizer, header["data"]["tokenizer"])
+        coding, end = c4.coding(tokenizer), tokenizer.token_to_id(c4.END)
     like = jax.eval_shape(pretrain.make_functions(config).init, jax.random.key(0))
     with checkpoint.Checkpoints(config, header["data"]["sha256"]) as checkpoints:
         state, _ = checkpoints.restore(like)
-    return Writer(
-        config.model,
-        state.params,
-        lambda text: list(text.encode(errors="surrogateescape")),
-        lambda tokens: sample.printable(bytes(tokens)),
-    )
+    decode = lambda tokens: sample.printable(coding.decode(tokens))
+    return Writer(config.model, state.params, coding.encode, decode, end)
 
 
 def with_tokenizer(folder: Path) -> Writer:
@@ -136,7 +139,7 @@ def read(folder: Path) -> Writer:
     if (folder / "model").is_dir():
         return with_tokenizer(folder / "model")
     if (folder / "log.jsonl").is_file():
-        return pretrained_on_bytes(folder)
+        return of_a_run(folder)
     raise FileNotFoundError(f"{folder} holds neither a run nor a checkpoint (config.json)")
 
 

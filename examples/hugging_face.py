@@ -76,6 +76,18 @@ def number(file: Path, config: Mapping[str, Any], name: str) -> Any:
     return config[name]
 
 
+def open_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer in a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no type of its own
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     """The tokenizer in a folder, whose tokens a model with this vocabulary knows.
 
@@ -85,10 +97,7 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer.json in {folder}")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library has no type of its own
-        raise ValueError(f"{file} is damaged: {error}") from error
+    tokenizer = open_tokenizer(file)
     if (size := tokenizer.get_vocab_size()) > vocabulary:
         raise ValueError(f"{file} has {size} tokens, the model {vocabulary}")
     tokenizer.no_padding()

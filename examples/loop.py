@@ -49,6 +49,9 @@ class Job(NamedTuple):
         validate: params -> what is measured, `validation_loss` and others.
         data: what the log says of the data, its `sha256` with it.
         about: in words, what is trained.
+        position: () -> where the next batch begins, as JSON, for the checkpoint.
+        seek: position -> nothing; the next batch begins there. Neither is needed where a batch is
+            a function of its step.
     """
 
     steps: int
@@ -60,6 +63,8 @@ class Job(NamedTuple):
     validate: Callable[[Any], dict[str, float]]
     data: dict[str, Any]
     about: Callable[[dict[str, Any]], str]
+    position: Callable[[], Any] = lambda: None
+    seek: Callable[[Any], None] = lambda position: None
 
 
 def header(config: command_line.Run, data: dict[str, Any], state: TrainState) -> dict[str, Any]:
@@ -140,6 +145,8 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
             checkpoints = stack.enter_context(checkpoint.Checkpoints(config, job.data["sha256"]))
             restored = checkpoints.restore(abstract)
             state, progress = restored or (job.init(key), checkpoint.Progress())
+            if restored:
+                job.seek(progress.position)
             log = stack.enter_context(checkpoints.open_log(progress))
         report.say(job.about(first) + (f", from step {progress.step} on" if restored else ""))
         started = time.perf_counter() - progress.seconds
@@ -184,7 +191,9 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
                 losses, taken, mark = [], 0, time.perf_counter()
             if saving:
                 now = time.perf_counter()
-                so_far = checkpoint.Progress(step, losses, now - started, log.tell())
+                so_far = checkpoint.Progress(
+                    step, losses, now - started, log.tell(), job.position()
+                )
                 checkpoints.save(state, so_far)
                 mark += time.perf_counter() - now
             if stopping:

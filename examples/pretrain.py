@@ -1,9 +1,11 @@
-"""Pre-train a Llama on text, byte by byte, with Natural GaLore in place of AdamW.
+"""Pre-train a Llama on text with Natural GaLore in place of AdamW, byte by byte or on C4.
 
     python examples/pretrain.py                             about five minutes on a laptop
     python examples/pretrain.py --optimizer adamw           the same with another optimizer
     python examples/pretrain.py --compare galore,adamw      several in turn, in one picture
     python examples/pretrain.py --out runs/mine --resume    go on where it was stopped
+    python examples/pretrain.py --dataset c4 --preset 60m --tokenizer t5-base
+                                                            the paper's run (c4.py, presets.py)
     python examples/pretrain.py --help                      everything else
 
 It leaves a log (`log.jsonl`), a checkpoint, a figure (`loss.png`) and a sample of what the model
@@ -12,14 +14,17 @@ before anything is written. Ctrl-C ends it with status 130 after the step in pro
 checkpoint, from which it goes on as if nothing had been; a second Ctrl-C ends it at once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import c4
 import command_line
 import data
 import jax
+import jax.numpy as jnp
 import llama
 import loop
 import numpy as np
@@ -28,13 +33,14 @@ import report
 import sample
 import settings
 from flax import nnx
+from jaxtyping import Array, Int
 from loop import TrainState
 
 import natgalore_jax as natgalore
 
 
 VALIDATION_BATCHES = 16
-SAMPLE_BYTES = 300
+SAMPLE_TOKENS = 300
 
 
 class Functions(NamedTuple):
@@ -62,6 +68,7 @@ def make_functions(
     shape = replace(config.model, activations=activations)
     structure = llama.structure(shape)
     tx = config.make_optimizer()
+    k = config.micro_batches
 
     def loss_fn(params, tokens):
         return llama.next_token_loss(nnx.merge(structure, params), tokens)
@@ -73,10 +80,14 @@ def make_functions(
         return TrainState(params, tx.init(params))
 
     if config.low_rank_gradients and config.optimizer in settings.PROJECTING:
-        gradients = natgalore.value_and_grad(loss_fn, tx, on_fallback="error")
+        of_cores = natgalore.value_and_grad(loss_fn, tx, on_fallback="error", micro_batches=k)
+        gradients = lambda params, opt_state, tokens: of_cores(params, opt_state, split(tokens, k))
     else:
         whole = jax.value_and_grad(loss_fn)
-        gradients = lambda params, opt_state, tokens: (whole(params, tokens), opt_state)
+        gradients = lambda params, opt_state, tokens: (
+            mean(lambda part: whole(params, part), tokens, k),
+            opt_state,
+        )
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state, tokens):
@@ -84,49 +95,90 @@ def make_functions(
         updates, opt_state = tx.update(grads, opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
-    return Functions(init, train_step, jax.jit(loss_fn))
+    @jax.jit
+    def validation_loss(params, tokens):
+        return mean(lambda part: loss_fn(params, part), tokens, k)
+
+    return Functions(init, train_step, validation_loss)
 
 
-def make_job(config: settings.Config, corpus: data.Corpus, functions: Functions) -> loop.Job:
-    """A run of these functions on random windows of the corpus."""
+def split(tokens: Int[Array, "batch length"], k: int) -> Int[Array, "..."]:
+    """The batch as k micro-batches on a leading axis, or as it is if k is 1.
+
+    Every k-th row is in the same one: each device keeps its rows, as it has of a sharded batch.
+    """
+    return tokens if k == 1 else tokens.reshape(-1, k, tokens.shape[1]).swapaxes(0, 1)
+
+
+def mean(f: Callable[[Array], Any], tokens: Int[Array, "batch length"], k: int) -> Any:
+    """The mean of f, a tree of arrays, over k micro-batches: one at a time is in memory."""
+    if k == 1:
+        return f(tokens)
+    parts = split(tokens, k)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, parts[0]))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, f(part)), None)
+    return jax.tree.map(lambda x: x / k, jax.lax.scan(add, zeros, parts)[0])
+
+
+def open_source(config: settings.Config) -> data.Source:
+    """What the config reads, after checking it.
+
+    Raises:
+        ValueError, OSError: it is not there, damaged, or too short.
+    """
     length = config.seq_len + 1  # each token but the first is predicted
+    shape = (config.batch_size, length, VALIDATION_BATCHES)
+    if config.dataset == "c4":
+        source = c4.load(config.data, config.tokenizer, *shape)
+    else:
+        source = data.source(config.text, *shape, seed=config.seed)
+    size = source.coding.size
+    if config.vocabulary is not None and config.vocabulary < size:
+        raise ValueError(f"--vocabulary must be at least {size:,}, the tokens that there are")
+    (prompt,) = {run.prompt for run in config.runs()}
+    if not source.coding.encode(prompt):
+        raise ValueError("--prompt has no token")
+    return source
 
-    def batch(step: int):
-        tokens = data.training_batch(
-            corpus.train, config.batch_size, length, seed=config.seed, step=step
-        )
-        return functions.place(tokens)
 
-    def validate(params) -> dict[str, float]:
-        batches = data.validation_batches(
-            corpus.validation, config.batch_size, length, VALIDATION_BATCHES
-        )
-        losses = [functions.validation_loss(params, functions.place(batch)) for batch in batches]
-        return {"validation_loss": float(np.mean(losses))}
+def make_job(config: settings.Config, source: data.Source, functions: Functions) -> loop.Job:
+    """A run of these functions on what the source has."""
+    batches = source.training()
+
+    def validate(params) -> dict[str, Any]:
+        losses = [
+            functions.validation_loss(params, functions.place(batch))
+            for batch in source.validation()
+        ]
+        loss = float(np.mean(losses))
+        perplexity = {"metrics": {"perplexity": math.exp(loss)}}
+        return {"validation_loss": loss} | (perplexity if config.dataset == "c4" else {})
 
     return loop.Job(
         steps=config.steps,
         tokens_per_step=config.batch_size * config.seq_len,
         init=functions.init,
         train_step=functions.train_step,
-        batch=batch,
-        like=jax.ShapeDtypeStruct((config.batch_size, length), np.int32),
+        batch=lambda step: functions.place(batches.batch(step)),
+        like=jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.int32),
         validate=validate,
-        data=corpus.summary(),
+        data=source.summary,
         about=lambda header: (
             f"Llama {config.size} with {header['parameters']:,} parameters, {config.optimizer} "
-            f"at learning rate {config.lr}, {corpus.files} files of text{functions.about}"
+            f"at learning rate {config.lr}, {source.about}{functions.about}"
         ),
+        position=batches.position,
+        seek=batches.seek,
     )
 
 
-def write_sample(config: settings.Config, params: Any) -> None:
+def write_sample(config: settings.Config, coding: data.Coding, params: Any) -> None:
     """Shows what the model writes after the prompt, and keeps it in `sample.txt`."""
-    prompt = config.prompt.encode(errors="surrogateescape")
+    prompt = coding.encode(config.prompt)
     written = sample.generate(
-        config.model, params, prompt, count=SAMPLE_BYTES, length=config.seq_len, seed=config.seed
+        config.model, params, prompt, count=SAMPLE_TOKENS, length=config.seq_len, seed=config.seed
     )
-    text = sample.printable(prompt + written)
+    text = sample.printable(coding.decode([*prompt, *written]))
     if jax.process_index() == 0:
         (config.out / "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\nwhat it writes after {config.prompt!r}:\n\n{text}\n")
@@ -140,14 +192,15 @@ def run(
 
     def prepare():
         config = from_command_line()
-        corpus = data.load(config.text)
-        data.check_length(corpus, config.batch_size, config.seq_len + 1)
+        source = open_source(config)
+        room = config.vocabulary or -(-source.coding.size // 128) * 128
+        config = replace(config, vocabulary=room)
         name = f"{config.size}-{'-'.join(config.optimizers)}"
-        config = loop.claim(config, name, corpus.summary())
+        config = loop.claim(config, name, source.summary)
 
         def train_one(one: settings.Config, interrupts: loop.Interrupts) -> None:
-            job = make_job(one, corpus, make_functions(one))
-            write_sample(one, loop.train(one, job, interrupts).params)
+            job = make_job(one, source, make_functions(one))
+            write_sample(one, source.coding, loop.train(one, job, interrupts).params)
 
         return config, train_one
 

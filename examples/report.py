@@ -235,9 +235,10 @@ def plot(runs: Sequence[Run]) -> Figure:
         f"Llama {header['config']['size']} ({header['parameters'] / 1e6:,.2f} M parameters)",
         loc="left",
     )
-    axes.set_xlabel("tokens (bytes of text)")
+    in_bytes = header["config"].get("dataset", "text") == "text"
+    axes.set_xlabel("tokens (bytes of text)" if in_bytes else "tokens")
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_ylabel("loss (nats per byte)")
+    axes.set_ylabel(f"loss (nats per {'byte' if in_bytes else 'token'})")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(
         FixedLocator([0.6, 0.8, 1, 1.2, 1.4, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10])

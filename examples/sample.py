@@ -1,5 +1,6 @@
-"""What the model has learned to write: bytes drawn one by one, each given those before it."""
+"""What the model has learned to write: tokens drawn one by one, each given those before it."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -41,20 +42,20 @@ def draw(
 def generate(
     config: llama.LlamaConfig,
     params: Any,
-    prompt: bytes,
+    prompt: Sequence[int],
     *,
     count: int,
     length: int,
     seed: int,
     temperature: float = 0.8,
-) -> bytes:
-    """Writes `count` bytes after `prompt`, each given at most `length` before it; one jit."""
-    given = np.frombuffer(prompt, np.uint8)[-length:]
+) -> list[int]:
+    """Writes `count` tokens after `prompt`, each given at most `length` before it; one jit."""
+    given = prompt[-length:]
     window = np.zeros(length, np.int32)
-    window[: len(given)] = given
+    window[: len(given)] = list(given)
     keys = jax.random.split(jax.random.key(seed), count)
     tokens = draw(config, params, window, np.int32(len(given)), keys, temperature)
-    return bytes(np.asarray(tokens, np.uint8))
+    return np.asarray(tokens).tolist()
 
 
 def printable(text: bytes) -> str:

@@ -35,7 +35,7 @@ import natgalore_jax as natgalore
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Pre-train a Llama on text, byte by byte, on many devices."""
+    """Pre-train a Llama on text, on bytes or C4, on many devices."""
 
     ABOUT_THE_CALL: ClassVar = (*settings.Config.ABOUT_THE_CALL, "distributed")
     CHANGEABLE: ClassVar = (*settings.Config.CHANGEABLE, "mesh", "zero", "devices")
@@ -71,6 +71,11 @@ class Config(settings.Config):
         if self.batch_size % parts:
             raise ValueError(
                 f"--batch-size must be a multiple of data x fsdp, {parts}, got {self.batch_size}"
+            )
+        if self.batch_size // self.micro_batches % parts:
+            raise ValueError(
+                f"a micro-batch must be a multiple of data x fsdp, {parts}, "
+                f"got {self.batch_size // self.micro_batches} sequences: lower --micro-batches"
             )
         return mesh
 

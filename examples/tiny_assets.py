@@ -3,14 +3,17 @@
     python examples/tiny_assets.py --out runs/tiny      a few seconds, and no network
     python examples/finetune_glue.py --task cola --model runs/tiny/roberta \\
         --data runs/tiny/glue/CoLA --lr 1e-3 --scale 1 --epochs 10
+    python examples/pretrain.py --dataset c4 --data runs/tiny/c4 --tokenizer runs/tiny/c4
 
 It leaves a byte-level BPE tokenizer trained on docstrings, a RoBERTa and a Llama of two layers with
-random weights as Hugging Face stores them, and a few hundred records for each task in the format
-that it is published in. Labels follow from one word of the last sentence, which can be learned; a
-model that does not learn it is at the share of the most frequent label.
+random weights as Hugging Face stores them, a few hundred records for each task in the format that
+it is published in, and the docstrings as shards of C4. Labels follow from one word of the last
+sentence, which can be learned; a model that does not learn it is at the share of the most frequent
+label.
 """
 
 import ast
+import gzip
 import itertools
 import json
 import re
@@ -165,6 +168,19 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
             (folder / f"{file}.tsv").write_text("\n".join(lines) + "\n")
 
 
+def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], held_out: int = 10) -> None:
+    """Texts as shards of C4, with a tokenizer; one of `held_out` texts is for validation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = [text for i, text in enumerate(texts) if i % held_out]
+    splits = {"train": [rest[::2], rest[1::2]], "validation": [texts[::held_out]]}
+    for split, shards in splits.items():
+        for i, shard in enumerate(shards):
+            lines = [json.dumps({"text": text, "url": "stdlib"}) + "\n" for text in shard]
+            file = folder / f"c4-{split}.{i:05}-of-{len(shards):05}.json.gz"
+            file.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 PLACES = ("parser", "socket", "thread", "buffer", "module", "header", "stream", "format")
 
 
@@ -213,6 +229,7 @@ def make(out: Path) -> None:
     for name, task in glue.TASKS.items():
         save_task(out / "glue" / task.name, name, pool)
     save_plans(out / "plans")
+    save_c4(out / "c4", tokenizer, texts)
 
 
 def main() -> None:

@@ -295,7 +295,7 @@ def run(monkeypatch, tmp_path):
     tiny = replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
     monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
-    monkeypatch.setattr(pretrain, "SAMPLE_BYTES", 20)
+    monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 20)
     monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 2)
     monkeypatch.setattr(pretrain, "make_functions", make_functions_once)
     small = ["--text", "text", "--steps", "2", "--batch-size", "2", "--seq-len", "16"]
@@ -889,7 +889,7 @@ class TestSample:
         for _ in range(9):
             seen = np.frombuffer(text[-8:], np.uint8).astype(np.int32)
             text += bytes([int(net.logits(params, seen[None])[0, -1].argmax())])
-        assert written == text[given:]
+        assert bytes(written) == text[given:]
 
     def test_it_is_a_function_of_the_seed(self, params):
         def written(seed):

@@ -61,7 +61,7 @@ def run(monkeypatch, small):
     """
     Path("text").write_text(TEXT)
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
-    for name, value in {"SAMPLE_BYTES": 20, "VALIDATION_BATCHES": 1}.items():
+    for name, value in {"SAMPLE_TOKENS": 20, "VALIDATION_BATCHES": 1}.items():
         monkeypatch.setattr(pretrain, name, value)
     make = sharded.make_functions
 

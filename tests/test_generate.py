@@ -129,7 +129,7 @@ class TestCommandLine:
     @pytest.mark.slow
     def test_a_pretrained_model_writes_on(self, call, capsys, monkeypatch):
         Path("text").write_text("To be, or not to be, that is the question.\n" * 50)
-        monkeypatch.setattr(pretrain, "SAMPLE_BYTES", 1)
+        monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 1)
         given = "--text text --steps 2 --batch-size 2 --seq-len 16 --optimizer adamw --out here"
         assert call(pretrain, *given.split()) == 0
         capsys.readouterr()

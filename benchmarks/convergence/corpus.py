@@ -53,9 +53,9 @@ def python_sources(limit: int | None = None) -> Iterator[bytes]:
 def c4(limit: int | None = None) -> Iterator[bytes]:
     """The first texts of C4's English part, streamed."""
     try:
-        from datasets import load_dataset  # pyrefly: ignore[missing-import]
+        from datasets import load_dataset
     except ImportError as error:
-        raise ValueError("c4 needs `pip install -e '.[bench-c4]'`, and a network") from error
+        raise ValueError("c4 needs `pip install -e '.[c4]'`, and a network") from error
     stream = load_dataset("allenai/c4", "en", split="train", streaming=True)
     for _, row in zip(range(limit or C4_TEXTS), stream, strict=False):
         yield row["text"].encode()
