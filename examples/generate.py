@@ -33,6 +33,7 @@ import pretrain
 import report
 import sample
 import settings
+import seven_billion
 import sharded
 import tyro
 from flax import nnx
@@ -87,13 +88,15 @@ class Writer(NamedTuple):
 
 
 def of_a_run(folder: Path) -> Writer:
-    """The model of a run of pretrain.py or sharded.py.
+    """The model of a run of pretrain.py, sharded.py or seven_billion.py.
 
     Raises:
         ValueError, OSError: it holds no checkpoint, or a damaged one, or its tokenizer is gone.
     """
     header = report.read_header(folder / "log.jsonl")
-    kind = sharded.Config if "mesh" in header.get("config", {}) else settings.Config
+    own = {"mesh": sharded.Config, "limit": seven_billion.Config}  # settings that others lack
+    began_with = header.get("config", {})
+    kind = next((k for name, k in own.items() if name in began_with), settings.Config)
     config = command_line.begun_with(folder, kind)
     if config.compare:
         raise ValueError(f"{folder} is a comparison: name one of {config.compare} in it")

@@ -1,22 +1,23 @@
 """Train all weights of Llama 7B on one GPU, in 24 GiB.
 
-    python examples/seven_billion.py                    200 steps on Python's sources
-    python examples/seven_billion.py --limit 20         in 20 GiB of the GPU's memory
-    python examples/seven_billion.py --size tiny --rank 32    the same path, a minute on a laptop
-    python examples/seven_billion.py --help             everything else, as for pretrain.py
+    python examples/seven_billion.py --attention cudnn     200 steps on Python's sources
+    python examples/seven_billion.py --limit 20            in 20 GiB of the GPU's memory
+    python examples/seven_billion.py --dataset c4 --tokenizer t5-base     on C4, see pretrain.py
+    python examples/seven_billion.py --size tiny --rank 32 --seq-len 64   the same path on a laptop
+    python examples/seven_billion.py --help                everything else
 
 AdamW with everything in bfloat16 needs 54 GB before the first activation. What is done here:
 
     weights      bfloat16 without a float32 copy; their sums are rounded at random
                  (`natgalore.stochastic_rounding`), so that small updates are not lost
     gradients    never m x n, but cores of r x n from the backward pass
-                 (`natgalore.value_and_grad`), summed over the sequences of a batch
+                 (`natgalore.value_and_grad`), summed over the micro-batches of a batch
     state        moments and bases of those cores in 8 bits (`natgalore.quantized`)
-    activations  of a layer, recomputed in the backward pass, one sequence at a time
+    activations  of a layer, recomputed in the backward pass, of one micro-batch at a time
     updates      of a stack of eight layers at a time: a stack is one array
 
-No layer-wise update, so gradients can be summed over sequences, and the step is an ordinary one:
-gradients, `tx.update`, `optax.apply_updates`. The allocator is given --limit and no more, so a step
+No layer-wise update, so gradients can be summed over micro-batches; the step is that of pretrain.py
+and this file only says what is stored how. The allocator is given --limit and no more, so a step
 that needs more fails; the log has `peak_bytes_in_use` beside each loss.
 """
 
@@ -24,37 +25,25 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import command_line
-import jax
 import jax.numpy as jnp
 import llama
 import optax
 import pretrain
 import settings
 from command_line import one_of
-from flax import nnx
-from loop import TrainState
 
 import natgalore_jax as natgalore
 
 
-VOCABULARY = 32_000  # as in the papers, though a byte needs 256 of them
 LAYERS_IN_A_STACK = 8
 ROLES = ("linear", "square", "basis")
 
 
 def galore_in_8_bits(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
-    galore = natgalore.galore(
-        schedule,
-        rank=config.rank,
-        refresh_every=config.refresh_every,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        stagger=False,  # a refresh costs its passes for one matrix as for all
-    )
+    galore = settings.low_rank(natgalore.galore)(schedule, config)
     return optax.chain(
         natgalore.quantized(galore, ROLES, seed=config.seed),
         natgalore.stochastic_rounding(seed=config.seed),
@@ -63,7 +52,7 @@ def galore_in_8_bits(schedule: optax.Schedule, config: "Config") -> optax.Gradie
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Train all weights of a Llama in as little memory as we can, byte by byte."""
+    """Train all weights of a Llama in as little memory as we can."""
 
     OPTIMIZERS: ClassVar = {"galore": settings.Recipe(1e-3, galore_in_8_bits)}
     CHANGEABLE: ClassVar = (*settings.Config.CHANGEABLE, "limit")
@@ -73,13 +62,17 @@ class Config(settings.Config):
     size: Annotated[str, one_of(llama.CONFIGS)] = "7b"
     """Size of the model."""
     limit: float = 24.0
-    """GiB of the GPU's memory that JAX may take; 0 for all."""
+    """GiB of the GPU's memory that JAX may take; 0 for three quarters of all, its default."""
+    vocabulary: int | None = 32_000
+    """Tokens that the model has room for, of bytes as well: it is a 7B as in the papers."""
     steps: int = 200
     """Number of training steps."""
     seq_len: int = 2048
-    """Bytes in a sequence."""
+    """Tokens in a sequence."""
     batch_size: int = 4
-    """Sequences in a batch; they pass one after the other."""
+    """Sequences in a batch."""
+    micro_batches: int = 4
+    """Parts of a batch that are computed one after the other, to save memory."""
     rank: int | None = 256
     """Rank of the projected gradients."""
     refresh_every: int = 200
@@ -102,15 +95,8 @@ class Config(settings.Config):
     @property
     def model(self) -> llama.LlamaConfig:
         model = super().model
-        return replace(
-            model,
-            vocabulary=VOCABULARY,
-            scan=True,
-            stacks=max(1, model.layers // LAYERS_IN_A_STACK),
-            remat=True,
-            param_dtype=jnp.bfloat16,
-            attention=self.attention,
-        )
+        stacks = max(1, model.layers // LAYERS_IN_A_STACK)
+        return replace(model, stacks=stacks, param_dtype=jnp.bfloat16, attention=self.attention)
 
 
 def from_command_line() -> Config:
@@ -140,40 +126,8 @@ def gpu_bytes() -> int:
     return int(said.stdout.strip()) * 2**20 if said.returncode == 0 else 0
 
 
-def make_functions(config: Config) -> pretrain.Functions:
-    """The functions of a run."""
-    structure = llama.structure(config.model)
-    tx = config.make_optimizer()
-
-    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
-        return llama.next_token_loss(nnx.merge(structure, params), tokens)
-
-    gradients = natgalore.value_and_grad(
-        loss_fn, tx, micro_batches=config.batch_size, on_fallback="error"
-    )
-    apart = lambda tokens: tokens[:, None]  # each sequence a micro-batch
-
-    @jax.jit
-    def init(key):
-        model = llama.Llama(config.model, nnx.Rngs(key))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return TrainState(params, tx.init(params))
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state, tokens):
-        (loss, grads), opt_state = gradients(state.params, state.opt_state, apart(tokens))
-        updates, opt_state = tx.update(grads, opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
-
-    @jax.jit
-    def validation_loss(params, tokens):
-        return jax.lax.map(partial(loss_fn, params), apart(tokens)).mean()
-
-    return pretrain.Functions(init, train_step, validation_loss)
-
-
 def main() -> None:
-    pretrain.run(from_command_line, make_functions)
+    pretrain.run(from_command_line, pretrain.make_functions)
 
 
 if __name__ == "__main__":
