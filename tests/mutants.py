@@ -527,7 +527,12 @@ MUTANTS = [
     Mutant("symmetric", "infinity is zero", "jnp.where(finite, high, NAN)", "high"),
     Mutant("quantize", "the Gram matrix of other cores", "before = _with_grams(before)", "pass"),
     Mutant("quantize", "a Fisher by the code of moments", "if role in SYMMETRIC:", "if False:"),
-    Mutant("roles", "a basis in codes is a key", "dtype is not None and not", "not"),
+    Mutant(
+        "roles",
+        "a basis in codes has a dtype",
+        'getattr(node.value, "dtype", None)',
+        "node.value.dtype",
+    ),
     Mutant("quantize", "one key for all leaves", "jax.random.fold_in(now, i)", "now"),
     Mutant("quantize", "one key for all steps", "jax.random.key_data(following)", "key"),
     Mutant("quantize", "cores inside a projection", "if cores(params):", "if False:"),
