@@ -56,7 +56,6 @@ QUICK = (
     "two-sided, random",
     "scale_by_fisher, bfloat16",
     "residual",
-    "quantized",
     "adamw inside",
 )
 PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}, "frozen": None}
