@@ -27,6 +27,7 @@ RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore,
 
 def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
     moments, all_roles = ("linear", "square"), ("linear", "square", "basis")
+    fishers = (*all_roles, "fisher", "root", "window")
     return {
         "adamw": optax.adamw(1.0),
         "galore": natgalore.galore(1.0, rank),
@@ -43,6 +44,18 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
         ),
         "natural_galore, core, 8 bits, bases too": natgalore.quantized(
             natgalore.natural_galore(1.0, rank, fisher="core"), all_roles
+        ),
+        "natural_galore, core, 8 bits, Fishers too": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank, fisher="core"), fishers
+        ),
+        "natural_galore, window, 8 bits": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank, fisher="window"), moments
+        ),
+        "natural_galore, window, 8 bits, bases too": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank, fisher="window"), all_roles
+        ),
+        "natural_galore, window, 8 bits, Fishers too": natgalore.quantized(
+            natgalore.natural_galore(1.0, rank, fisher="window"), fishers
         ),
         "galore, 8 bits": natgalore.quantized(natgalore.galore(1.0, rank), moments),
         "galore, 8 bits, bases too": natgalore.quantized(natgalore.galore(1.0, rank), all_roles),

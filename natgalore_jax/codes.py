@@ -21,33 +21,16 @@ References: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arX
 Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561, of the code.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, PyTree
-
-from .placement import explicit_mesh, fitting, local, partition
+from jaxtyping import Array, Float, Integer
 
 
 GENERATOR = "threefry2x32"  # the same numbers on every machine, however they are sharded
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Coded:
-    """An array in 8 bits, in the state in its place.
-
-    Attributes:
-      codes: (*axes, n) int8 or uint8, which says which code it is.
-      scales: (*axes, blocks), in the dtype of the array.
-    """
-
-    codes: Any
-    scales: Any
 
 
 class Code(NamedTuple):
@@ -130,7 +113,7 @@ def encode(
       >>> codes.tolist(), scales.tolist(), decode(codes, scales)[:3].tolist()
       ([-127, 0, 92, -128], [2.0], [-2.0, 0.0, 1.0086545944213867])
     """
-    blocks = _wide(x).reshape(*x.shape[:-1], -1, block)
+    blocks = wide(x).reshape(*x.shape[:-1], -1, block)
     finite = jnp.isfinite(blocks)
     size = jnp.where(finite, jnp.abs(blocks), 0)
     scales = size.max(axis=-1, keepdims=True)
@@ -152,49 +135,11 @@ def decode(
 ) -> Float[Array, "*axes n"]:
     """What integers and scales stand for, in the dtype of the scales."""
     code = code_of(codes)
-    q = codes.astype(_wide(scales).dtype).reshape(*scales.shape, -1)
+    q = codes.astype(wide(scales).dtype).reshape(*scales.shape, -1)
     value = code.value(jnp.abs(q))
     value = value * value if code.squares else jnp.where(q < 0, -value, value)
-    x = jnp.where(q == code.nan, jnp.nan, value * _wide(scales)[..., None])
+    x = jnp.where(q == code.nan, jnp.nan, value * wide(scales)[..., None])
     return x.reshape(codes.shape).astype(scales.dtype)
-
-
-def is_coded(x: Any) -> bool:
-    return isinstance(x, Coded)
-
-
-def coded(code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None) -> Coded:
-    """`encode`, the codes lying on a mesh as x does, and the scales as far as their number lets."""
-    mesh, lies = explicit_mesh(x), partition(x)
-    blocks = (*x.shape[:-1], x.shape[-1] // block)
-    scales = lies if mesh is None else fitting(lies, blocks, mesh)
-    encoded = lambda x, key: encode(code, x, block, key)
-    return Coded(*local(encoded, (lies, scales), x, key))
-
-
-def decoded(state: PyTree) -> PyTree:
-    """`state` with the array that each Coded stands for in its place."""
-
-    def array(x):
-        if not is_coded(x):
-            return x
-        return local(decode, partition(x.codes), x.codes, x.scales)
-
-    return jax.tree.map(array, state, is_leaf=is_coded)
-
-
-def recoded(state: PyTree, like: PyTree) -> PyTree:
-    """`state` with an array in 8 bits, to nearest, wherever `like` has one: undoes `decoded`.
-
-    What is in 8 bits already stays as it is.
-    """
-
-    def one(x, array):
-        if not is_coded(x) or is_coded(array):
-            return array
-        return coded(code_of(x.codes), array, array.shape[-1] // x.scales.shape[-1])
-
-    return jax.tree.map(one, like, state, is_leaf=is_coded)
 
 
 def _rounded_at_random(
@@ -228,6 +173,6 @@ def block_size(n: int) -> int | None:
     return max(wide or divisors, key=lambda b: (math.gcd(n // b, 8), b), default=None)
 
 
-def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x in float32, or float64 if it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .backward import Bases, bases_of
 from .boxes import unbox
-from .codes import is_coded
+from .coded import is_coded
 from .engine import SubspaceState
 from .lower import core_dtype
 from .memory import bytes_by_leaf, nbytes

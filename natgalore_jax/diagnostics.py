@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from .basis import normalised, to_core
 from .boxes import unbox
-from .codes import decoded
+from .coded import decoded
 from .engine import SubspaceState
 from .fisher_core import CoreFisherState
 from .fisher_window import FisherState

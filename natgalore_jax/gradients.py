@@ -20,7 +20,7 @@ from . import turns, whole
 from .backward import backward, bases_in, bases_of, mean
 from .boxes import unbox
 from .checks import check_choice, check_int
-from .codes import decoded, recoded
+from .coded import decoded, recoded
 from .engine import Engine, SubspaceState, finding
 from .placement import Layout, entered, layout_of
 from .refresh import Refresh, groups, matrices

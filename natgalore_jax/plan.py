@@ -22,11 +22,14 @@ from .checks import check_bytes, check_choice, check_int, check_number
 from .counts import Bill, Row, bill_of, state_of
 from .ladder import by_energy, by_fraction, largest_that_fits, rules
 from .planned import Plan
-from .quantize import ROLES, quantized
+from .quantize import quantized
 from .recipes import galore
 from .select import Rank
 from .spec import LeafSpec
 from .spectra import shares
+
+
+ROLES = ("linear", "square", "basis")  # what bits=8 encodes: all that `galore` remembers
 
 
 def plan(
@@ -99,7 +102,7 @@ def plan(
     if low_rank_gradients and _residual(recipe, settings) is not None:
         settings["residual"] = None
     settings = {"refresh_every": 200, "stagger": not low_rank_gradients, **settings}
-    roles = tuple(ROLES) if bits == 8 else ()
+    roles = ROLES if bits == 8 else ()
 
     def made(rank: Rank, roles: tuple[str, ...] = roles) -> optax.GradientTransformation:
         tx = recipe(1.0, rank=rank, **settings)
@@ -195,7 +198,7 @@ def _savings(
     low = low_rank_gradients or may_be_low
     narrow = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16) if _is_wide(w) else w
     ways = {
-        "bits=8": lambda: bill_of(made(roles=tuple(ROLES)), params, low_rank_gradients).total,
+        "bits=8": lambda: bill_of(made(roles=ROLES), params, low_rank_gradients).total,
         "low_rank_gradients=True": lambda: bill_of(made(), params, low).total,
         "weights in bfloat16": lambda: (
             bill_of(made(), jax.tree.map(narrow, params), low_rank_gradients).total

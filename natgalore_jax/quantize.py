@@ -8,17 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jaxtyping import Array, PyTree
 
 from .checks import check_choice, check_int
-from .codes import GENERATOR, LINEAR, SQUARE, Code, block_size, coded, decoded, is_coded
+from .coded import block_of, coded, decoded, is_coded, is_large, kept_bases, windows_in_8_bits
+from .codes import GENERATOR, LINEAR, SQUARE, Code
+from .fisher_window import gram
+from .placement import local
 from .roles import Undeclared, register_state, walk
-from .spec import cores
+from .spec import LeafSpec, cores
+from .symmetric import coded as coded_symmetric
 
 
-ROLES: dict[str, Code] = {"linear": LINEAR, "square": SQUARE, "basis": LINEAR}
-SMALLEST = 4096  # numbers of an array that is worth it, as in 8-bit Adam
+CODES: dict[str, Code] = {"linear": LINEAR, "square": SQUARE, "basis": LINEAR, "window": LINEAR}
+SYMMETRIC = ("fisher", "root")
+ROLES = (*CODES, *SYMMETRIC)
+AT_RANDOM = ("linear", "square", "basis")
 
 
 class QuantizedState(NamedTuple):
@@ -60,16 +65,32 @@ def quantized(
         :func:`register_state` tells what it holds; a large array of which that is not known stays
         as it is, with a warning at init. `optax.MultiSteps` goes around `quantized`, or small
         gradients are lost where it sums them.
-      roles: what is encoded: `"linear"`, what is linear in gradients, as momentum is; `"square"`,
-        Adam's second moments; `"basis"`, the bases of projections but random ones. PᵀP is then
-        the identity to 1.5 % (r = 256, m = 1024). Not Fisher windows: their Gram matrix is that of
-        cores in full, and `window_dtype` of :func:`scale_by_fisher` knows of it.
+      roles: what is encoded, each a choice of its own:
+
+        - `"linear"`: what is linear in gradients, as momentum is.
+        - `"square"`: Adam's second moments.
+        - `"basis"`: bases of projections, but random ones. Decoded, their columns are made
+          orthonormal again, for r/n of what projecting costs: from 1.3 % off to 1.3e-4, without
+          which a whitened residual had 15 to 43 % of its size within the span. Their span is
+          turned by 1.2 %. Codes change at a refresh alone.
+        - `"fisher"`, `"root"`: L of :func:`scale_by_core_fisher`, and its inverse root, in a code
+          of their own (`symmetric.py`): 8 bits of L would make it indefinite, so that its root is
+          no number; half of a symmetric matrix says nothing, and 16 bits of the other half take as
+          much. At `damping=0.1` answers are right to 0.2 %, at the least, 1e-3, to 7 %. Of a state
+          of your own both must be symmetric and semidefinite; what is not r x r stays as it is.
+        - `"window"`: cores of :func:`scale_by_fisher`. The newest enters as it is kept, and the
+          Gram matrix is anew that of what is kept, for s²/2m of what projecting costs. Rounding,
+          1 % of a core, counts as new in it: of 20 cores that are independent the answer is right
+          to 0.9 %, with cosines of 0.9 to 3 %, of 0.99 to 9 %, of 0.999 to 28 %. One that repeats
+          itself is right to 1 % until its basis turns, and all rounding for s steps from there.
+          bfloat16 (`window_dtype`) rounds to a fifth of that.
       stochastic: which of them are rounded to one of the two nearest values at random, so that the
         mean is right. Second moments should be: in a step they move by 0.1 %, less than the code
         resolves, so that to nearest they stay where they are relative to the largest of their
         block, and when it falls, after one gradient of 100 times the usual size, all fall with it:
         steps were 1.3 times too long 3000 steps after it, and to within 1 % right if rounded at
-        random. Momentum moves by 10 % and has less noise to nearest.
+        random. Momentum moves by 10 % and has less noise to nearest. Windows and Fishers are
+        rounded to nearest.
       seed: of that rounding.
 
     Returns:
@@ -90,9 +111,9 @@ def quantized(
 
     Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861.
     """
-    for name, given in (("roles", roles), ("stochastic", stochastic)):
+    for name, given, known in (("roles", roles, ROLES), ("stochastic", stochastic, AT_RANDOM)):
         for role in (given,) if isinstance(given, str) else given:
-            check_choice(name, role, ROLES)
+            check_choice(name, role, known)
     check_int("seed", seed, minimum=0)
     tx = optax.with_extra_args_support(tx)
     roles, stochastic = (
@@ -106,11 +127,15 @@ def quantized(
 
         def one(x, role, spec):
             i = next(leaf)
-            block = _block(x)
-            if role not in roles or block is None:
+            if role not in roles:
+                return x
+            if role in SYMMETRIC:
+                return coded_symmetric(x) if _is_symmetric(x) else x
+            block = block_of(x)
+            if block is None:
                 return x
             with_key = now is not None and role in stochastic
-            return coded(ROLES[role], x, block, jax.random.fold_in(now, i) if with_key else None)
+            return coded(CODES[role], x, block, jax.random.fold_in(now, i) if with_key else None)
 
         words = None if following is None else jax.random.key_data(following)
         return QuantizedState(walk(state, one), words)
@@ -125,27 +150,44 @@ def quantized(
             raise ValueError("`tx` is quantized already: give `quantized` the optimizer itself.")
         _warn_undeclared(state)
         key = jax.random.key_data(jax.random.key(seed, impl=GENERATOR)) if random else None
-        return encoded(jax.tree.map(_not_folded, state), key)
+        return encoded(state, key)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        updates, inner_state = tx.update(updates, decoded(state.inner_state), params, **extra_args)
-        return updates, encoded(inner_state, state.key)
+        before = decoded(state.inner_state)
+        if "window" in roles:
+            before = _with_grams(before)
+        with windows_in_8_bits("window" in roles):
+            updates, after = tx.update(updates, before, params, **extra_args)
+        new = encoded(after, state.key)
+        return updates, new._replace(
+            inner_state=kept_bases(state.inner_state, after, new.inner_state)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _not_folded(x: Any) -> Any:
-    """x, which is constant at init, unknown to the compiler: it would encode it as it compiles."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return x + lax.optimization_barrier(jnp.zeros((), x.dtype))
+def _is_symmetric(x: Any) -> bool:
+    """Whether x is r x r; what else has a role of the Fisher is small."""
+    return x.ndim >= 2 and x.shape[-1] == x.shape[-2] and is_large(x)
 
 
-def _block(x: Any) -> int | None:
-    """How many numbers of x share a scale; None where x stays as it is."""
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.size < SMALLEST:
-        return None
-    return block_size(x.shape[-1])
+def _with_grams(state: PyTree) -> PyTree:
+    """The state with the Gram matrix of each window that is kept in 8 bits, of what it holds.
+
+    Whatever has rounded it since, this step's rounding or that of a refresh in the backward pass.
+    """
+    windows: dict[LeafSpec | None, Array] = {}
+
+    def one(x, role, spec):
+        if role == "window":
+            windows[spec] = x
+        if role != "gram" or block_of(windows[spec]) is None:
+            return x
+        # What was not finite stays so. (An array that is not read is not donated either.)
+        anew = lambda x, H: jnp.where(jnp.isfinite(x), gram(H.astype(x.dtype)), jnp.nan)
+        return local(anew, x, x, windows[spec])
+
+    return walk(state, one)
 
 
 def _typed(key: Array) -> Array:
@@ -157,7 +199,7 @@ def _warn_undeclared(state: PyTree) -> None:
     fields: dict[str, None] = {}
 
     def note(x, role, spec):
-        if isinstance(role, Undeclared) and _block(x) is not None:
+        if isinstance(role, Undeclared) and block_of(x) is not None:
             fields[str(role)] = None
         return x
 

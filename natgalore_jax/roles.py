@@ -55,7 +55,8 @@ def register_state(state_type: type, **roles: str) -> None:
           factors of squares v ≈ row colᵀ / mean(row), as Adafactor's are.
         - `"window"`, (*batch, s, r, n): cores; and after it `"gram"`, (*batch, s, s).
         - `"fisher"`, (*batch, r, r): a mean of R Rᵀ.
-        - `"root"`: derived from the Fisher; cleared, and the transformation computes it anew.
+        - `"root"`: derived from the Fisher; cleared, and the transformation computes it anew. One
+          that :func:`quantized` is told to keep in 8 bits must be symmetric and semidefinite too.
         - `"scalar"`: what no basis enters.
 
         Transport `"reset"` makes all of them zero but squares, so zero must mean that nothing has
@@ -103,8 +104,9 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
         if isinstance(node, Core | Basis):
             spec = node.spec
             if isinstance(node, Basis):
-                kept = jnp.issubdtype(node.value.dtype, jnp.floating)
-                role = "basis" if kept else "key"
+                dtype = getattr(node.value, "dtype", None)  # None of codes and their scales
+                is_key = dtype is not None and not jnp.issubdtype(dtype, jnp.floating)
+                role = "key" if is_key else "basis"
         children, treedef = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node
         )

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .backward import Bases, Result, bases_in, bases_of, is_basis, largest
 from .basis import basis_key, expand, normalised
-from .codes import decoded, recoded
+from .coded import decoded, recoded
 from .engine import SubspaceState
 from .linalg import norms
 from .placement import Layout, local, partition_of

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .backward import Bases, Result, bases_of, blank, largest, like
 from .boxes import unbox
-from .codes import decoded, recoded
+from .coded import decoded, recoded
 from .control import when
 from .engine import SubspaceState
 from .lower import lower

@@ -165,6 +165,31 @@ def test_a_resumed_run_is_the_same_run(name, orbax, request):
     assert_same(go_on(tx, *restored, SAVED_AT, STEPS), go_on(tx, *at, SAVED_AT, STEPS))
 
 
+@pytest.mark.parametrize("fisher", ["core", pytest.param("window", marks=pytest.mark.slow)])
+def test_a_resumed_run_in_8_bits_is_the_same_run(fisher, standard):
+    """Codes, scales, diagonals and the key of the rounding, through refreshes before and after."""
+    roles = ("linear", "square", "basis", "window", "fisher", "root")
+    tx = natgalore.quantized(natural_galore(64, fisher=fisher), roles)
+    some = lambda seed: {"kernel": jax.random.normal(jax.random.key(seed), (2, 72, 96))}
+    update = jax.jit(tx.update)
+
+    def go_on(weights, state, first, last):
+        for step in range(first, last):
+            updates, state = update(some(step + 1), state, weights)
+            weights = optax.apply_updates(weights, updates)
+        return weights, state
+
+    weights = some(0)
+    at = go_on(weights, tx.init(weights), 0, SAVED_AT)
+    arrays = {"core": 5, "window": 4}[fisher]
+    bytes_, integers = [sum(x.dtype == d for x in jax.tree.leaves(at)) for d in ("uint8", "int8")]
+    assert bytes_ + integers == arrays
+    standard.save(at)
+    restored = standard.restore(target(tx, weights))
+    assert_same(restored, at)
+    assert_same(go_on(*restored, SAVED_AT, STEPS), go_on(*at, SAVED_AT, STEPS))
+
+
 def test_a_resumed_nnx_optimizer_is_the_same(standard):
     def create():
         model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))

@@ -42,6 +42,10 @@ TRANSFORMS = {
     "residual of one's own, two-sided": project(
         optax.trace(0.9), side="both", residual=lambda left, R, U: 0.1 * left
     ),
+    "quantized": natgalore.quantized(
+        core(weight_decay=0.1), ("linear", "square", "basis", "fisher", "root")
+    ),
+    "quantized, window": natgalore.quantized(core(fisher="window"), ("linear", "square", "window")),
     "adamw inside": natgalore.chain(project(), optax.adamw(1e-2, weight_decay=0.1)),
 }
 # Each kind of Fisher, basis, side and transport once, for tests that compile.
@@ -55,6 +59,11 @@ QUICK = (
     "adamw inside",
 )
 PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}, "frozen": None}
+
+
+@pytest.fixture(autouse=True)
+def small_arrays_are_worth_8_bits(monkeypatch):
+    monkeypatch.setattr(natgalore.coded, "SMALLEST", 16)
 
 
 @pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS)

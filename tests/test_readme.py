@@ -84,7 +84,17 @@ def test_memory_table_is_the_measured_one(size):
             'the same, `fisher="core"`',
             [
                 "natural_galore, core",
-                *(f"natural_galore, core, 8 bits{x}" for x in ("", ", bases too")),
+                *(f"natural_galore, core, 8 bits{x}" for x in ("", ", bases too", ", Fishers too")),
+            ],
+        ),
+        (
+            'the same, `fisher="window"`',
+            [
+                "natural_galore, window",
+                *(
+                    f"natural_galore, window, 8 bits{x}"
+                    for x in ("", ", bases too", ", Fishers too")
+                ),
             ],
         ),
         ("GaLore, Natural GaLore", ["galore", "galore, 8 bits", "galore, 8 bits, bases too"]),
