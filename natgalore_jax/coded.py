@@ -59,7 +59,7 @@ def decoded(state: PyTree) -> PyTree:
 
     def array(x):
         if _is_coded_basis(x):
-            return x.replace(_basis(x.value))
+            return x.replace(basis(x.value))
         return x.array() if is_coded(x) else x
 
     return jax.tree.map(array, state, is_leaf=_is_leaf)
@@ -81,6 +81,32 @@ def recoded(state: PyTree, like: PyTree) -> PyTree:
     return kept_bases(like, state, jax.tree.map(one, like, state, is_leaf=_is_leaf))
 
 
+@dataclasses.dataclass(frozen=True)
+class Closed:
+    """A Coded as one leaf, where both its arrays are to be met together.
+
+    Attributes:
+      coded: what is in it.
+    """
+
+    coded: Coded
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array that it stands for."""
+        return self.coded.codes.shape
+
+
+def closed(state: PyTree) -> PyTree:
+    """`state` with a leaf in place of each Coded."""
+    return jax.tree.map(lambda x: Closed(x) if is_coded(x) else x, state, is_leaf=is_coded)
+
+
+def opened(state: PyTree) -> PyTree:
+    """Undoes `closed`."""
+    return jax.tree.map(lambda x: x.coded if isinstance(x, Closed) else x, state)
+
+
 def kept_bases(before: PyTree, state: PyTree, encoded: PyTree) -> PyTree:
     """`encoded`, which `state` was, with the codes `before` of each basis that has not changed.
 
@@ -91,19 +117,23 @@ def kept_bases(before: PyTree, state: PyTree, encoded: PyTree) -> PyTree:
     def one(old, array, new):
         if not _is_coded_basis(old) or is_coded(array.value):
             return new
-        codes, scales = old.value.codes, old.value.scales
-
-        def keep(was, now, old, new):
-            same = (was == now).all(axis=(-2, -1), keepdims=True)
-            return jax.tree.map(lambda a, b: jnp.where(same, a, b), old, new)
-
-        both = (codes, scales), (new.value.codes, new.value.scales)
-        return new.replace(Coded(*local(keep, both[0], _basis(old.value), array.value, *both)))
+        return new.replace(kept_where_same(old.value, basis(old.value), array.value, new.value))
 
     return jax.tree.map(one, before, state, encoded, is_leaf=_is_leaf)
 
 
-def _basis(x: Coded) -> Float[Array, "*batch m r"]:
+def kept_where_same(old: Coded, was: Array, now: Array, new: Coded) -> Coded:
+    """The codes of each matrix that was one array and is another: the old ones of an equal one."""
+
+    def keep(was, now, old, new):
+        same = (was == now).all(axis=(-2, -1), keepdims=True)
+        return jax.tree.map(lambda a, b: jnp.where(same, a, b), old, new)
+
+    both = [(x.codes, x.scales) for x in (old, new)]
+    return Coded(*local(keep, both[0], was, now, *both))
+
+
+def basis(x: Coded) -> Float[Array, "*batch m r"]:
     """A basis that is kept in 8 bits, with orthonormal columns again.
 
     Its codes are so to 1.3 %, and of a large gradient that much is left in G − P Pᵀ G, beside

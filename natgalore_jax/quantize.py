@@ -8,12 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from .checks import check_choice, check_int
-from .coded import block_of, coded, decoded, is_coded, is_large, kept_bases, windows_in_8_bits
+from .coded import (
+    basis,
+    block_of,
+    coded,
+    is_coded,
+    is_large,
+    kept_where_same,
+    windows_in_8_bits,
+)
 from .codes import GENERATOR, LINEAR, SQUARE, Code
 from .fisher_window import gram
+from .parts import in_parts
 from .placement import local
 from .roles import Undeclared, register_state, walk
 from .spec import LeafSpec, cores
@@ -121,25 +131,6 @@ def quantized(
     )
     random = bool(roles & stochastic)
 
-    def encoded(state: PyTree, key: Array | None) -> QuantizedState:
-        now, following = (None, None) if key is None else jax.random.split(_typed(key))
-        leaf = itertools.count()
-
-        def one(x, role, spec):
-            i = next(leaf)
-            if role not in roles:
-                return x
-            if role in SYMMETRIC:
-                return coded_symmetric(x) if _is_symmetric(x) else x
-            block = block_of(x)
-            if block is None:
-                return x
-            with_key = now is not None and role in stochastic
-            return coded(CODES[role], x, block, jax.random.fold_in(now, i) if with_key else None)
-
-        words = None if following is None else jax.random.key_data(following)
-        return QuantizedState(walk(state, one), words)
-
     def init(params: PyTree) -> QuantizedState:
         if cores(params):
             raise ValueError(
@@ -150,20 +141,80 @@ def quantized(
             raise ValueError("`tx` is quantized already: give `quantized` the optimizer itself.")
         _warn_undeclared(state)
         key = jax.random.key_data(jax.random.key(seed, impl=GENERATOR)) if random else None
-        return encoded(state, key)
+        now, following = _split(key)
+        place = itertools.count()
+
+        def first(x, role, spec):
+            i = next(place)
+            if role not in roles:
+                return x
+            x = _not_folded(x)
+            if role in SYMMETRIC:
+                return coded_symmetric(x) if _is_symmetric(x) else x
+            block = block_of(x)
+            if block is None:
+                return x
+            return coded(CODES[role], x, block, _key_of(now, i) if role in stochastic else None)
+
+        return QuantizedState(walk(state, first), following)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        before = decoded(state.inner_state)
-        if "window" in roles:
-            before = _with_grams(before)
-        with windows_in_8_bits("window" in roles):
-            updates, after = tx.update(updates, before, params, **extra_args)
-        new = encoded(after, state.key)
-        return updates, new._replace(
-            inner_state=kept_bases(state.inner_state, after, new.inner_state)
-        )
+        leaves, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
+        role_at = _roles(treedef)
+        in_codes = [i for i, x in enumerate(leaves) if is_coded(x)]
+        now, following = _split(state.key)
+
+        def inner(arrays):
+            before = treedef.unflatten(_with(leaves, in_codes, arrays))
+            if "window" in roles:
+                before = _with_grams(before)
+            with windows_in_8_bits("window" in roles):
+                moved, after = tx.update(updates, before, params, **extra_args)
+            new = treedef.flatten_up_to(after)
+            return (moved, new), [new[i] for i in in_codes]
+
+        def read(place, x):
+            return basis(x) if role_at[in_codes[place]] == "basis" else x.array()
+
+        def write(place, before, after):
+            i = in_codes[place]
+            x, role = leaves[i], role_at[i]
+            if role in SYMMETRIC:
+                return x.anew(after)
+            key = _key_of(now, i) if role in stochastic else None
+            new = coded(CODES[role], after, after.shape[-1] // x.scales.shape[-1], key)
+            return kept_where_same(x, before, after, new) if role == "basis" else new
+
+        (updates, new), codes = in_parts(inner, [leaves[i] for i in in_codes], read, write)
+        inner_state = treedef.unflatten(_with(new, in_codes, codes))
+        return updates, QuantizedState(inner_state, following)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _roles(treedef: Any) -> list[Any]:
+    """The role of each array of a state of this structure."""
+    found: list[Any] = [None] * treedef.num_leaves
+
+    def note(i, role, spec):
+        found[i] = role
+        return i
+
+    walk(treedef.unflatten(range(treedef.num_leaves)), note)
+    return found
+
+
+def _with(leaves: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    """The leaves with those at `places` replaced."""
+    left = dict(zip(places, others, strict=True))
+    return [left.get(i, x) for i, x in enumerate(leaves)]
+
+
+def _not_folded(x: Any) -> Any:
+    """x, which is constant at init, unknown to the compiler: it would encode it as it compiles."""
+    if not is_large(x):
+        return x
+    return x + lax.optimization_barrier(jnp.zeros((), x.dtype))
 
 
 def _is_symmetric(x: Any) -> bool:
@@ -190,8 +241,17 @@ def _with_grams(state: PyTree) -> PyTree:
     return walk(state, one)
 
 
-def _typed(key: Array) -> Array:
-    return jax.random.wrap_key_data(key, impl=GENERATOR)
+def _split(key: Array | None) -> tuple[Array | None, Array | None]:
+    """The words of a key as one for now and the words of the next."""
+    if key is None:
+        return None, None
+    now, following = jax.random.split(jax.random.wrap_key_data(key, impl=GENERATOR))
+    return now, jax.random.key_data(following)
+
+
+def _key_of(key: Array | None, i: int) -> Array | None:
+    """The key of the i-th array of a state."""
+    return None if key is None else jax.random.fold_in(key, i)
 
 
 def _warn_undeclared(state: PyTree) -> None:

@@ -168,10 +168,10 @@ class Refresh:
 
     def carried(
         self, state: PyTree, bases: list[Basis]
-    ) -> tuple[list[list[Any]], list[list[Array]]]:
+    ) -> tuple[list[list[Any]], list[list[Any]]]:
         """What transport carries of each projected leaf: roles and arrays, as `walk` meets them."""
         roles: dict[LeafSpec, list[Any]] = {P.spec: [] for P in bases}
-        arrays: dict[LeafSpec, list[Array]] = {P.spec: [] for P in bases}
+        arrays: dict[LeafSpec, list[Any]] = {P.spec: [] for P in bases}
 
         def collect(x, role, spec):
             if spec in roles and per_matrix(x, role, spec):
@@ -183,7 +183,7 @@ class Refresh:
             walk(state, collect)
         return list(roles.values()), list(arrays.values())
 
-    def put_back(self, state: PyTree, bases: list[Basis], arrays: Sequence[list[Array]]) -> PyTree:
+    def put_back(self, state: PyTree, bases: list[Basis], arrays: Sequence[list[Any]]) -> PyTree:
         """The state with the arrays that `carried` found replaced."""
         left = {P.spec: iter(x) for P, x in zip(bases, arrays, strict=True)}
 

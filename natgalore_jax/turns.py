@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .backward import Bases, Result, bases_in, bases_of, is_basis, largest
 from .basis import basis_key, expand, normalised
-from .coded import decoded, recoded
+from .coded import closed, decoded, opened, recoded
 from .engine import SubspaceState
 from .linalg import norms
 from .placement import Layout, local, partition_of
@@ -42,12 +42,13 @@ class Turning(NamedTuple):
     Attributes:
       kept: what the state keeps of P.
       times: of refreshes so far.
-      carried: inner's state, as far as transport carries it.
+      carried: inner's state, as far as transport carries it. What is in 8 bits is decoded where a
+        matrix is turned, and of no more than this matrix.
     """
 
     kept: Array
     times: Array
-    carried: list[Array]
+    carried: list[Any]
 
 
 def refreshed(
@@ -131,7 +132,7 @@ def turn(
       state: the :class:`SubspaceState`.
     """
     bases = bases_in(state.basis)
-    inner_state = decoded(state.inner_state)
+    inner_state = closed(state.inner_state)
     roles, arrays = refresh.carried(inner_state, bases)
 
     def step(spec, roles, part, index, old):
@@ -142,14 +143,14 @@ def turn(
         usable &= jnp.isfinite(new).all()
         kept = jnp.where(usable, new, old.kept)
         into = [expand(kept, spec, part.dtype)]
-        carried = refresh.carry(roles, old.carried, [P], into, usable)
-        return Turning(kept, old.times + (usable & first), carried)
+        new = refresh.carry(roles, decoded(old.carried), [P], into, usable)
+        return Turning(kept, old.times + (usable & first), recoded(new, old.carried))
 
     lies = {P.spec.path: partition_of("basis", P.spec, layout.at(P.spec.path)) for P in bases}
     leaves = [
         Leaf(
             *(of_products(P.spec), tuple(kinds), y, now, jnp.asarray(order(P.spec))),
-            Turning(P.value, n.value, carried),
+            Turning(P.value, n.value, opened(carried)),
         )
         for P, kinds, y, now, n, carried in zip(
             bases, roles, Y, due, cores(state.refreshed), arrays, strict=True
@@ -157,10 +158,11 @@ def turn(
     ]
     new_P, new_n, new_arrays = zip(*sweep(step, leaves, Layout(layout.mesh, lies)), strict=True)
     left = iter(new_P)
+    new_arrays = [closed(x) for x in new_arrays]
     return (
         jax.tree.map(lambda P: P.replace(next(left)), state.basis, is_leaf=is_basis),
         replace_cores(state.refreshed, new_n),
-        recoded(refresh.put_back(inner_state, bases, new_arrays), state.inner_state),
+        opened(refresh.put_back(inner_state, bases, new_arrays)),
     )
 
 
