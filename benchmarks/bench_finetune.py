@@ -129,6 +129,8 @@ def measure(task: Task, args: argparse.Namespace, found: dict[str, Any], save) -
     )
     batch = (np.int32(1), tokens, task.targets(tokens))
     for method in args.methods:
+        if time.time() > args.until:
+            break
         functions = finetuning.make_functions(
             config_of(task, method, args), task.make_model, weights, task.loss_fn, task.head
         )
@@ -214,8 +216,10 @@ def main():
     parser.add_argument("--batch-size", type=int, help="records; by default the example's")
     parser.add_argument("--length", type=int, help="tokens of a record")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=60, help="after which none is compiled")
     parser.add_argument("--out", type=pathlib.Path, default="runs/finetune.json")
     args = parser.parse_args()
+    args.until = time.time() + 60 * args.minutes
     for name, asked, known in (("task", args.tasks, TASKS), ("method", args.methods, METHODS)):
         if unknown := [x for x in asked if x not in known]:
             parser.error(f"no {name} {unknown[0]!r}: choose from {', '.join(known)}")

@@ -28,6 +28,12 @@ def ours(recipe: str, **settings: Any) -> Make:
     )
 
 
+def in_8_bits(make: Make) -> Make:
+    """With moments and bases in 8 bits."""
+    roles = ("linear", "square", "basis")
+    return lambda rank, every, decay: natgalore.quantized(make(rank, every, decay), roles)
+
+
 def contrib_galore(rank: int, every: int, decay: float) -> optax.GradientTransformation:
     return optax.contrib.galore(
         RATE,
@@ -55,6 +61,8 @@ METHODS: dict[str, Make] = {
         "natural_galore", fisher="core", residual=None, stagger=False
     ),
     "galore_cores": ours("galore", stagger=False),
+    "galore_8bit_cores": in_8_bits(ours("galore", stagger=False)),
+    "adamw_8bit": in_8_bits(lambda rank, every, decay: optax.adamw(RATE, weight_decay=decay)),
     "galore_isotropic": ours("galore", residual="isotropic"),
     "natural_galore_window": ours("natural_galore", fisher="window", residual=None),
     "galore_random": ours("galore", basis="random"),

@@ -11,6 +11,7 @@ from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
 from .boxes import rebox, unbox
+from .coded import decoded
 from .lift import expanded
 from .linalg import magnitude
 from .lower import core_dtype, working_dtype
@@ -128,11 +129,11 @@ def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
 
 
 def bases_of(states: Sequence[Any]) -> Bases:
-    """The bases of each leaf that is projected in SubspaceStates."""
+    """The bases of each leaf that is projected in SubspaceStates, those in 8 bits as arrays."""
     by_path: Bases = {}
     for state in states:
         for side in (state.basis, state.right_basis):
-            for P in bases_in(side):
+            for P in bases_in(decoded(side)):
                 by_path[P.spec.path] = (*by_path.get(P.spec.path, ()), P)
     return by_path
 

@@ -146,6 +146,11 @@ def basis(x: Coded) -> Float[Array, "*batch m r"]:
     return local(lambda codes, scales: again(decode(codes, scales)), x.codes, x.codes, x.scales)
 
 
+def basis_of(kept: Any) -> Array:
+    """Of what a state keeps of a basis: that, or what it stands for if it is in 8 bits."""
+    return basis(kept) if is_coded(kept) else kept
+
+
 def _is_coded_basis(x: Any) -> bool:
     return isinstance(x, Basis) and is_coded(x.value)
 

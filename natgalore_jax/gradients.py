@@ -20,7 +20,6 @@ from . import turns, whole
 from .backward import backward, bases_in, bases_of, mean
 from .boxes import unbox
 from .checks import check_choice, check_int
-from .coded import decoded, recoded
 from .engine import Engine, SubspaceState, finding
 from .placement import Layout, entered, layout_of
 from .refresh import Refresh, groups, matrices
@@ -114,8 +113,7 @@ def value_and_grad(
         leaves, treedef = jax.tree.flatten(opt_state, is_leaf=_is_subspace)
         engines = engines_of(tx, params, opt_state)
         places = [i for i, x in enumerate(leaves) if _is_subspace(x) and _bases(x)]
-        given = [leaves[i] for i in places]
-        states = list(map(_with_bases, given))
+        states = [leaves[i] for i in places]
         refreshes = [engines[_key(state)][0].refresh for state in states]
         check_paths(states, params)
         with entered(params):
@@ -132,8 +130,8 @@ def value_and_grad(
                     result, states = whole.refreshed(run, full, refreshes, states, layout)
             else:
                 result = full()
-        for i, state, before in zip(places, states, given, strict=True):
-            leaves[i] = recoded(state, before)
+        for i, state in zip(places, states, strict=True):
+            leaves[i] = state
         (value, aux), grads = result
         return ((value, aux) if has_aux else value, grads), treedef.unflatten(leaves)
 
@@ -217,11 +215,6 @@ def _tell(fallbacks: dict[tuple[str, str], None], on_fallback: str) -> None:
     if on_fallback == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=3)
-
-
-def _with_bases(state: SubspaceState) -> SubspaceState:
-    """The state with its bases as arrays, if they are kept in 8 bits."""
-    return state._replace(basis=decoded(state.basis), right_basis=decoded(state.right_basis))
 
 
 def _bases(state: SubspaceState) -> list[Basis]:

@@ -166,9 +166,7 @@ class Refresh:
             list(finite),
         )
 
-    def carried(
-        self, state: PyTree, bases: list[Basis]
-    ) -> tuple[list[list[Any]], list[list[Any]]]:
+    def carried(self, state: PyTree, bases: list[Basis]) -> tuple[list[list[Any]], list[list[Any]]]:
         """What transport carries of each projected leaf: roles and arrays, as `walk` meets them."""
         roles: dict[LeafSpec, list[Any]] = {P.spec: [] for P in bases}
         arrays: dict[LeafSpec, list[Any]] = {P.spec: [] for P in bases}

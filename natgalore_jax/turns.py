@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from .backward import Bases, Result, bases_in, bases_of, is_basis, largest
 from .basis import basis_key, expand, normalised
-from .coded import closed, decoded, opened, recoded
+from .coded import basis_of, closed, decoded, is_coded, opened, recoded
 from .engine import SubspaceState
 from .linalg import norms
 from .placement import Layout, local, partition_of
@@ -42,11 +42,12 @@ class Turning(NamedTuple):
     Attributes:
       kept: what the state keeps of P.
       times: of refreshes so far.
-      carried: inner's state, as far as transport carries it. What is in 8 bits is decoded where a
-        matrix is turned, and of no more than this matrix.
+      carried: inner's state, as far as transport carries it.
+
+    What is in 8 bits is decoded where a matrix is turned, and of no more than this matrix.
     """
 
-    kept: Array
+    kept: Any
     times: Array
     carried: list[Any]
 
@@ -137,12 +138,13 @@ def turn(
 
     def step(spec, roles, part, index, old):
         product, usable = normalised(part)
-        P = expand(old.kept, spec, part.dtype)
+        P = expand(basis_of(old.kept), spec, part.dtype)
         key = basis_key(refresh.seed, index, old.times + 1, 0)
         new = refresh.method.after(product, P, key)
         usable &= jnp.isfinite(new).all()
-        kept = jnp.where(usable, new, old.kept)
-        into = [expand(kept, spec, part.dtype)]
+        new = old.kept.anew(new) if is_coded(old.kept) else new
+        kept = jax.tree.map(functools.partial(jnp.where, usable), new, old.kept)
+        into = [expand(basis_of(kept), spec, part.dtype)]
         new = refresh.carry(roles, decoded(old.carried), [P], into, usable)
         return Turning(kept, old.times + (usable & first), recoded(new, old.carried))
 

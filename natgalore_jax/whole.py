@@ -76,9 +76,9 @@ def _lowered(
     like = state.basis, state.right_basis, whole, state.refreshed, state.inner_state
 
     def down(gradients, state):
-        decoded_state = state._replace(inner_state=decoded(state.inner_state))
-        *new, inner_state, _ = lower(refresh, gradients, decoded_state, layout)
-        return *new, recoded(inner_state, state.inner_state)
+        P, Q, projected, times, inner_state, _ = lower(refresh, gradients, decoded(state), layout)
+        P, Q = recoded(P, state.basis), recoded(Q, state.right_basis)
+        return P, Q, projected, times, recoded(inner_state, state.inner_state)
 
     return local(down, like, gradients, state)
 

@@ -10,7 +10,7 @@ import natgalore_jax
 
 ROOMS = [
     {"checks", "control", "linalg", "programs", "shapes", "spec", "stacks", "tables"},
-    {"manual", "roles", "tagged"},
+    {"manual", "parts", "roles", "tagged"},
     {"kinds", "placement", "products", "rules", "spectra"},
     {"codes", "dealing", "layout", "uses"},
     {"coded", "select", "basis", "boxes", "fisher_core", "decay", "lowrank"},

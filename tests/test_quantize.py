@@ -411,11 +411,12 @@ def test_gradients_from_the_backward_pass(refresh):
     tx = natgalore.quantized(natgalore.galore(1e-2, 32, refresh_every=2), (*MOMENTS, "basis"))
     gradients = jax.jit(natgalore.value_and_grad(loss, tx, refresh=refresh))
     full = jax.jit(jax.value_and_grad(loss))
-    # Moments are decoded within a refresh alone, before it the basis and nothing else.
+    # Moments are decoded within a refresh alone; the basis before it, if a pass is run in any case.
     (program,) = jax.make_jaxpr(gradients)(params, tx.init(params)).eqns
     conversions = [x for x in program.params["jaxpr"].eqns if "convert" in x.primitive.name]
     converted = [x.invars[0].aval for x in conversions]
-    assert {x.shape for x in converted if x.dtype in (jnp.int8, jnp.uint8)} == {(128, 32)}
+    expected = {(128, 32)} if refresh == "passes" else set()
+    assert {x.shape for x in converted if x.dtype in (jnp.int8, jnp.uint8)} == expected
     ours = theirs = tx.init(params)
     for step in range(4):
         (_, grads), after = gradients(params, ours)
