@@ -48,6 +48,7 @@ def backward(
             fallbacks.setdefault((use.operation, use.weight.name))
 
     def run(bases: Bases, turn: Any = None) -> Result:
+        bases = {path: tuple(map(decoded, sides)) for path, sides in bases.items()}
         # In a loop, a pass is tied to its turn: the compiler would take what does not depend on the
         # bases, such as the head's products, out of the loop and onto steps without a turn.
         tied = weights if turn is None else lax.optimization_barrier((weights, turn))[0]
@@ -129,11 +130,11 @@ def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
 
 
 def bases_of(states: Sequence[Any]) -> Bases:
-    """The bases of each leaf that is projected in SubspaceStates, those in 8 bits as arrays."""
+    """The bases of each leaf that is projected in SubspaceStates."""
     by_path: Bases = {}
     for state in states:
         for side in (state.basis, state.right_basis):
-            for P in bases_in(decoded(side)):
+            for P in bases_in(side):
                 by_path[P.spec.path] = (*by_path.get(P.spec.path, ()), P)
     return by_path
 

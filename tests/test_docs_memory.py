@@ -35,11 +35,56 @@ def rows(name):
 
 @pytest.mark.parametrize("name", bench_bytes.METHODS)
 def test_tables_are_the_counted_ones(name):
-    totals, beside = rows(name)
+    (totals,) = rows(name)
     assert totals == [GB(sum(FIGURES[size][dtype][name].values()) / 1e9) for size, dtype in CASES]
-    held, counted = FIGURES["1b"]["temporaries"][name], FIGURES["1b"]["float32"][name]
-    at_rest = counted["weights"] + counted["state"]
-    assert beside == [GB(held / 1e9), GB((held + at_rest) / 1e9)]
+
+
+def test_what_a_compiler_for_cpus_sets_aside():
+    held = FIGURES["1b"]["temporaries"]
+    of = [GB(held[name] / 1e9) for name in ("8-bit AdamW", "AdamW")]
+    assert f"set aside {of[0]} for 8-bit AdamW's step and {of[1]} for AdamW's" in PAGE
+
+
+def results(name):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+METHODS = ("adamw", "adamw_8bit", "galore_cores", "galore_8bit_cores")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_with_8_bit_state(name):
+    methods = results("quantized-1b")["layouts"]["data"]["methods"]
+    of, speed = methods[name], methods["adamw"]["tokens_per_second"]
+    sizes = [GB(of[kind] / 1e9) for kind in ("argument_bytes", "temp_bytes", "peak_bytes")]
+    cells = [f"{of['tokens_per_second']:,.0f}", f"{of['tokens_per_second'] / speed:.2f}", *sizes]
+    assert rows(f"`{name}`") == [cells]
+
+
+def test_time_and_peak_of_8_bits():
+    methods = results("quantized-1b")["layouts"]["data"]["methods"]
+    time = {name: of["median_step_seconds"] for name, of in methods.items()}
+    ratios = [time["adamw_8bit"] / time["adamw"], time["galore_8bit_cores"] / time["galore_cores"]]
+    assert f"takes {ratios[0]:.2f} and {ratios[1]:.2f} of the time" in PAGE
+    adamw, adamw_8bit, cores, cores_8bit = (methods[name]["peak_bytes"] / 1e9 for name in METHODS)
+    readme = (ROOT / "README.md").read_text()
+    assert (
+        f"takes {ratios[1]:.2f} of the time with float32 state (AdamW's {ratios[0]:.2f})" in readme
+    )
+    assert f"{GB(cores_8bit)} at most for {cores:.1f} ({adamw_8bit:.1f} for {adamw:.1f})" in readme
+
+
+def test_seven_billion():
+    found = results("seven-billion")
+    last = found["records"][-1]
+    peak, limit = last["peak_bytes_in_use"], found["limit_bytes"]
+    assert peak < limit == 24 * 2**30
+    assert f"**{GB(peak / 1e9)} at most, {peak / 2**30:.1f} GiB**" in PAGE
+    assert f"to {last['last_validation_loss']:.2f} after {last['step']} steps" in PAGE
+    readme = (ROOT / "README.md").read_text()
+    assert f"in 24 GiB, {peak / 2**30:.1f} GiB at its peak" in readme
+    for text in (PAGE, readme):
+        assert f"{round(last['tokens_per_second'], -2):,.0f} tokens" in text
 
 
 @pytest.mark.parametrize("name", ["8-bit AdamW", "GaLore in 8 bits, low-rank gradients"])

