@@ -343,15 +343,23 @@ def test_the_page_has_the_tables_that_the_results_make():
         setting = about["setting"]
         found[setting["steps"], setting["batch"], setting["rest_rate"]] = runs
     tables = [(2000, 64, 0.016), (2000, 8, 0.016), (1000, 64, 0.016), (1000, 64, 0.0025)]
+    tables += [(4000, 64, 0.016), (10_000, 64, 0.016)]
     for key in tables:
         assert results.markdown(found[key]) in page
     losses = [f"{found[1000, 64, rate][0].loss:.3f}" for rate in (0.004, 0.008)]
     assert f"({', '.join(losses)}, 2.558)" in page
+    for name in ("adamw", "natural_galore", "muon"):
+        of = [x for run in found[tables[-1]] if run.method == name for x in run.records]
+        lowest = min(of, key=lambda x: x["validation_loss"])
+        assert f"{lowest['validation_loss']:.3f}" in page
+        assert f"{lowest['step']:,}" in page
     readme = (root / "README.md").read_text()
     row = {row["method"]: row for row in results.rows(found[tables[0]])}
     core, small, isotropic = "fisher=core", "rank=32", "residual=isotropic+refresh_every=20"
-    ours = (f"natural_galore:{core}", f"natural_galore:{small}", f"galore:{isotropic}")
-    peers = ("adamw", "muon", "soap", "fira", "apollo", "contrib_galore")
+    papers = "fisher=window+residual=None+b2=0.999"
+    others = (core, small, papers, "refresh_every=50", "bits=8")
+    ours = (*(f"natural_galore:{x}" for x in others), f"galore:{isotropic}")
+    peers = ("adamw", "muon", "soap", "fira", "apollo", "contrib_galore", "lion")
     for name in ("natural_galore", *ours, "galore", *peers):
         of = row[name]
         spread = f" ± {of['spread']:.3f}" if of["seeds"] > 1 else ""

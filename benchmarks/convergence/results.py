@@ -232,13 +232,13 @@ def draw(runs: list[Run]) -> Figure:
     top = min(last) + 4 * max(0.05, statistics.median(last) - min(last)) if last else 1.0
     for i, s in enumerate(found):
         style: dict[str, Any] = {"label": s.method, "color": f"C{i % 10}"}
-        style["linestyle"] = "-" if i < 10 else "--"
-        against_tokens.plot(*s.curve("tokens"), **style)
+        style["linestyle"], marker = ("-", "o") if i < 10 else ("--", "s")  # there are ten colors
+        against_tokens.plot(*s.curve("tokens"), marker=marker, markersize=2, **style)
         against_time.plot(*s.curve("seconds"), **style)
-        against_rate.plot(*zip(*s.tried, strict=True), marker="o", **style)
+        against_rate.plot(*zip(*s.tried, strict=True), marker=marker, **style)
         megabytes = s.runs[0].matrix_state_bytes / 1e6
         against_bytes.errorbar(
-            megabytes, s.loss, yerr=s.spread, fmt="o", capsize=3, color=style["color"]
+            megabytes, s.loss, yerr=s.spread, fmt=marker, capsize=3, color=style["color"]
         )
     against_tokens.set(xlabel="tokens", xscale="linear")
     against_tokens.xaxis.set_major_formatter(EngFormatter())
