@@ -12,6 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
+import bench_finetune
 import bench_matmul
 import bench_offload
 import bench_step
@@ -142,6 +143,38 @@ class TestStep:
         monkeypatch.setattr(bench_step, "measure", None)  # nothing is left to do
         run(bench_step, monkeypatch, *what)
         assert json.loads((tmp_path / "step.json").read_text()) == results
+
+
+class TestFinetune:
+    @pytest.mark.slow
+    def test_methods_are_measured_once(self, small, monkeypatch, capsys):
+        what = "--tasks tiny --steps 2 --methods adamw,lora --length 8 --batch-size 2"
+        run(bench_finetune, monkeypatch, *what.split(), "--out", "finetune.json")
+        results = json.loads(Path("finetune.json").read_text())
+        found = results["tasks"]["tiny"]
+        assert (found["rank"], found["batch_size"], found["length"]) == (32, 2, 8)
+        adamw, lora = found["methods"]["adamw"], found["methods"]["lora"]
+        # One layer of 4 x 32² and 3 x 32 x 88, embedding and head of 256 x 32, three norms.
+        numbers = 4 * 32 * 32 + 3 * 32 * 88 + 2 * 256 * 32 + 3 * 32
+        assert adamw["trained_parameters"] == numbers
+        assert adamw["state_bytes"] == 8 * numbers + 8  # and counts, of Adam and its schedule
+        # A and B beside each of the layer's matrices, and the head.
+        beside = 32 * (4 * (32 + 32) + 3 * (32 + 88))
+        assert lora["trained_parameters"] == beside + 256 * 32
+        assert lora["weights_bytes"] == 4 * (numbers + beside)
+        for of in (adamw, lora):
+            assert of["total_bytes"] >= of["weights_bytes"] + of["state_bytes"] + of["temp_bytes"]
+            assert of["tokens_per_second"] == pytest.approx(16 / of["median_step_seconds"])
+        assert "tiny: rank 32, 2 x 8 tokens" in capsys.readouterr().out
+
+        monkeypatch.setattr(bench_finetune, "measure", None)  # nothing is left to do
+        run(bench_finetune, monkeypatch, *what.split(), "--out", "finetune.json")
+        assert json.loads(Path("finetune.json").read_text()) == results
+
+    def test_an_unknown_method_is_refused(self, monkeypatch, capsys):
+        with pytest.raises(SystemExit):
+            run(bench_finetune, monkeypatch, "--methods", "adam")
+        assert "no method 'adam': choose from adamw, lora" in capsys.readouterr().err
 
 
 def test_a_quarter_of_steps_is_as_quick_as_a_hot_one():
