@@ -2,9 +2,21 @@
 
 import json
 import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
+
+import natgalore_jax as natgalore
+
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import llama
 
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +164,24 @@ def test_gradients_that_are_cores(label, name, method):
         f"{of['peak_bytes'] / 1e6:,.0f} MB",
     )
     assert f"\n| {' | '.join(cells)} |\n" in CORES
+
+
+@pytest.mark.parametrize("size", ["350m", pytest.param("1b", marks=pytest.mark.slow)])
+def test_what_cores_compute(size):
+    config = replace(llama.CONFIGS[size], scan=True, remat=True, dtype=jnp.bfloat16)
+    structure, params = llama.structure(config), llama.abstract_params(config)
+    loss = lambda params, x: llama.next_token_loss(nnx.merge(structure, params), x)
+    flops, sizes = [], []
+    for rank in (128, 256, 512):
+        tx = natgalore.galore(1e-3, rank, stagger=False)
+        state, tokens = jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((8, 1025), jnp.int32)
+        total = str(natgalore.explain(loss, tx)(params, state, tokens)).splitlines()[-1]
+        whole, here, whole_flops, here_flops = re.split(r"  +", total)[1:]
+        sizes = [*(sizes or [whole]), here]
+        flops = [*(flops or [whole_flops]), here_flops]
+    flops = [x.removesuffix(" T") for x in flops]
+    assert f"\n| {size}, TFLOP | {' | '.join(flops)} |\n" in CORES
+    assert f"\n| {size}, bytes | {' | '.join(sizes)} |\n" in CORES
 
 
 def test_what_cores_move_and_hold():
