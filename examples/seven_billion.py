@@ -38,6 +38,7 @@ from command_line import one_of
 import natgalore_jax as natgalore
 
 
+VOCABULARY = 32_000
 LAYERS_IN_A_STACK = 8
 ROLES = ("linear", "square", "basis")
 
@@ -63,8 +64,9 @@ class Config(settings.Config):
     """Size of the model."""
     limit: float = 24.0
     """GiB of the GPU's memory that JAX may take; 0 for three quarters of all, its default."""
-    vocabulary: int | None = 32_000
-    """Tokens that the model has room for, of bytes as well: it is a 7B as in the papers."""
+    vocabulary: int | None = None
+    """Tokens that the model has room for. Default: those of the tokenizer, in multiples of 128, and
+    of bytes 32,000, as in the papers."""
     steps: int = 200
     """Number of training steps."""
     seq_len: int = 2048
@@ -106,6 +108,8 @@ def from_command_line() -> Config:
         ValueError: something makes no sense, or the GPU has less than --limit.
     """
     config = command_line.from_command_line(Config)
+    if config.vocabulary is None and config.dataset == "text":
+        config = replace(config, vocabulary=VOCABULARY)
     total = gpu_bytes()
     if config.limit and total:
         if config.limit * 2**30 > total:

@@ -163,8 +163,9 @@ from jax._src import xla_bridge
 import seven_billion
 seven_billion.gpu_bytes = lambda: 96 * 2**30
 sys.argv = ["seven_billion.py"]
-seven_billion.from_command_line()
+config = seven_billion.from_command_line()
 print(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"], xla_bridge.backends_are_initialized())
+print(config.vocabulary)
 """
     folder = str(Path(seven_billion.__file__).parent)
     path = os.pathsep.join([folder, str(Path(natgalore.__file__).parents[1])])
@@ -176,7 +177,7 @@ print(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"], xla_bridge.backends_are_init
         check=True,
         cwd=tmp_path,
     )
-    assert said.stdout.split() == ["0.250000", "False"]
+    assert said.stdout.split() == ["0.250000", "False", "32000"]
 
 
 def test_the_peak_is_in_the_log_where_the_allocator_tells(monkeypatch):
