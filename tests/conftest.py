@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import os
 import zlib
@@ -9,11 +10,24 @@ import jax
 import pytest
 
 from .compiling import QUICKLY
+from .seldom import FIRST_CASES
 
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 jax.config.update("jax_num_cpu_devices", 8)  # before the first array: sharding tests
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow ones are left out
+def pytest_collection_modifyitems(items):
+    met = collections.Counter()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            continue
+        name = item.nodeid.split("[")[0].removeprefix("tests/")
+        met[name] += 1
+        if met[name] > FIRST_CASES.get(name, met[name]):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

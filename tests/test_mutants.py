@@ -8,6 +8,10 @@ import pytest
 import natgalore_jax
 
 from . import mutants
+from .seldom import FIRST_CASES
+
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: f"{m.room}: {m.name}")
@@ -26,3 +30,11 @@ def test_faults_have_names_of_their_own():
 def test_a_fault_that_no_longer_fits_is_said_to():
     with pytest.raises(ValueError, match="gone: its text"):
         mutants.planted(mutants.Mutant("basis", "gone", "no such text", ""), "some text")
+
+
+@pytest.mark.parametrize("name", FIRST_CASES)
+def test_what_is_seldom_run_is_a_test_that_no_fault_needs(name):
+    file, *_, function = name.split("::")
+    assert f"tests/{name}`" not in (ROOT / "docs/mutants.md").read_text()
+    if file != "test_optax_suite.py":  # whose tests are Optax's
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text()

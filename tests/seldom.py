@@ -1,0 +1,41 @@
+"""Tests that `make test` runs a few cases of, to stay quick, and `make test-all` all.
+
+They take seconds each, and no planted fault is noticed by them alone (docs/mutants.md).
+"""
+
+FIRST_CASES = {  # of a test, how many are quick
+    "test_benchmarks.py::TestStep::test_methods_take_turns": 0,
+    "test_contract.py::TestInFloat64::test_gradients_are_averaged_by_multi_steps": 3,
+    "test_contract.py::TestInFloat64::test_partition_and_named_chain_change_nothing": 3,
+    "test_contract.py::TestInFloat64::test_steps_are_one_program_in_place_and_equal_their_scan": 3,
+    "test_convergence.py::TestCommand::test_goes_on_where_it_was": 0,
+    "test_diagnostics.py::test_a_condition_beyond_float32_is_said_to_be_that": 0,
+    "test_diagnostics.py::test_condition_of_the_window_leaves_empty_slots_out": 0,
+    "test_diagnostics.py::test_explained_energy_is_the_share_of_the_squares": 2,
+    "test_engine.py::TestProgram::test_donates_and_reuses_every_buffer": 1,
+    "test_examples.py::TestLlama::test_named_sizes_have_the_parameters_of_the_paper": 2,
+    "test_examples_small.py::test_the_next_byte_is_learned_from_those_before": 0,
+    "test_finetune.py::TestGlue::test_it_is_learned_by_each_optimizer": 0,
+    "test_finetune.py::TestMethods::test_the_layers_matrices_are_projected_and_nothing_else": 1,
+    "test_fisher.py::TestWindowForm::test_nearly_parallel_large_cores_stay_finite": 1,
+    "test_flax.py::test_linens_boxes_say_where_a_state_is_created": 1,
+    "test_flax.py::test_states_of_variables_are_read_as_those_of_arrays": 0,
+    "test_injection.py::test_a_changed_value_is_that_of_a_fresh_optimizer": 4,
+    "test_manual.py::test_with_reduced_gradients_it_equals_one_device": 1,
+    "test_nnx_gradients.py::test_adam_alone_is_optax": 0,
+    "test_nnx_gradients.py::test_stacked_layers_with_masks": 0,
+    "test_optax_suite.py::ContribTest::test_optimizers_can_be_wrapped_in_inject_hyperparams0": 0,
+    "test_optax_suite.py::ContribTest::test_optimizers_can_be_wrapped_in_inject_hyperparams1": 0,
+    "test_partners.py::test_is_carried_on_both_sides": 2,
+    "test_partners.py::test_new_names_for_old_directions_change_nothing": 2,
+    "test_partners.py::test_trains_with_what_is_around_it": 6,
+    "test_pretrained.py::TestRoberta::test_dropout_acts_with_keys_alone_and_where_it_is_set": 0,
+    "test_quantize.py::test_other_roles_on_request": 0,
+    "test_quantize.py::test_the_state_is_that_of_the_optimizer_with_moments_in_8_bits": 0,
+    "test_quantize.py::test_trains_as_in_float32": 1,
+    "test_residual.py::TestIsotropic::test_remembers_nothing": 0,
+    "test_residual.py::test_at_full_rank_nothing_is_left_out": 0,
+    "test_sharding.py::test_sharded_equals_one_device": 3,
+    "test_trajectory.py::test_follows_the_oracle_in_float32": 1,
+    "test_trajectory.py::test_names_of_the_directions_do_not_matter": 0,
+}
