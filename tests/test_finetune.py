@@ -360,7 +360,8 @@ class TestGlue:
     @pytest.mark.parametrize("task", glue.TASKS)
     def test_every_task_is_learned(self, run, task, optimizer):
         rate = "1e-3" if optimizer == "adamw" else "3e-3"  # at which AdamW forgets it all at times
-        arguments = ["--optimizer", optimizer, "--lr", rate, "--epochs", "10", "--out", "here"]
+        epochs = "20" if optimizer == "lora" else "10"
+        arguments = ["--optimizer", optimizer, "--lr", rate, "--epochs", epochs, "--out", "here"]
         assert run(task, *arguments) == 0
         metrics = report.read(Path("here/log.jsonl")).metrics()
         assert set(metrics) == {
