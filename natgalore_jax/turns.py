@@ -145,8 +145,8 @@ def turn(
         new = old.kept.anew(new) if is_coded(old.kept) else new
         kept = jax.tree.map(functools.partial(jnp.where, usable), new, old.kept)
         into = [expand(basis_of(kept), spec, part.dtype)]
-        new = refresh.carry(roles, decoded(old.carried), [P], into, usable)
-        return Turning(kept, old.times + (usable & first), recoded(new, old.carried))
+        carried = refresh.carry(roles, decoded(old.carried), [P], into, usable)
+        return Turning(kept, old.times + (usable & first), recoded(carried, old.carried))
 
     lies = {P.spec.path: partition_of("basis", P.spec, layout.at(P.spec.path)) for P in bases}
     leaves = [

@@ -376,7 +376,7 @@ MUTANTS = [
     Mutant(
         "turns",
         "inner stays behind",
-        "Turning(kept, old.times + (usable & first), recoded(new, old.carried))",
+        "Turning(kept, old.times + (usable & first), recoded(carried, old.carried))",
         "Turning(kept, old.times + (usable & first), old.carried)",
     ),
     Mutant("turns", "one key for ever", "index, old.times + 1, 0)", "index, 1, 0)"),
