@@ -65,8 +65,8 @@ def quantized(
     `quantized(optax.adamw(1e-3))`. Under `jax.jit` large arrays are decoded a few at a time, as far
     as `tx` treats them apart (`parts.py`). Which code is used for what, and why, is in `codes.py`.
     Second moments are kept by their roots, since Adam divides by these. In blocks of 128 gradients,
-    noise of sizes that span two decades (95 %), the largest of Adam's answers in 4000 steps was then 1.6;
-    with second moments as they are the small ones became 0, and it was 17,000.
+    noise of sizes that span two decades (95 %), the largest of Adam's answers in 4000 steps was
+    then 1.6; with second moments as they are the small ones became 0, and it was 17,000.
 
     Arrays of fewer than 4096 numbers stay as they are, as in 8-bit Adam, and so do those whose last
     axis has no divisor from 16 to 128.
