@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="sequences in a step")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
+    parser.add_argument("--vocabulary", type=int, help="number of tokens, of the size by default")
     parser.add_argument("--rank", type=int, help="a quarter of the width by default")
     parser.add_argument("--refresh-every", type=int, default=200)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -73,6 +74,9 @@ def arguments() -> argparse.Namespace:
     for name in ("seeds", "steps", "batch", "length", "rank", "refresh_every", "texts"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    sizes = corpus.VOCABULARIES
+    if args.vocabulary is not None and args.vocabulary not in sizes:
+        parser.error(f"--vocabulary is from {sizes[0]} to {sizes[-1]}, got {args.vocabulary}")
     return args
 
 
@@ -81,7 +85,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
     quick = jax.default_backend() == "gpu" and args.dtype == "bfloat16"
     return Setting(
         size=args.size,
-        vocabulary=vocabulary,
+        vocabulary=args.vocabulary or vocabulary,
         steps=args.steps or steps,
         batch=args.batch or batch,
         length=args.length or length,

@@ -319,6 +319,14 @@ class TestCommand:
         self.run(monkeypatch, *what, "--out", "runs.jsonl")
 
     @pytest.mark.parametrize(
+        ("given", "vocabulary"), [([], 512), (["--vocabulary", "300"], 300)], ids=["usual", "given"]
+    )
+    def test_the_vocabulary_may_be_another(self, given, vocabulary, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["bench_convergence.py", "--size", "toy", *given])
+        setting = bench_convergence.setting_of(bench_convergence.arguments())
+        assert setting.vocabulary == vocabulary
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["--methods", "adamv"], "no method 'adamv'"),
@@ -327,6 +335,7 @@ class TestCommand:
             (["--methods", "galore:transport=turn"], "`transport` must be one of"),
             (["--methods", "natural_galore:fisher.damping=0"], "damping"),
             (["--steps", "0"], "--steps must be at least 1, got 0"),
+            (["--vocabulary", "256"], "--vocabulary is from 257 to 65536, got 256"),
         ],
     )
     def test_bad_input_is_one_line(self, arguments, message, monkeypatch, capsys):

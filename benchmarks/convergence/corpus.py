@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 LARGEST = 1_000_000  # bytes of a file: beyond are tables that a program has written
 HELD_OUT = 50  # one of so many files is for validation
 TAUGHT_BY = 8  # one of so many teaches the encoding
+VOCABULARIES = range(257, 2**16 + 1)  # all bytes and the end of a text; tokens are uint16
 C4_TEXTS = 200_000  # of C4 at most, about 90M tokens
 
 
@@ -69,7 +70,7 @@ def load(dataset: str, vocabulary: int, folder: Path, limit: int | None = None) 
 
     Args:
       dataset: one of DATASETS.
-      vocabulary: number of tokens, at most 65,536.
+      vocabulary: number of tokens, one of VOCABULARIES.
       folder: where it is kept.
       limit: of texts.
 
