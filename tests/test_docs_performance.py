@@ -1,5 +1,6 @@
 """docs/performance.md: its tables are the measured ones."""
 
+import itertools
 import json
 import re
 import sys
@@ -139,17 +140,14 @@ def test_a_whole_training_step_with_a_residual():
 CORES = (ROOT / "docs/low-rank-gradients.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("label", "name"),
-    [
-        ("350m, r = 128", "cores-350m"),
-        ("350m, r = 128, 8 micro-batches", "cores-350m-8"),
-        ("1b, r = 128", "cores-1b"),
-        ("1b, r = 128, 8 micro-batches", "cores-1b-8"),
-        ("1b, r = 256", "cores-1b-256"),
-        ("1b, r = 512", "cores-1b-512"),
-    ],
-)
+MEASURED = {  # label of the table's rows: file
+    f"{size}, r = {rank}{label}": f"cores-{size}{'' if rank == 128 else f'-{rank}'}{name}"
+    for size, rank in itertools.product(("350m", "1b"), (128, 256, 512))
+    for label, name in (("", ""), (", 8 micro-batches", "-8"))
+}
+
+
+@pytest.mark.parametrize(("label", "name"), MEASURED.items())
 @pytest.mark.parametrize("method", ["adamw", "galore", "galore_cores"])
 def test_gradients_that_are_cores(label, name, method):
     methods = results(name)["layouts"]["data"]["methods"]
@@ -164,6 +162,24 @@ def test_gradients_that_are_cores(label, name, method):
         f"{of['peak_bytes'] / 1e6:,.0f} MB",
     )
     assert f"\n| {' | '.join(cells)} |\n" in CORES
+
+
+def test_what_cores_take_in_a_period():
+    """Of 200 steps, one of them the refresh."""
+    to = {"galore": [], "adamw": []}
+    peaks = []
+    for name in MEASURED.values():
+        methods = results(name)["layouts"]["data"]["methods"]
+        seconds = {
+            method: 199 * of["median_step_seconds"] + of["slowest_step_seconds"]
+            for method, of in methods.items()
+        }
+        for other, ratios in to.items():
+            ratios.append(seconds["galore_cores"] / seconds[other])
+        peaks.append(methods["galore_cores"]["peak_bytes"] / methods["adamw"]["peak_bytes"])
+    times = [f"{min(of):.2f} to {max(of):.2f}" for of in to.values()]
+    assert f"takes {times[0]} of `galore`'s time and {times[1]} of AdamW's" in CORES
+    assert f"with {min(peaks):.2f} to {max(peaks):.2f} of AdamW's peak" in CORES
 
 
 @pytest.mark.parametrize("size", ["350m", pytest.param("1b", marks=pytest.mark.slow)])
