@@ -53,8 +53,7 @@ def natural_galore(
       fisher: before Adam in the subspace, where singular vectors are axes and Adam's second moments
         are a Fisher already: nothing (None), `"core"` (:func:`scale_by_core_fisher`, r x r),
         `"window"` (:func:`scale_by_fisher`, the paper's form, more state than AdamW), or a
-        transformation of your own on cores. Neither was better than None (the core form in three
-        seeds, the window form in one).
+        transformation of your own on cores. Neither was better than None (three seeds each).
       residual: what becomes of the rest of a gradient. `"whitened"` costs products of m x m and
         m x n on every step, which a batch of many tokens hides; `"isotropic"` costs none; None,
         GaLore's, is what :func:`natgalore_jax.value_and_grad` needs. See :func:`project`.

@@ -136,6 +136,7 @@ class TestContenders:
         assert inner("natural_galore:fisher.power=0.25")[0].root["kernel"].value.shape == (16, 16)
 
 
+ROOT = Path(__file__).parents[1]
 SETTING = training.Setting(
     size="toy",
     vocabulary=64,
@@ -344,34 +345,54 @@ class TestCommand:
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_page_has_the_tables_that_the_results_make():
-    root = Path(__file__).parents[1]
-    page = (root / "docs/convergence.md").read_text()
-    found = {}
-    for about, runs in results.groups(root / "benchmarks/results/convergence.jsonl"):
-        setting = about["setting"]
-        found[setting["steps"], setting["batch"], setting["rest_rate"]] = runs
-    tables = [(2000, 64, 0.016), (2000, 8, 0.016), (1000, 64, 0.016), (1000, 64, 0.0025)]
-    tables += [(4000, 64, 0.016), (10_000, 64, 0.016)]
-    for key in tables:
-        assert results.markdown(found[key]) in page
-    losses = [f"{found[1000, 64, rate][0].loss:.3f}" for rate in (0.004, 0.008)]
-    assert f"({', '.join(losses)}, 2.558)" in page
+RESULTS = {
+    (setting["size"], setting["steps"], setting["batch"], setting["rest_rate"]): runs
+    for setting, runs in (
+        (about["setting"], runs)
+        for about, runs in results.groups(ROOT / "benchmarks/results/convergence.jsonl")
+    )
+}
+STANDARD = ("33m", 2000, 64, 0.016)
+PAGE = (ROOT / "docs/convergence.md").read_text()
+
+
+@pytest.mark.parametrize("key", [key for key in RESULTS if key[-1] not in (0.004, 0.008)])
+def test_the_page_has_the_tables_that_the_results_make(key):
+    assert results.markdown(RESULTS[key]) in PAGE
+
+
+def test_the_page_says_what_the_results_do():
+    losses = [f"{RESULTS['33m', 1000, 64, rate][0].loss:.3f}" for rate in (0.004, 0.008)]
+    assert f"({', '.join(losses)}, 2.558)" in PAGE
     for name in ("adamw", "natural_galore", "muon"):
-        of = [x for run in found[tables[-1]] if run.method == name for x in run.records]
-        lowest = min(of, key=lambda x: x["validation_loss"])
-        assert f"{lowest['validation_loss']:.3f}" in page
-        assert f"{lowest['step']:,}" in page
-    readme = (root / "README.md").read_text()
-    row = {row["method"]: row for row in results.rows(found[tables[0]])}
+        longest = [run for run in RESULTS["33m", 10_000, 64, 0.016] if run.method == name]
+        lowest = min((x for run in longest for x in run.records), key=results.loss_of)
+        assert f"{lowest['validation_loss']:.3f}" in PAGE
+        assert f"{lowest['step']:,}" in PAGE
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(2000, 8), (4000, 16), (2000, 64), (500, 256)])
+def test_the_page_compares_batches(steps, batch):
+    row = {row["method"]: row for row in results.rows(RESULTS["33m", steps, batch, 0.016])}
+    apart = lambda name: f"{row[name]['to_reference']:+.3f}" if name in row else "-"
+    ours = "natural_galore:refresh_every=50"
+    names = ("galore", ours if ours in row else "natural_galore", "muon", "soap")
+    cells = (f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *map(apart, names))
+    assert f"| {' | '.join(cells)} |\n" in PAGE
+
+
+def test_the_readme_has_the_rows_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    row = {row["method"]: row for row in results.rows(RESULTS[STANDARD])}
     core, small, isotropic = "fisher=core", "rank=32", "residual=isotropic+refresh_every=20"
     papers = "fisher=window+residual=None+b2=0.999"
     others = (core, small, papers, "refresh_every=50", "bits=8")
     ours = (*(f"natural_galore:{x}" for x in others), f"galore:{isotropic}")
-    peers = ("adamw", "muon", "soap", "fira", "apollo", "contrib_galore", "lion")
-    for name in ("natural_galore", *ours, "galore", *peers):
+    peers = set(contenders.CONTENDERS) - {"adamw_b2_95"}
+    for name in (*ours, *peers):
         of = row[name]
         spread = f" ± {of['spread']:.3f}" if of["seeds"] > 1 else ""
         state, milliseconds = of["matrix_state_bytes"] / 1e6, of["step_ms"]
-        cells = f"{of['loss']:.3f}{spread} | {state:.0f} MB | {milliseconds:.0f} ms |"
+        state = f"{state:.0f}" if state > 1 else f"{state:.1f}"
+        cells = f"{of['loss']:.3f}{spread} | {state} MB | {milliseconds:.0f} ms |"
         assert f" | {cells}\n" in readme, name
