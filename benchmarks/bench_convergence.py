@@ -31,7 +31,7 @@ from rich.console import Console
 
 USUAL = {  # of the sizes: vocabulary, steps, batch, length
     "toy": (512, 60, 8, 64),
-    "1m": (1024, 1000, 16, 128),
+    "1m": (1024, 1000, 16, 64),
     "33m": (8192, 1000, 64, 256),
     "60m": (32_000, 1000, 64, 256),
     "130m": (32_000, 2000, 128, 256),

@@ -381,15 +381,25 @@ def test_the_page_compares_batches(steps, batch):
     assert f"| {' | '.join(cells)} |\n" in PAGE
 
 
+METHODS = set(contenders.CONTENDERS) - {"adamw_b2_95"}
+PAPERS = "natural_galore:fisher=window+residual=None+b2=0.999"
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS, PAPERS}))
+def test_every_method_had_its_search_and_three_seeds(name):
+    (of,) = (one for one in results.summaries(RESULTS[STANDARD]) if one.method == name)
+    assert len(of.tried) >= 4
+    assert not of.at_an_end
+    assert {run.seed for run in of.runs} == {0, 1, 2}
+
+
 def test_the_readme_has_the_rows_of_the_results():
     readme = (ROOT / "README.md").read_text()
     row = {row["method"]: row for row in results.rows(RESULTS[STANDARD])}
     core, small, isotropic = "fisher=core", "rank=32", "residual=isotropic+refresh_every=20"
-    papers = "fisher=window+residual=None+b2=0.999"
-    others = (core, small, papers, "refresh_every=50", "bits=8")
-    ours = (*(f"natural_galore:{x}" for x in others), f"galore:{isotropic}")
-    peers = set(contenders.CONTENDERS) - {"adamw_b2_95"}
-    for name in (*ours, *peers):
+    others = (core, small, "refresh_every=50", "bits=8")
+    ours = (*(f"natural_galore:{x}" for x in others), f"galore:{isotropic}", PAPERS)
+    for name in (*ours, *METHODS):
         of = row[name]
         spread = f" ± {of['spread']:.3f}" if of["seeds"] > 1 else ""
         state, milliseconds = of["matrix_state_bytes"] / 1e6, of["step_ms"]
