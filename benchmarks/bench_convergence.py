@@ -3,7 +3,6 @@
     python benchmarks/bench_convergence.py --methods adamw,galore,natural_galore
     python benchmarks/bench_convergence.py --methods natural_galore:refresh_every=20+basis=svd
     python benchmarks/bench_convergence.py --size toy    a try of a minute on a CPU
-    python benchmarks/bench_convergence.py --size 1m     some minutes a run on a CPU
     python benchmarks/bench_convergence.py --show        the tables of what is there
     python benchmarks/bench_convergence.py --show --figure loss.png    a picture of this setting's,
                                                          of all methods or of those of --methods
@@ -31,7 +30,6 @@ from rich.console import Console
 
 USUAL = {  # of the sizes: vocabulary, steps, batch, length
     "toy": (512, 60, 8, 64),
-    "1m": (1024, 1000, 16, 64),
     "33m": (8192, 1000, 64, 256),
     "60m": (32_000, 1000, 64, 256),
     "130m": (32_000, 2000, 128, 256),

@@ -270,7 +270,7 @@ class TestResults:
         # AdamW's 3.1: galore's mean falls from 4.0 to 3.05 between 1000 and 2000 tokens.
         assert first["tokens_to_reference"] == pytest.approx((1000 + 1000 * 0.9 / 0.95) / 3000)
         assert first["step_ms"] == pytest.approx(200)
-        assert (second["rate"], second["at_an_end"], second["seeds"]) == (2e-3, False, 2)
+        assert (second["rate"], second["search"], second["seeds"]) == (2e-3, "of 3", 2)
         assert second["tokens_to_reference"] == pytest.approx(1.0)
         assert third["loss"] == math.inf
         assert third["tokens_to_reference"] is None
@@ -279,10 +279,22 @@ class TestResults:
         runs = results.read(file, {"setting": "s", "data": "d"})
         _, _, galore, adamw, lion = results.markdown(runs).splitlines()
         assert galore == (
-            "| `galore` | 0.002 | 2.950 ± 0.212 | 2 | -0.150 ± 0.071 | 0.65 | 2.0 | 200.0 |"
+            "| `galore` | 0.002 (only one) | 2.950 ± 0.212 | 2 "
+            "| -0.150 ± 0.071 | 0.65 | 2.0 | 200.0 |"
         )
-        assert adamw.startswith("| `adamw` | 0.002 | 3.100 ± 0.141 | 2 | +0.000 ± 0.000 | 1.00 |")
+        assert adamw.startswith("| `adamw` | 0.002 (of 3) | 3.100 ± 0.141 | 2 | +0.000")
         assert "| inf | 1 | +inf | - |" in lion
+
+    @pytest.mark.parametrize(
+        ("best", "words"), [(1e-3, "lowest of 3"), (2e-3, "of 3"), (4e-3, "highest of 3")]
+    )
+    def test_where_the_best_rate_lies(self, best, words):
+        runs = [
+            results.Run("adamw", rate, 0, 0, 0, [{"validation_loss": 1.0 if rate == best else 2.0}])
+            for rate in (2e-3, 4e-3, 1e-3)
+        ]
+        (of,) = results.summaries(runs)
+        assert of.search == words
 
     def test_nothing_is_read_of_no_file(self, tmp_path):
         assert results.groups(tmp_path / "none") == []
@@ -371,12 +383,28 @@ def test_the_page_says_what_the_results_do():
         assert f"{lowest['step']:,}" in PAGE
 
 
+def test_the_page_says_how_far_ahead_longer_runs_are():
+    def ahead(steps):
+        curves = {
+            run.method: {x["step"]: x["validation_loss"] for x in run.records}
+            for run in RESULTS["33m", steps, 64, 0.016]
+            if (run.method, run.rate) in {("adamw", 0.001), ("natural_galore", 0.0025)}
+            and run.seed == 0
+        }
+        adamw, ours = curves["adamw"], curves["natural_galore"]
+        return {step: f"{adamw[step] - ours[step]:.3f}" for step in ours}
+
+    lengths = [ahead(steps) for steps in (2000, 4000, 10_000)]
+    for step in (1000, 2000, 4000, 6000, 8000, 10_000):
+        cells = (f"{step:,}", *(length.get(step, "") for length in lengths))
+        assert f"| {' | '.join(cells)} |\n" in PAGE
+
+
 @pytest.mark.parametrize(("steps", "batch"), [(2000, 8), (4000, 16), (2000, 64), (500, 256)])
 def test_the_page_compares_batches(steps, batch):
     row = {row["method"]: row for row in results.rows(RESULTS["33m", steps, batch, 0.016])}
     apart = lambda name: f"{row[name]['to_reference']:+.3f}" if name in row else "-"
-    ours = "natural_galore:refresh_every=50"
-    names = ("galore", ours if ours in row else "natural_galore", "muon", "soap")
+    names = ("galore", "natural_galore", "natural_galore:refresh_every=50", "muon", "soap")
     cells = (f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *map(apart, names))
     assert f"| {' | '.join(cells)} |\n" in PAGE
 
@@ -389,7 +417,7 @@ PAPERS = "natural_galore:fisher=window+residual=None+b2=0.999"
 def test_every_method_had_its_search_and_three_seeds(name):
     (of,) = (one for one in results.summaries(RESULTS[STANDARD]) if one.method == name)
     assert len(of.tried) >= 4
-    assert not of.at_an_end
+    assert of.search == f"of {len(of.tried)}"  # not at an end
     assert {run.seed for run in of.runs} == {0, 1, 2}
 
 

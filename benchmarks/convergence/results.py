@@ -55,17 +55,24 @@ class Summary(NamedTuple):
     Attributes:
       runs: of the best rate, one a seed.
       tried: (rate, loss) of the first seed, by rate.
-      at_an_end: whether the best rate is the lowest or highest tried.
     """
 
     method: str
     runs: list[Run]
     tried: list[tuple[float, float]]
-    at_an_end: bool
 
     @property
     def rate(self) -> float:
         return self.runs[0].rate
+
+    @property
+    def search(self) -> str:
+        """Of how many rates it is the best, and whether it is at an end of them."""
+        if len(self.tried) == 1:
+            return "only one"
+        ends = {"lowest ": self.tried[0], "highest ": self.tried[-1]}
+        end = next((name for name, (rate, _) in ends.items() if near(rate, self.rate)), "")
+        return f"{end}of {len(self.tried)}"
 
     @property
     def loss(self) -> float:
@@ -146,8 +153,7 @@ def summaries(runs: list[Run]) -> list[Summary]:
         rate = best_rate(method, [run.done for run in of], seed=min(run.seed for run in of))
         best = [run for run in of if near(run.rate, rate)]
         tried = sorted((run.rate, run.loss) for run in of if run.seed == 0)
-        at_an_end = len(tried) > 1 and any(near(rate, tried[i][0]) for i in (0, -1))
-        found.append(Summary(method, best, tried, at_an_end))
+        found.append(Summary(method, best, tried))
     return sorted(found, key=lambda summary: summary.loss)
 
 
@@ -160,7 +166,7 @@ def rows(runs: list[Run]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "method": s.method,
             "rate": s.rate,
-            "at_an_end": s.at_an_end,
+            "search": s.search,
             "loss": s.loss,
             "spread": s.spread,
             "seeds": len(s.runs),
@@ -192,7 +198,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     spread = lambda value: "" if value is None else f" ± {value:.3f}"
     return (
         row["method"],
-        f"{row['rate']:.3g}" + (" (at an end)" if row["at_an_end"] else ""),
+        f"{row['rate']:.3g} ({row['search']})",
         f"{row['loss']:.3f}{spread(row['spread'])}",
         str(row["seeds"]),
         text(row.get("to_reference"), "+.3f") + spread(row.get("to_reference_spread")),

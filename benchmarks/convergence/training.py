@@ -24,7 +24,6 @@ from .corpus import Corpus
 
 SIZES = {
     "toy": llama.LlamaConfig(64, 176, heads=4, layers=2),
-    "1m": llama.LlamaConfig(128, 344, heads=4, layers=4),
     "33m": llama.CONFIGS["60m"],  # with 8,192 tokens in place of 32,000
     "60m": llama.CONFIGS["60m"],
     "130m": llama.CONFIGS["130m"],
