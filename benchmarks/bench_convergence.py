@@ -54,7 +54,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="a quarter of the width by default")
     parser.add_argument("--refresh-every", type=int, default=200)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--dataset", choices=corpus.DATASETS, default="python")
+    parser.add_argument(
+        "--dataset",
+        choices=corpus.DATASETS,
+        default="python",
+        help="the Python files of what is installed, of fetched wheels, or C4",
+    )
     parser.add_argument("--texts", type=int, help="read so many at most")
     parser.add_argument(
         "--cache", type=Path, default="runs/cache", help="where tokens and programs are kept"

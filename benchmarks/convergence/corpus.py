@@ -1,14 +1,16 @@
-"""Text to tokens: Python sources that are present wherever this runs, or C4 for who has a network.
+"""Text to tokens: Python sources that are present wherever this runs or were fetched, or C4.
 
-The sources are those of the standard library and of all packages installed, less what is equal to
-another. Distributions differ, so a corpus has a digest, and results of different ones are not
-compared. A byte-pair encoding is trained on a part of it; tokens are kept in a file.
+Those that are present are of the standard library and of all packages installed, those that were
+fetched are of wheels in a folder, both less what is equal to another. What is installed differs, so
+a corpus has a digest, and results of different ones are not compared. A byte-pair encoding is
+trained on a part of it; tokens are kept in a file.
 """
 
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ LARGEST = 1_000_000  # bytes of a file: beyond are tables that a program has wri
 HELD_OUT = 50  # one of so many files is for validation
 TAUGHT_BY = 8  # one of so many teaches the encoding
 VOCABULARIES = range(257, 2**16 + 1)  # all bytes and the end of a text; tokens are uint16
+FETCHED = Path(__file__).with_name("wheels.txt")
+AT_ONCE = 4096  # texts
 C4_TEXTS = 200_000  # of C4 at most, about 90M tokens
 
 
@@ -38,21 +42,43 @@ class Corpus(NamedTuple):
     about: dict[str, int | str]
 
 
-def python_sources(limit: int | None = None) -> Iterator[bytes]:
-    """The Python files here, in an order that their contents decide; at most `limit`."""
+def installed(cache: Path, limit: int | None) -> Iterable[bytes]:
+    """The Python files of what is installed here."""
+    del cache
     paths = sysconfig.get_paths()
-    texts = {}
-    for root in sorted({paths[name] for name in ("stdlib", "purelib", "platlib")}):
-        for path in Path(root).rglob("*.py"):
-            if path.is_file() and 0 < path.stat().st_size <= LARGEST:
-                text = path.read_bytes()
-                texts[hashlib.sha256(text).digest()] = text
-    for digest in sorted(texts)[:limit]:
-        yield texts[digest]
+    return distinct(
+        path.read_bytes()
+        for root in sorted({paths[name] for name in ("stdlib", "purelib", "platlib")})
+        for path in Path(root).rglob("*.py")
+        if path.is_file() and path.stat().st_size <= LARGEST
+    )[:limit]
 
 
-def c4(limit: int | None = None) -> Iterator[bytes]:
+def fetched(cache: Path, limit: int | None) -> Iterable[bytes]:
+    """The Python files of the wheels in the folder `wheels` of the cache."""
+
+    def files() -> Iterator[bytes]:
+        for path in sorted((cache / "wheels").glob("*.whl")):
+            try:
+                with zipfile.ZipFile(path) as wheel:
+                    for member in wheel.infolist():
+                        if member.filename.endswith(".py") and member.file_size <= LARGEST:
+                            yield wheel.read(member)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{path}: {error}") from error
+
+    return distinct(files())[:limit]
+
+
+def distinct(texts: Iterable[bytes]) -> list[bytes]:
+    """Each text once, the empty one left out, in an order that their contents decide."""
+    found = {hashlib.sha256(text).digest(): text for text in texts if text}
+    return [found[digest] for digest in sorted(found)]
+
+
+def c4(cache: Path, limit: int | None) -> Iterable[bytes]:
     """The first texts of C4's English part, streamed."""
+    del cache
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -62,29 +88,35 @@ def c4(limit: int | None = None) -> Iterator[bytes]:
         yield row["text"].encode()
 
 
-DATASETS = {"python": python_sources, "c4": c4}
+DATASETS = {"python": installed, "wheels": fetched, "c4": c4}
+
+MISSING = {
+    "wheels": f": pip download -r {FETCHED} --no-deps --only-binary=:all: --python-version 3.12 "
+    "--platform any --implementation py --abi none -d {}/wheels"
+}
 
 
-def load(dataset: str, vocabulary: int, folder: Path, limit: int | None = None) -> Corpus:
+def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -> Corpus:
     """Reads, encodes and keeps a corpus, or returns the kept one if its texts are the same.
 
     Args:
       dataset: one of DATASETS.
       vocabulary: number of tokens, one of VOCABULARIES.
-      folder: where it is kept.
+      cache: the folder where it is kept, and where wheels are.
       limit: of texts.
 
     Raises:
       ValueError: there is no text, or what reads it is missing.
     """
-    texts = list(DATASETS[dataset](limit))
+    texts = list(DATASETS[dataset](cache, limit))
     if not texts:
-        raise ValueError(f"there is no text in {dataset}")
+        how = MISSING.get(dataset, "").format(cache)
+        raise ValueError(f"there is no text in {dataset}{how}")
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text).digest())
     sha256 = digest.hexdigest()
-    kept = folder / f"{dataset}-{vocabulary}-{sha256[:12]}.npz"
+    kept = cache / f"{dataset}-{vocabulary}-{sha256[:12]}.npz"
     if kept.exists():
         with np.load(kept) as arrays:
             about = json.loads(str(arrays["about"]))
@@ -94,7 +126,9 @@ def load(dataset: str, vocabulary: int, folder: Path, limit: int | None = None) 
     encoding = taught(strings[::TAUGHT_BY], vocabulary)
     end = np.uint16(encoding.token_to_id(END))
     encoded = [
-        np.append(np.array(one.ids, np.uint16), end) for one in encoding.encode_batch_fast(strings)
+        np.append(np.array(one.ids, np.uint16), end)
+        for start in range(0, len(strings), AT_ONCE)  # what is encoded takes many times its bytes
+        for one in encoding.encode_batch_fast(strings[start : start + AT_ONCE])
     ]
     held_out = encoded[::HELD_OUT]
     train = np.concatenate([tokens for i, tokens in enumerate(encoded) if i % HELD_OUT])
@@ -107,7 +141,7 @@ def load(dataset: str, vocabulary: int, folder: Path, limit: int | None = None) 
         "train_tokens": len(train),
         "validation_tokens": sum(map(len, held_out)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(train, np.concatenate(held_out), about)
     part = kept.with_suffix(".part.npz")  # or a reader would find half a file
     np.savez(part, train=corpus.train, validation=corpus.validation, about=json.dumps(about))
