@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import gc
 import os
 import zlib
 
@@ -16,6 +17,7 @@ from .seldom import FIRST_CASES
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 jax.config.update("jax_num_cpu_devices", 8)  # before the first array: sharding tests
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(200_000, 20, 20)  # tracing makes many objects that stay: a twentieth of all time
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow ones are left out
