@@ -56,9 +56,15 @@ def installed(cache: Path, limit: int | None) -> Iterable[bytes]:
 
 def fetched(cache: Path, limit: int | None) -> Iterable[bytes]:
     """The Python files of the wheels in the folder `wheels` of the cache."""
+    folder = cache / "wheels"
+    if not any(folder.glob("*.whl")):
+        raise ValueError(
+            f"there is no text in wheels: pip download -r {FETCHED} --no-deps --only-binary=:all: "
+            f"--python-version 3.12 --platform any --implementation py --abi none -d {folder}"
+        )
 
     def files() -> Iterator[bytes]:
-        for path in sorted((cache / "wheels").glob("*.whl")):
+        for path in sorted(folder.glob("*.whl")):
             try:
                 with zipfile.ZipFile(path) as wheel:
                     for member in wheel.infolist():
@@ -90,11 +96,6 @@ def c4(cache: Path, limit: int | None) -> Iterable[bytes]:
 
 DATASETS = {"python": installed, "wheels": fetched, "c4": c4}
 
-MISSING = {
-    "wheels": f": pip download -r {FETCHED} --no-deps --only-binary=:all: --python-version 3.12 "
-    "--platform any --implementation py --abi none -d {}/wheels"
-}
-
 
 def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -> Corpus:
     """Reads, encodes and keeps a corpus, or returns the kept one if its texts are the same.
@@ -110,8 +111,7 @@ def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -
     """
     texts = list(DATASETS[dataset](cache, limit))
     if not texts:
-        how = MISSING.get(dataset, "").format(cache)
-        raise ValueError(f"there is no text in {dataset}{how}")
+        raise ValueError(f"there is no text in {dataset}")
     digest = hashlib.sha256()
     for text in texts:
         digest.update(hashlib.sha256(text).digest())
