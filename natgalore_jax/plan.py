@@ -101,7 +101,9 @@ def plan(
         raise ValueError("`residual` needs whole gradients: low_rank_gradients=False.")
     if low_rank_gradients and _residual(recipe, settings) is not None:
         settings["residual"] = None
-    settings = {"refresh_every": 200, "stagger": not low_rank_gradients, **settings}
+    settings = {"stagger": not low_rank_gradients, **settings}
+    if low_rank_gradients:  # all are refreshed at once, by two more passes: seldom
+        settings = {"refresh_every": 200, **settings}
     roles = ROLES if bits == 8 else ()
 
     def made(rank: Rank, roles: tuple[str, ...] = roles) -> optax.GradientTransformation:

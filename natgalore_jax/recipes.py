@@ -23,7 +23,7 @@ def natural_galore(
     rank: Rank = 128,
     *,
     fisher: str | optax.GradientTransformation | None = None,
-    refresh_every: int = 200,
+    refresh_every: int = 50,
     scale: Scalar = 1.0,
     basis: str | Turn = "power",
     side: str = "short",
@@ -57,7 +57,10 @@ def natural_galore(
       residual: what becomes of the rest of a gradient. `"whitened"` costs products of m x m and
         m x n on every step, which a batch of many tokens hides; `"isotropic"` costs none; None,
         GaLore's, is what :func:`natgalore_jax.value_and_grad` needs. See :func:`project`.
-      refresh_every, scale, basis, side, transport, select, stagger, seed: see :func:`project`.
+      refresh_every: T, steps between new bases of a matrix. 50 ended 0.005 nats below GaLore's 200
+        (three seeds), and 0.04 below in a run of 500 steps, at about 2 % of the time of steps of
+        8,192 tokens. On every step is much worse.
+      scale, basis, side, transport, select, stagger, seed: see :func:`project`.
       b1, b2, eps: Adam's, of all leaves. b2 is that of most language models: 0.999 was 0.010 nats
         worse (three seeds).
       weight_decay: decoupled, on the whole weight, as in `optax.adamw`.
