@@ -52,7 +52,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens in a sequence")
     parser.add_argument("--vocabulary", type=int, help="number of tokens, of the size by default")
     parser.add_argument("--rank", type=int, help="a quarter of the width by default")
-    parser.add_argument("--refresh-every", type=int, default=200)
+    parser.add_argument(
+        "--refresh-every",
+        type=int,
+        default=200,
+        help="steps between bases, but of natural_galore, which is given its own after its name",
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
         "--dataset",
@@ -154,6 +159,7 @@ def main():
     asked = dataclasses.asdict(setting) | {"attention": None}  # which may depend on where it ran
     for about, runs in results.groups(args.out):
         this = about["setting"] | {"attention": None} == asked
+        this &= about["data"]["dataset"] == args.dataset
         if args.show or this:
             if args.markdown:
                 print(results.markdown(runs))

@@ -7,7 +7,8 @@ Ours can be given settings after a colon, which is how one thing at a time is ta
     natural_galore:bits=8                             its moments and bases in 8 bits
 
 A contender sees the matrices of the layers alone; everything else is under Adam, for all alike.
-Rates are in steps of two, four to begin with; `search` goes on where the best is at an end.
+Rates are in steps of two, four to begin with; `search` goes on where the best is at an end. How
+long a basis serves is the same for all, but for `natural_galore`, which has a default of its own.
 """
 
 import ast
@@ -49,7 +50,8 @@ def ours(
         raise ValueError(f"bits must be 8 or 32, got {bits}")
 
     def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
-        given = {"rank": rank, "refresh_every": every} | settings
+        shared = {"rank": rank} | ({} if recipe == "natural_galore" else {"refresh_every": every})
+        given = shared | settings
         tx = getattr(natgalore, recipe)(rate, **given)
         return natgalore.quantized(tx, ("linear", "square", "basis")) if bits == 8 else tx
 

@@ -44,7 +44,7 @@ class Setting:
       batch: sequences in a step.
       length: tokens in a sequence.
       rank: of all low-rank methods.
-      refresh_every: steps between their bases.
+      refresh_every: steps between their bases, but for `natural_galore`'s, whose name says it.
       rest_rate: peak learning rate of what is not a matrix of a layer.
       dtype: of activations and products; weights are float32.
       attention: what computes it, as `llama.LlamaConfig` has it.
