@@ -1,11 +1,17 @@
 """Every Python snippet of the README runs, and every figure in it is in a results file."""
 
+import ast
 import json
 import re
 import warnings
 from pathlib import Path
 
+import jax
+import numpy as np
+import optax
 import pytest
+
+import natgalore_jax as natgalore
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +42,30 @@ def test_the_snippet_is_short_and_shows_the_line_it_replaces():
     assert any(line.startswith("# tx = optax.adamw(schedule") for line in lines)
 
 
-def test_inline_code_names_what_exists():
-    import natgalore_jax as natgalore
+def test_three_spellings_are_one_thing():
+    (snippet,) = (x for x in SNIPPETS if x.count("tx = ") == 3 and "project_back" in x)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (130, 140))}
 
+    @jax.jit(static_argnums=0)
+    def trained(update, state):
+        def step(carry, key):
+            params, state = carry
+            updates, state = update({"kernel": jax.random.normal(key, (130, 140))}, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(jax.random.key(1), 52)  # new bases at 0 and 50
+        return jax.lax.scan(step, (params, state), keys)[0][0]["kernel"]
+
+    scope = {"natgalore": natgalore, "optax": optax}
+    results = []
+    for line in ast.parse(snippet).body:
+        exec(ast.unparse(line), scope)
+        results.append(trained(scope["tx"].update, scope["tx"].init(params)))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])  # it is one program
+
+
+def test_inline_code_names_what_exists():
     for name in re.findall(r"natgalore\.(\w+)", README):
         assert hasattr(natgalore, name), name
 
