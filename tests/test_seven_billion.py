@@ -93,7 +93,8 @@ def test_weights_are_bfloat16_and_large_state_is_bytes(run, monkeypatch):
 @pytest.mark.slow
 def test_a_step_is_that_of_whole_gradients(run):
     """But for rounding: its bases come from passes here and from the gradient there."""
-    settings = config(dtype="float32")
+    # 32 tokens make gradients of rank 32, whose last directions are bfloat16's rounding: take 16.
+    settings = config(dtype="float32", rank=16)
     functions = make_functions(settings)
     state = functions.init(jax.random.key(0))
     tx = settings.make_optimizer()
@@ -123,7 +124,7 @@ def test_a_step_is_that_of_whole_gradients(run):
         # Adam's first answer is a sign, which rounding turns where a gradient is nearly zero.
         cosine = (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
         cosines.append(cosine)
-    assert min(cosines) > 0.9, cosines
+    assert min(cosines) > 0.98, cosines  # the least is value's, 0.988
 
 
 @pytest.mark.parametrize(
