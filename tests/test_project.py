@@ -190,12 +190,13 @@ def test_galore_takes_what_natural_galore_takes():
         inspect.signature(f).parameters
         for f in (natgalore.galore, natgalore.natural_galore, natgalore.project)
     )
-    own = ("residual",)
+    own = ("residual", "refresh_every")
     assert list(ours) == [name for name in theirs if name != "fisher"]
     for name, parameter in ours.items():
         if name != "b2":
             assert parameter == (engine if name in own else theirs)[name]
     assert theirs["residual"].default == "whitened"
+    assert theirs["refresh_every"].default == 50
     assert theirs["fisher"].default is None
     assert (ours["b2"].default, theirs["b2"].default) == (0.999, 0.95)
 
