@@ -56,7 +56,7 @@ def arguments() -> argparse.Namespace:
         "--refresh-every",
         type=int,
         default=200,
-        help="steps between bases, but of natural_galore, which is given its own after its name",
+        help="steps between bases of all but natural_galore, which has its own (:refresh_every=20)",
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument(
