@@ -20,7 +20,8 @@ class Plan(Bill):
     """What :func:`natgalore.plan` decided and counted; prints as a table and a verdict.
 
     Attributes:
-      settings: of the recipe: `rank`, `refresh_every`, `stagger` and those that were given.
+      settings: of the recipe: `rank`, `stagger`, those that were given, and `refresh_every` where
+        gradients are low-rank.
       roles: what :func:`quantized` keeps in 8 bits; () if it is not to be used.
       low_rank_gradients: whether gradients are to come from :func:`value_and_grad`.
       rows: one for each leaf.

@@ -131,12 +131,11 @@ def galore(
     stagger: bool = True,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """GaLore: :func:`natural_galore` without a residual, bases and b2 as published (200, 0.999).
+    """GaLore: :func:`natural_galore` without a residual; it takes the same arguments but `fisher`.
 
-    It takes the same arguments but `fisher`.
-
-    With the defaults the basis is tracked by power iteration and Adam's moments turn with it. The
-    algorithm as published is `basis="svd", transport="keep", stagger=False`.
+    New bases every 200 steps and b2 = 0.999 are as published. With the defaults the basis is
+    tracked by power iteration and Adam's moments turn with it; the algorithm as published is
+    `basis="svd", transport="keep", stagger=False`.
 
     Example:
       >>> import natgalore_jax as natgalore

@@ -135,6 +135,12 @@ def test_a_whole_training_step_with_a_residual():
     ]
     assert f"{ratios[0]} of AdamW's tokens/s, {ratios[1]} with an isotropic" in PAGE
     assert f"and {ratios[2]} with a whitened one" in PAGE
+    (tree,) = results("step-residual")["trees"]
+    refreshes = tree["methods"]["galore"]["refreshes_ms"]  # all matrices once, in 200 steps
+    more = refreshes * (1 / 50 - 1 / 200)
+    part = more / methods["natural_galore"]["mean_step_seconds"] / 10
+    assert f"take {refreshes:.0f} ms together" in PAGE
+    assert f"cost {more:.1f} ms a step, {part:.1f} % of its time" in PAGE
 
 
 CORES = (ROOT / "docs/low-rank-gradients.md").read_text()

@@ -50,8 +50,9 @@ def ours(
         raise ValueError(f"bits must be 8 or 32, got {bits}")
 
     def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
-        shared = {"rank": rank} | ({} if recipe == "natural_galore" else {"refresh_every": every})
-        given = shared | settings
+        given = {"rank": rank} | settings
+        if recipe != "natural_galore":  # whose default is a part of what is compared
+            given = {"refresh_every": every} | given
         tx = getattr(natgalore, recipe)(rate, **given)
         return natgalore.quantized(tx, ("linear", "square", "basis")) if bits == 8 else tx
 
