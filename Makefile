@@ -22,7 +22,7 @@ help: ## list these targets
 	do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
 train: $(VENV)/.$(PACKAGES) ## train a small Llama; ARGS="--help" lists settings, ACCELERATOR=gpu or tpu
-	@$(BIN)/python examples/$(EXAMPLE).py $(ARGS)
+	@$(BIN)/python examples/pretraining/$(EXAMPLE).py $(ARGS)
 
 test: $(VENV)/.test ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
@@ -35,7 +35,7 @@ mutants: $(VENV)/.test ## plant faults, see that the quick tests notice; ARGS="e
 
 bench: $(VENV)/.bench ## time a small model's updates beside Optax's, into runs/step.json
 	@mkdir -p runs
-	$(BIN)/python benchmarks/bench_step.py --trees tiny --dtype float32 --out runs/step.json \
+	$(BIN)/python benchmarks/speed/bench_step.py --trees tiny --dtype float32 --out runs/step.json \
 		--methods adamw,galore,natural_galore,contrib_galore $(ARGS)
 
 lint: $(VENV)/.dev ## check style, format and types

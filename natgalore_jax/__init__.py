@@ -2,33 +2,33 @@
 
 import importlib
 
-from .roles import register_state as register_state
+from .tree.state_roles import register_state as register_state
 
 
-from .select import MatrixView as MatrixView  # isort: skip
-from .project import chain as chain, project as project, project_back as project_back  # isort: skip
-from .fisher_core import scale_by_core_fisher as scale_by_core_fisher  # isort: skip
-from .fisher_window import scale_by_fisher as scale_by_fisher  # isort: skip
-from .recipes import (  # isort: skip
+from .selection.select import MatrixView as MatrixView  # isort: skip
+from .subspace.project import chain as chain, project as project, project_back as project_back  # isort: skip
+from .fisher.core import scale_by_core_fisher as scale_by_core_fisher  # isort: skip
+from .fisher.window import scale_by_fisher as scale_by_fisher  # isort: skip
+from .optimizers import (  # isort: skip
     STATIC_ARGS as STATIC_ARGS,
     galore as galore,
     natural_galore as natural_galore,
 )
-from .gradients import value_and_grad as value_and_grad  # isort: skip
-from .diagnostics import (  # isort: skip
+from .lowrank_grads.value_and_grad import value_and_grad as value_and_grad  # isort: skip
+from .reporting.diagnostics import (  # isort: skip
     basis_drift as basis_drift,
     explained_energy as explained_energy,
     fisher_condition as fisher_condition,
     skipped_steps as skipped_steps,
 )
-from .memory import memory_report as memory_report  # isort: skip
-from .sharding import sharded as sharded, state_shardings as state_shardings  # isort: skip
-from .offload import offload as offload  # isort: skip
-from .quantize import quantized as quantized  # isort: skip
-from .rounding import stochastic_rounding as stochastic_rounding  # isort: skip
-from .report import describe as describe  # isort: skip
-from .explain import explain as explain  # isort: skip
-from .plan import plan as plan  # isort: skip
+from .reporting.memory_report import memory_report as memory_report  # isort: skip
+from .sharding.state_shardings import sharded as sharded, state_shardings as state_shardings  # isort: skip
+from .sharding.offload import offload as offload  # isort: skip
+from .quantization.quantized import quantized as quantized  # isort: skip
+from .quantization.stochastic_rounding import stochastic_rounding as stochastic_rounding  # isort: skip
+from .reporting.describe import describe as describe  # isort: skip
+from .lowrank_grads.explain import explain as explain  # isort: skip
+from .planning.plan import plan as plan  # isort: skip
 
 
 def __getattr__(name: str):

@@ -10,8 +10,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # batched LAPACK is 10 to 40 times slo
 import jax
 import pytest
 
-from .compiling import QUICKLY
-from .seldom import FIRST_CASES
+from tests.helpers.compiling import QUICKLY
+from tests.seldom import FIRST_CASES
 
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
@@ -41,7 +41,7 @@ def key(request):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """A folder of its own, a small Llama as the `tiny` one, and little time for the compiler."""
-    import llama
+    from examples.common import llama
 
     monkeypatch.chdir(tmp_path)
     tiny = dataclasses.replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)

@@ -1,0 +1,176 @@
+"""Does it learn better? A Llama under many optimizers, each at its own best learning rate.
+
+    python benchmarks/learning/bench_convergence.py --methods adamw,galore,natural_galore
+    python benchmarks/learning/bench_convergence.py --methods galore:refresh_every=20+basis=svd
+    python benchmarks/learning/bench_convergence.py --size toy    a try of a minute on a CPU
+    python benchmarks/learning/bench_convergence.py --show        the tables of what is there
+    python benchmarks/learning/bench_convergence.py --show --figure loss.png  a picture of this one,
+                                                         of all methods or of those of --methods
+
+All see the same data in the same order, the same schedule and the same weights at the start. Each
+method's rate is looked for among four at least; the best one is run with more seeds. Every run that
+ends is one more line of --out, so what is cut off goes on where it was, and nothing is run twice.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from benchmarks.common.environment import environment
+from benchmarks.learning.convergence import corpus, results
+from benchmarks.learning.convergence.contenders import contender
+from benchmarks.learning.convergence.search import next_run
+from benchmarks.learning.convergence.training import SIZES, Setting, compiled, train
+
+
+USUAL = {  # of the sizes: vocabulary, steps, batch, length
+    "toy": (512, 60, 8, 64),
+    "33m": (8192, 1000, 64, 256),
+    "60m": (32_000, 1000, 64, 256),
+    "130m": (32_000, 2000, 128, 256),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = lambda x: x.split(",")
+    parser.add_argument("--size", choices=SIZES, default="33m")
+    parser.add_argument("--methods", type=words, help="adamw,galore,natural_galore by default")
+    parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
+    parser.add_argument("--rate", type=float, help="only this one, and no search")
+    parser.add_argument("--finer", action="store_true", help="rates half a step from the best too")
+    parser.add_argument("--rest-rate", type=float, default=4e-3, help="of embedding, head, norms")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, help="sequences in a step")
+    parser.add_argument("--length", type=int, help="tokens in a sequence")
+    parser.add_argument("--vocabulary", type=int, help="number of tokens, of the size by default")
+    parser.add_argument("--rank", type=int, help="a quarter of the width by default")
+    parser.add_argument(
+        "--refresh-every",
+        type=int,
+        default=200,
+        help="steps between bases of all but natural_galore, which has its own (:refresh_every=20)",
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dataset",
+        choices=corpus.DATASETS,
+        default="python",
+        help="the Python files of what is installed, of fetched wheels, or C4",
+    )
+    parser.add_argument("--texts", type=int, help="read so many at most")
+    parser.add_argument(
+        "--cache", type=Path, default="runs/cache", help="where tokens and programs are kept"
+    )
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no run begins")
+    parser.add_argument("--out", type=Path, default="runs/convergence.jsonl")
+    parser.add_argument("--figure", type=Path, help="draw the losses here")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--markdown", action="store_true", help="the table as a page has it")
+    args = parser.parse_args()
+    args.drawn = args.methods  # None: all
+    args.methods = args.methods or ["adamw", "galore", "natural_galore"]
+    try:
+        args.methods = {name: contender(name).first for name in args.methods}
+    except ValueError as error:
+        parser.error(str(error))
+    for name in ("seeds", "steps", "batch", "length", "rank", "refresh_every", "texts"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    sizes = corpus.VOCABULARIES
+    if args.vocabulary is not None and args.vocabulary not in sizes:
+        parser.error(f"--vocabulary is from {sizes[0]} to {sizes[-1]}, got {args.vocabulary}")
+    return args
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    vocabulary, steps, batch, length = USUAL[args.size]
+    quick = jax.default_backend() == "gpu" and args.dtype == "bfloat16"
+    return Setting(
+        size=args.size,
+        vocabulary=args.vocabulary or vocabulary,
+        steps=args.steps or steps,
+        batch=args.batch or batch,
+        length=args.length or length,
+        rank=args.rank or SIZES[args.size].hidden // 4,
+        refresh_every=args.refresh_every,
+        rest_rate=args.rest_rate,
+        dtype=args.dtype,
+        attention="cudnn" if quick else "xla",
+    )
+
+
+def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> None:
+    """Runs until nothing is left to run, or time is up."""
+    until = time.time() + 60 * args.minutes
+    about = {"setting": dataclasses.asdict(setting), "data": text.about}
+    header: dict[str, Any] = about | {"environment": environment()}
+    programs: dict[str, Any] = {}
+    while time.time() < until:
+        done = results.read(args.out, about)
+        if args.rate is None:
+            run = next_run(args.methods, args.seeds, [one.done for one in done], args.finer)
+        else:
+            asked = [(name, args.rate, seed) for seed in range(args.seeds) for name in args.methods]
+            made = [one.done[:3] for one in done]
+            run = next((one for one in asked if one not in made), None)
+        if run is None:
+            return
+        name, rate, seed = run
+        if name not in programs:
+            programs = {name: compiled(name, setting)}  # of one at a time: they hold memory
+        program, records = programs[name], []
+        print(f"{name}, rate {rate:g}, seed {seed}: ", end="", flush=True)
+        began = time.time()
+        for record in train(program, setting, text, rate, seed):
+            records.append(record)
+            if len(records) % 4 == 0 or record["validation_loss"] is None:
+                print(f"{results.loss_of(record):.3f} ", end="", flush=True)
+        print(f"in {time.time() - began:.0f} s", flush=True)
+        sizes = {name: getattr(program, name) for name in ("state_bytes", "matrix_state_bytes")}
+        line = header | {"method": name, "rate": rate, "seed": seed, **sizes, "records": records}
+        results.append(args.out, line)
+
+
+def main():
+    args = arguments()
+    jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
+    setting = setting_of(args)
+    if not args.show:
+        try:
+            text = corpus.load(args.dataset, setting.vocabulary, args.cache, args.texts)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        shortest = min(len(text.train), len(text.validation))
+        if shortest <= setting.length + 1:
+            sys.exit(f"error: {shortest} tokens are too few for sequences of {setting.length}")
+        print(", ".join(f"{name} {value}" for name, value in text.about.items()), flush=True)
+        try:
+            search(args, setting, text)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from the runs that have ended")
+    asked = dataclasses.asdict(setting) | {"attention": None}  # which may depend on where it ran
+    for about, runs in results.groups(args.out):
+        this = about["setting"] | {"attention": None} == asked
+        this &= about["data"]["dataset"] == args.dataset
+        if args.show or this:
+            if args.markdown:
+                print(results.markdown(runs))
+            else:
+                console = Console(width=None if sys.stdout.isatty() else 140)
+                console.print(results.table(about, runs))
+        if args.figure and this:
+            drawn = [run for run in runs if not args.drawn or run.method in args.drawn]
+            results.draw(drawn).savefig(args.figure, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

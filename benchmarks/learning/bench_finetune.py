@@ -1,0 +1,237 @@
+"""What does a step of fine-tuning cost, in time and memory: Natural GaLore, GaLore, AdamW, LoRA?
+
+The training steps of `finetune_glue.py` and `finetune_function_calling.py` (examples/finetuning) on
+models of their real size with random weights, float32, and random tokens; at the paper's ranks.
+All methods have the same model and batch, and take turns, step by step: compare within one table.
+
+    python benchmarks/learning/bench_finetune.py [--out benchmarks/results/finetune.json]
+    python benchmarks/learning/bench_finetune.py --tasks roberta-base --rank 8 --length 512
+    python benchmarks/learning/bench_finetune.py --tasks tiny --steps 2    a try on a CPU
+
+`window` is `natural_galore` in the paper's form, with its history of gradients. Bytes are those of
+the compiled step: weights and state, which are its arguments, and what it sets aside beside them.
+With --steps 0 nothing is run. What --out holds of the same task and machine is not measured again.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.environment import environment
+from examples.common import llama, report, roberta
+from examples.finetuning import finetune_function_calling, finetune_glue, finetuning
+
+
+METHODS = ("adamw", "lora", "galore", "natural_galore", "window")
+REFERENCE = "adamw"
+
+
+class Task(NamedTuple):
+    """What is tuned.
+
+    Attributes:
+      config: of the example, with its rank and batch.
+      make_model: from scratch.
+      loss_fn: as `finetuning.make_functions` takes it.
+      head: the module that LoRA trains whole.
+      vocabulary: number of tokens.
+      length: of a record, in tokens.
+      targets: (tokens) -> what the loss takes beside them.
+    """
+
+    config: finetuning.Config
+    make_model: Callable[[nnx.Rngs], nnx.Module]
+    loss_fn: Callable[..., Any]
+    head: str
+    vocabulary: int
+    length: int
+    targets: Callable[[np.ndarray], np.ndarray]
+
+
+def glue(shape: roberta.RobertaConfig, length: int) -> Task:
+    return Task(
+        finetune_glue.Config(rank=8),
+        partial(roberta.Roberta, shape),
+        lambda model, tokens, labels, rngs: finetune_glue.losses(
+            model(tokens, rngs), labels
+        ).mean(),
+        "classifier",
+        shape.vocabulary,
+        length,
+        lambda tokens: (tokens[:, 1] % 2).astype(np.int32),
+    )
+
+
+def plans(shape: llama.LlamaConfig, length: int) -> Task:
+    return Task(
+        finetune_function_calling.Config(),
+        partial(llama.Llama, shape),
+        lambda model, tokens, of_plan, rngs: finetune_function_calling.plan_loss(
+            model, tokens, of_plan
+        ),
+        "head",
+        shape.vocabulary,
+        length,
+        lambda tokens: np.arange(tokens.shape[1])[None] >= tokens.shape[1] // 2 + 0 * tokens,
+    )
+
+
+TINYLLAMA = replace(llama.CONFIGS["tinyllama"], remat=True, dtype=jnp.bfloat16)
+TASKS = {
+    "roberta-base": lambda: glue(roberta.RobertaConfig(dtype=jnp.bfloat16), 128),
+    "tinyllama": lambda: plans(TINYLLAMA, 512),
+    "tiny": lambda: plans(replace(llama.CONFIGS["tiny"], remat=True), 16),
+}
+
+
+def config_of(task: Task, method: str, args: argparse.Namespace) -> finetuning.Config:
+    """The example's settings for a method."""
+    window = method == "window"
+    settings: dict[str, Any] = {"optimizer": "natural_galore" if window else method}
+    settings["fisher"] = "window" if window else task.config.fisher
+    settings |= {"steps": 1000, "rank": args.rank or task.config.rank}
+    if args.batch_size:
+        settings["batch_size"] = args.batch_size
+    return replace(task.config, **settings).runs()[0]
+
+
+def measure(task: Task, args: argparse.Namespace, found: dict[str, Any], save) -> None:
+    """Compiles the step of each method; then they take turns."""
+    shapes = nnx.eval_shape(lambda: nnx.state(task.make_model(nnx.Rngs(0)), nnx.Param))
+    weights, states, steps = nnx.to_pure_dict(shapes), {}, {}
+    config = config_of(task, REFERENCE, args)
+    length = args.length or task.length
+    found |= {"rank": config.rank, "batch_size": config.batch_size, "length": length}
+    methods = found.setdefault("methods", {})
+    tokens = np.random.default_rng(0).integers(
+        3, task.vocabulary, size=(config.batch_size, length), dtype=np.int32
+    )
+    batch = (np.int32(1), tokens, task.targets(tokens))
+    for method in args.methods:
+        if time.time() > args.until:
+            break
+        functions = finetuning.make_functions(
+            config_of(task, method, args), task.make_model, weights, task.loss_fn, task.head
+        )
+        abstract = jax.eval_shape(functions.init, jax.random.key(0))
+        start = time.perf_counter()
+        steps[method] = functions.train_step.lower(abstract, batch).compile()
+        seconds = time.perf_counter() - start
+        memory = steps[method].memory_analysis()
+        trained = abstract.params["trained"]
+        methods[method] = {
+            "trained_parameters": sum(x.size for x in jax.tree.leaves(trained)),
+            "weights_bytes": report.nbytes(abstract.params),
+            "state_bytes": report.nbytes(abstract.opt_state),
+            "temp_bytes": memory.temp_size_in_bytes,
+            "total_bytes": memory.temp_size_in_bytes
+            + memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes,
+            "compile_seconds": round(seconds, 1),
+        }
+        save()
+        if args.steps:
+            states[method] = functions.init(jax.random.key(0))
+
+    def step(method: str) -> float:
+        start = time.perf_counter()
+        states[method], loss = steps[method](states[method], batch)
+        methods[method]["loss"] = float(loss)
+        jax.block_until_ready(states[method])
+        return time.perf_counter() - start
+
+    for method in states:
+        methods[method]["first_step_seconds"] = step(method)
+    times: dict[str, list[float]] = {method: [] for method in states}
+    for turn in range(args.steps):
+        for method in states if turn % 2 else reversed(states):
+            times[method].append(step(method))
+    for method, taken in times.items():
+        median = statistics.median(taken) if taken else None
+        if median is not None:
+            methods[method] |= {
+                "steps": len(taken),
+                "median_step_seconds": median,
+                "tokens_per_second": tokens.size / median,
+            }
+    save()
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints a table for each task."""
+    for name, found in results["tasks"].items():
+        about = f"rank {found['rank']}, {found['batch_size']} x {found['length']} tokens"
+        table = Table(
+            *("method", "tokens/s", "to adamw", "step ms", "trained M", "weights MB", "state MB"),
+            *("temp MB", "total MB", "to adamw", "compile s"),
+            title=f"{name}: {about}",
+        )
+        adamw = found["methods"].get(REFERENCE, {})
+        for method, row in found["methods"].items():
+            speed, other = row.get("tokens_per_second"), adamw.get("tokens_per_second")
+            total = adamw.get("total_bytes")
+            table.add_row(
+                method,
+                f"{speed:,.0f}" if speed else "-",
+                f"{speed / other:.2f}" if speed and other else "-",
+                f"{1e3 * row['median_step_seconds']:,.1f}" if speed else "-",
+                f"{row['trained_parameters'] / 1e6:,.1f}",
+                *(f"{row[f'{k}_bytes'] / 1e6:,.0f}" for k in ("weights", "state", "temp", "total")),
+                f"{row['total_bytes'] / total:.2f}" if total else "-",
+                f"{row['compile_seconds']:.0f}",
+            )
+        Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    words = lambda text: text.split(",")
+    parser.add_argument("--tasks", type=words, default=["roberta-base", "tinyllama"])
+    parser.add_argument("--methods", type=words, default=list(METHODS))
+    parser.add_argument("--rank", type=int, help="by default the example's, 8 of RoBERTa")
+    parser.add_argument("--batch-size", type=int, help="records; by default the example's")
+    parser.add_argument("--length", type=int, help="tokens of a record")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=60, help="after which none is compiled")
+    parser.add_argument("--out", type=pathlib.Path, default="runs/finetune.json")
+    args = parser.parse_args()
+    args.until = time.time() + 60 * args.minutes
+    for name, asked, known in (("task", args.tasks, TASKS), ("method", args.methods, METHODS)):
+        if unknown := [x for x in asked if x not in known]:
+            parser.error(f"no {name} {unknown[0]!r}: choose from {', '.join(known)}")
+    results: dict[str, Any] = {"environment": environment(), "tasks": {}}
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        results = before if before["environment"] == environment() else results
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save = lambda: args.out.write_text(json.dumps(results, indent=1) + "\n")
+    for name in args.tasks:
+        task = TASKS[name]()
+        rank = args.rank or task.config.rank
+        called = name if rank == task.config.rank else f"{name}, rank {rank}"
+        found = results["tasks"].setdefault(called, {})
+        missing = [m for m in args.methods if m not in found.get("methods", {})]
+        if missing:
+            measure(task, args, found, save)
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The README's training table: `pretrain.py --compare` of all optimizers, at its defaults.
+
+Writes the final losses, state bytes and times, and draws them in one figure. What the folder --runs
+holds already is not repeated: a comparison that was cut off goes on.
+
+    python benchmarks/learning/bench_pretrain.py [--runs runs/bench]
+                                        [--out benchmarks/results/pretrain.json]
+                                        [--figure docs/pretrain.png] [-- --steps 100 ...]
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from examples.common import report
+
+
+OPTIMIZERS = ("natural_galore", "galore", "adamw", "contrib_galore")
+PRETRAIN = pathlib.Path(report.__file__).with_name("pretrain.py")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/bench"))
+    parser.add_argument("--out", type=pathlib.Path, help="write the figures here, as JSON")
+    parser.add_argument("--figure", type=pathlib.Path, help="draw the losses here")
+    parser.add_argument("settings", nargs="*", help="for pretrain.py, after --")
+    args = parser.parse_args()
+
+    begun = (args.runs / "log.jsonl").exists()
+    what = ["--resume"] if begun else ["--compare", ",".join(OPTIMIZERS)]
+    subprocess.run(
+        [sys.executable, PRETRAIN, "--out", args.runs, *what, *args.settings], check=True
+    )
+    runs = [report.read(args.runs / optimizer / "log.jsonl") for optimizer in OPTIMIZERS]
+
+    results = {
+        "environment": runs[0].header["environment"],
+        "config": runs[0].header["config"],
+        "data": runs[0].header["data"],
+    }
+    for run in runs:
+        results[run.name] = {
+            "learning_rate": run.header["config"]["lr"],
+            "train_loss": run.losses("train_loss")[1][-1],
+            "validation_loss": run.losses("validation_loss")[1][-1],
+            "state_bytes": run.header["state_bytes"],
+            "tokens_per_second": run.tokens_per_second(),
+            "seconds": run.records[-1]["seconds"],
+        }
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.figure:
+        report.plot(runs).savefig(args.figure, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What Hugging Face calls the parts of our models, and which of its checkpoints they can compute.
+
+    model, params = read_llama(folder)         of TinyLlama, say, whose weights `save_llama` writes
+    model, params = read_roberta(folder, labels)
+
+`config.json` says the shape of a model. What ours do not have in it is refused by name, so that a
+checkpoint never runs as something else than it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from examples.common import llama, pretrained, roberta
+
+
+LLAMA_NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "layers/{}/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/{}/attention/query/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/{}/attention/key/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/{}/attention/value/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/{}/attention/out/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/{}/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/{}/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/{}/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/{}/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "norm/scale": "model.norm.weight",
+    "head/kernel": "lm_head.weight",
+}
+LAYER = "roberta.encoder.layer.{}"
+ROBERTA_NAMES = {
+    "words/embedding": "roberta.embeddings.word_embeddings.weight",
+    "positions/embedding": "roberta.embeddings.position_embeddings.weight",
+    "kinds/embedding": "roberta.embeddings.token_type_embeddings.weight",
+    **{
+        f"{ours}/{leaf}": f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
+        for ours, theirs, leaves in (
+            ("norm", "roberta.embeddings.LayerNorm", ("scale", "bias")),
+            ("layers/{}/query", f"{LAYER}.attention.self.query", ("kernel", "bias")),
+            ("layers/{}/key", f"{LAYER}.attention.self.key", ("kernel", "bias")),
+            ("layers/{}/value", f"{LAYER}.attention.self.value", ("kernel", "bias")),
+            ("layers/{}/out", f"{LAYER}.attention.output.dense", ("kernel", "bias")),
+            (
+                "layers/{}/attention_norm",
+                f"{LAYER}.attention.output.LayerNorm",
+                ("scale", "bias"),
+            ),
+            ("layers/{}/up", f"{LAYER}.intermediate.dense", ("kernel", "bias")),
+            ("layers/{}/down", f"{LAYER}.output.dense", ("kernel", "bias")),
+            ("layers/{}/mlp_norm", f"{LAYER}.output.LayerNorm", ("scale", "bias")),
+            ("classifier/dense", "classifier.dense", ("kernel", "bias")),
+            ("classifier/head", "classifier.out_proj", ("kernel", "bias")),
+        )
+        for leaf in leaves
+    },
+}
+
+
+def demand(file: Path, config: Mapping[str, Any], **expected: Any) -> None:
+    """Raises a ValueError where a config says something else than expected; it may be silent."""
+    for name, value in expected.items():
+        if (found := config.get(name)) is not None and found != value:
+            raise ValueError(f"{file} has {name} = {found!r}, of which this model knows {value!r}")
+
+
+def number(file: Path, config: Mapping[str, Any], name: str) -> Any:
+    if name not in config:
+        raise ValueError(f"{file} does not say {name}")
+    return config[name]
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer in a file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no type of its own
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
+    """The tokenizer in a folder, whose tokens a model with this vocabulary knows.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or of another model.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer.json in {folder}")
+    tokenizer = open_tokenizer(file)
+    if (size := tokenizer.get_vocab_size()) > vocabulary:
+        raise ValueError(f"{file} has {size} tokens, the model {vocabulary}")
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def llama_config(folder: Path) -> llama.LlamaConfig:
+    """The shape of a Llama, as the `config.json` in the folder has it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is of a model that ours is not.
+    """
+    config, file = pretrained.read_config(folder, "llama"), folder / "config.json"
+    demand(
+        file,
+        config,
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+    )
+    # Newer files say the rotary embedding in a dict of its own.
+    rotary = config.get("rope_parameters") or {}
+    demand(file, rotary, rope_type="default")
+    shape = llama.LlamaConfig(
+        hidden=number(file, config, "hidden_size"),
+        intermediate=number(file, config, "intermediate_size"),
+        heads=number(file, config, "num_attention_heads"),
+        layers=number(file, config, "num_hidden_layers"),
+        vocabulary=number(file, config, "vocab_size"),
+        kv_heads=config.get("num_key_value_heads"),
+        theta=float(rotary.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        epsilon=config.get("rms_norm_eps", 1e-6),
+    )
+    demand(file, config, head_dim=shape.head_dim)
+    return shape
+
+
+def read_llama(folder: Path) -> tuple[llama.LlamaConfig, pretrained.Params]:
+    """The shape and the weights of a Llama in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, not whole, or of another kind.
+    """
+    config = llama_config(folder)
+    shapes = llama.abstract_params(config)
+    # Old files have the rotary frequencies among the weights.
+    return config, pretrained.load(folder, shapes, LLAMA_NAMES, unused=r"rotary_emb\.inv_freq$")
+
+
+def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Params) -> None:
+    """Writes a Llama as Hugging Face's libraries and `read_llama` read it."""
+    pretrained.save(
+        folder,
+        unstacked(params),
+        LLAMA_NAMES,
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": config.hidden,
+            "intermediate_size": config.intermediate,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads or config.heads,
+            "num_hidden_layers": config.layers,
+            "vocab_size": config.vocabulary,
+            "rope_theta": config.theta,
+            "rms_norm_eps": config.epsilon,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "torch_dtype": str(params["norm"]["scale"].dtype),
+        },
+    )
+
+
+def stacked(params: pretrained.Params) -> pretrained.Params:
+    """The weights of the layers as one stack, as a Llama with `scan` has them."""
+    layers = [params["layers"][i] for i in range(len(params["layers"]))]
+    return params | {"layers": jax.tree.map(lambda *ws: np.stack(ws), *layers)}
+
+
+def unstacked(params: pretrained.Params) -> pretrained.Params:
+    """The inverse of `stacked`; weights that are in no stack stay as they are."""
+    layers = params["layers"]
+    if 0 in layers:
+        return params
+    depth = len(jax.tree.leaves(layers)[0])
+    return params | {"layers": {i: jax.tree.map(lambda w, i=i: w[i], layers) for i in range(depth)}}
+
+
+def roberta_config(folder: Path) -> roberta.RobertaConfig:
+    """The shape of a RoBERTa, as the `config.json` in the folder has it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is of a model that ours is not.
+    """
+    config, file = pretrained.read_config(folder, "roberta"), folder / "config.json"
+    demand(file, config, hidden_act="gelu", position_embedding_type="absolute", type_vocab_size=1)
+    dropout = config.get("hidden_dropout_prob", 0.1)
+    return roberta.RobertaConfig(
+        hidden=number(file, config, "hidden_size"),
+        intermediate=number(file, config, "intermediate_size"),
+        heads=number(file, config, "num_attention_heads"),
+        layers=number(file, config, "num_hidden_layers"),
+        vocabulary=number(file, config, "vocab_size"),
+        positions=number(file, config, "max_position_embeddings"),
+        padding=config.get("pad_token_id", 1),
+        epsilon=config.get("layer_norm_eps", 1e-5),
+        dropout=dropout,
+        attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
+        classifier_dropout=dropout
+        if config.get("classifier_dropout") is None
+        else config["classifier_dropout"],
+    )
+
+
+def read_roberta(folder: Path, labels: int) -> tuple[roberta.RobertaConfig, pretrained.Params]:
+    """The shape and the weights of a RoBERTa in a folder, for a number of labels.
+
+    A checkpoint of the language model has no classifier: its leaves are shapes then, which
+    `pretrained.missing` names. Heads for other tasks are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, not whole, or of another kind.
+    """
+    config = replace(roberta_config(folder), labels=labels)
+    return config, pretrained.load(
+        folder,
+        roberta.abstract_params(config),
+        ROBERTA_NAMES,
+        unused=r"^lm_head\.|^roberta\.pooler\.|\.position_ids$",
+        optional=r"^classifier\.",
+    )
+
+
+def save_roberta(folder: Path, config: roberta.RobertaConfig, params: pretrained.Params) -> None:
+    """Writes a RoBERTa as Hugging Face's libraries and `read_roberta` read it."""
+    pretrained.save(
+        folder,
+        params,
+        ROBERTA_NAMES,
+        {
+            "architectures": ["RobertaForSequenceClassification"],
+            "model_type": "roberta",
+            "hidden_size": config.hidden,
+            "intermediate_size": config.intermediate,
+            "num_attention_heads": config.heads,
+            "num_hidden_layers": config.layers,
+            "vocab_size": config.vocabulary,
+            "max_position_embeddings": config.positions,
+            "type_vocab_size": 1,
+            "pad_token_id": config.padding,
+            "layer_norm_eps": config.epsilon,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "classifier_dropout": config.classifier_dropout,
+            "id2label": {str(i): f"LABEL_{i}" for i in range(config.labels)},
+            "label2id": {f"LABEL_{i}": i for i in range(config.labels)},
+        },
+    )

@@ -1,0 +1,253 @@
+"""Fine-tune TinyLlama to plan function calls with Natural GaLore (TinyAgent, arXiv 2409.00608).
+
+    python examples/finetuning/finetune_function_calling.py --model TinyLlama --data TinyAgent
+    python examples/finetuning/finetune_function_calling.py … --compare natural_galore,adamw,lora
+    python examples/finetuning/finetune_function_calling.py --out runs/mine --resume
+
+`--model` is a folder with a Llama of Hugging Face's (config.json, model.safetensors and
+tokenizer.json), `--data` one with TinyAgent's training_data.json and testing_data.json. The model
+is the Llama of pretrain.py. It learns to write the plan after the instructions: the loss is on the
+plan's tokens alone. It succeeds where the graph of calls in the plan that it writes is the one
+wanted, arguments included; TinyAgent's own measure, without them, is shown too.
+
+Batches of 32, a rate of 7e-5 and 3 epochs are the paper's. A run leaves what finetune_glue.py does;
+`generate.py` writes with it.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer
+
+from examples.common import command_line, hugging_face, llama, loop, pretrained, report
+from examples.common.command_line import one_of
+from examples.finetuning import finetuning, plans
+from examples.finetuning.records import Records
+from examples.pretraining import generate
+
+
+OPTIMIZERS = finetuning.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5)
+
+
+@dataclass(frozen=True)
+class Config(finetuning.Config):
+    """Fine-tune a Llama to plan function calls."""
+
+    OPTIMIZERS: ClassVar = OPTIMIZERS
+    COUNTS: ClassVar = (*finetuning.Config.COUNTS, "judged")
+
+    optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
+    """Which optimizer. Default: natural_galore."""
+    rank: int | None = 32
+    """Rank of the projected gradients, and of LoRA."""
+    scale: float = 1.0
+    """Of the projected weights' updates."""
+    refresh_every: int = 200
+    """Steps between two refreshes of the projections."""
+    batch_size: int = 32
+    """Plans in a batch."""
+    epochs: int = 3
+    """Times that each record is seen."""
+    max_length: int = 2048
+    """Tokens of instructions and plan; records with more are left out, and counted."""
+    judged: int = 100
+    """Plans that are written and judged at each validation."""
+    remat: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    validate_every: int = 500
+    """Steps between two validations."""
+    save_every: int = 500
+    """Steps between two checkpoints; there is one at the end and at an interruption too."""
+
+    def get_model(self) -> str:
+        return "hf download TinyLlama/TinyLlama-1.1B-Chat-v1.0 --local-dir TinyLlama"
+
+    def get_data(self) -> str:
+        return (
+            "hf download --repo-type dataset squeeze-ai-lab/TinyAgent-dataset "
+            "--local-dir TinyAgent-dataset"
+        )
+
+
+class Split(NamedTuple):
+    """Records as the model takes them.
+
+    Attributes:
+        tokens: instructions, plan and end, filled up with the end.
+        of_plan: which tokens are of the plan, its end included.
+        prompts: the instructions alone.
+        plans: that are wanted.
+    """
+
+    tokens: Int[np.ndarray, "records length"]
+    of_plan: Bool[np.ndarray, "records length"]
+    prompts: list[list[int]]
+    plans: list[str]
+
+
+class Inputs(NamedTuple):
+    """All that is read before anything is written."""
+
+    shape: llama.LlamaConfig
+    weights: pretrained.Params
+    tokenizer: Tokenizer
+    train: Split
+    test: Split
+    summary: dict[str, Any]
+
+
+def prompt(example: plans.Example) -> str:
+    """The instructions as TinyLlama's chat model has them."""
+    return (
+        "".join(f"<|{role}|>\n{text}</s>\n" for role, text in example.messages) + "<|assistant|>\n"
+    )
+
+
+def tokenized(tokenizer: Tokenizer, examples: Sequence[plans.Example], longest: int) -> Split:
+    """Those that are not too long, as the model takes them.
+
+    Raises:
+        ValueError: all of them are.
+    """
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    begin, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+    pairs = [([begin, *encode(prompt(e))], [*encode(e.plan), end], e.plan) for e in examples]
+    kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= longest]
+    if not kept:
+        raise ValueError(f"all records are longer than --max-length {longest}")
+    length = -(-max(len(before) + len(plan) for before, plan, _ in kept) // 8) * 8
+    tokens = finetuning.padded([before + plan for before, plan, _ in kept], end, length)
+    of_plan = np.zeros(tokens.shape, bool)
+    for row, (before, plan, _) in zip(of_plan, kept, strict=True):
+        row[len(before) : len(before) + len(plan)] = True
+    return Split(tokens, of_plan, [before for before, _, _ in kept], [text for *_, text in kept])
+
+
+def plan_loss(
+    model: llama.Llama, tokens: Int[Array, "batch length"], of_plan: Bool[Array, "batch length"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the plans' tokens, each given all those before it."""
+    logits = model(tokens[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.sum(losses * of_plan[:, 1:]) / jnp.sum(of_plan[:, 1:])
+
+
+def read(config: Config) -> Inputs:
+    """Reads and checks the model, its tokenizer and the records.
+
+    Raises:
+        ValueError, OSError: something is not there or makes no sense.
+    """
+    shape, weights = hugging_face.read_llama(config.model)
+    shape = replace(shape, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    tokenizer = hugging_face.read_tokenizer(config.model, shape.vocabulary)
+    tokenizer.no_truncation()
+    sets: dict[str, Records[plans.Example]] = {
+        name: plans.read(config.data / f"{name}_data.json", skip=config.skip_malformed)
+        for name in ("training", "testing")
+    }
+    split = {name: tokenized(tokenizer, s.records, config.max_length) for name, s in sets.items()}
+    for name, s in sets.items():
+        if s.skipped:
+            report.say(f"skipped {len(s.skipped)} records, the first one: {s.skipped[0]}")
+        if long := len(s.records) - len(split[name].plans):
+            report.say(f"left out {long} {name} records longer than {config.max_length} tokens")
+    digests = "".join(s.sha256 for s in sets.values())
+    summary = {
+        "records": {name: len(s.plans) for name, s in split.items()},
+        "sha256": hashlib.sha256(digests.encode()).hexdigest(),
+    }
+    return Inputs(shape, weights, tokenizer, split["training"], split["testing"], summary)
+
+
+def make_job(config: Config, inputs: Inputs) -> loop.Job:
+    """A run on these inputs."""
+    functions = finetuning.make_functions(
+        config,
+        partial(llama.Llama, inputs.shape),
+        inputs.weights,
+        lambda model, tokens, of_plan, rngs: plan_loss(model, tokens, of_plan),
+        head="head",
+    )
+    structure = llama.structure(inputs.shape)
+    plain = jax.jit(finetuning.plain_params)
+    test_loss = jax.jit(lambda params, *batch: plan_loss(nnx.merge(structure, params), *batch))
+    end = inputs.tokenizer.token_to_id("</s>")
+
+    def batch(step: int):
+        train = inputs.train
+        rows = finetuning.epoch_rows(len(train.plans), config.batch_size, config.seed, step)
+        return np.int32(step), train.tokens[rows], train.of_plan[rows]
+
+    def written(params, i: int) -> str:
+        """The likeliest plan after the instructions of a test record."""
+        before = inputs.test.prompts[i]
+        room = inputs.test.tokens.shape[1] - len(before)
+        tokens = generate.generate(
+            inputs.shape, params, before, count=room, temperature=0.0, seed=0, end=end
+        )
+        return inputs.tokenizer.decode(list(tokens))
+
+    def validate(params) -> dict[str, Any]:
+        params = plain(params)
+        test, judged = inputs.test, range(min(config.judged, len(inputs.test.plans)))
+        rows = np.resize(
+            np.arange(len(judged)), (-(-len(judged) // config.batch_size), config.batch_size)
+        )
+        losses = [float(test_loss(params, test.tokens[row], test.of_plan[row])) for row in rows]
+        scores = [plans.judge(written(params, i), test.plans[i]) for i in judged]
+        metrics = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
+        return {"validation_loss": float(np.mean(losses)), "metrics": metrics}
+
+    return loop.Job(
+        steps=config.steps,
+        tokens_per_step=config.batch_size * inputs.train.tokens.shape[1],
+        init=functions.init,
+        train_step=functions.train_step,
+        batch=batch,
+        like=jax.eval_shape(lambda: batch(1)),
+        validate=validate,
+        data=inputs.summary,
+        about=lambda header: (
+            f"{len(inputs.train.plans):,} plans for a Llama with {header['parameters']:,} "
+            f"parameters, {config.optimizer} at learning rate {config.lr}, rank {config.rank}"
+        ),
+    )
+
+
+def prepare(config: Config):
+    """Reads everything and makes the folders; returns the config and what trains."""
+    inputs = read(config)
+    config = replace(config, steps=finetuning.steps_of(config, len(inputs.train.plans)))
+    config = loop.claim(config, f"plans-{'-'.join(config.optimizers)}", inputs.summary)
+
+    def train_one(one: Config, interrupts: loop.Interrupts) -> None:
+        state = loop.train(one, make_job(one, inputs), interrupts)
+        weights = jax.tree.map(np.asarray, finetuning.plain_params(state.params))
+        hugging_face.save_llama(one.out / "model", inputs.shape, weights)
+        shutil.copy(one.model / "tokenizer.json", one.out / "model")
+
+    return config, train_one
+
+
+def conclude(config: Config, results: Sequence[report.Run]) -> None:
+    report.show_table(results)
+    print(f"log, checkpoint and model are in {config.out}")
+
+
+def main() -> None:
+    loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The natural gradient of a core, core form (paper, section 3.2, g the r x n core, F = E[g gᵀ]).
+
+Keep the decayed mean
+
+    L ← β L + (1 − β) R Rᵀ,    L̂ = L / w,  w the same mean of ones,    λ = ρ tr(L̂) / r          (1)
+    U = (L̂ + λ I)⁻ᵖ R                                                                         (2)
+
+Costs 2 r² numbers a matrix. L is remembered in units of a power of two of its own, so that
+gradients of 1e-25 and 1e25 neither vanish nor overflow, and no digit is lost to the scaling. A core
+that is zero says nothing: it does not enter L, and its answer is zero.
+
+References: Das, "Natural GaLore", arXiv:2410.16029. Kin: Gupta et al., "Shampoo",
+arXiv:1802.09568; Gong et al., "Alice", arXiv:2502.07752.
+"""
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..sharding.partitioning import local
+from ..tree.leaf_spec import at_cores, core_arrays, replace_cores, subspace_only
+from ..tree.state_roles import register_state
+from ..util.control_flow import when
+from ..util.linalg import POWERS, eye_like, inverse_root, power_of_two, product
+from ..util.validation import Scalar, check_choice, check_decay, check_int, check_number
+from .stacks import alike, together
+
+
+class CoreFisherState(NamedTuple):
+    """What :func:`scale_by_core_fisher` remembers: trees with a Core at each projected leaf.
+
+    Attributes:
+      count: updates so far, one int32.
+      weight: w of (1), (*batch). Each matrix counts for itself, since a skipped one takes no part.
+      scale: σ, the power of two with the trace of `fisher` in [1, 4), (*batch).
+      fisher: L / σ², (*batch, r, r).
+      root: (L̂ + λI)⁻ᵖ in units of `root_scale`⁻²ᵖ, (*batch, r, r).
+      root_scale: σ when the root was computed, (*batch); zero asks for a new root.
+    """
+
+    count: Int[Array, ""]
+    weight: PyTree
+    scale: PyTree
+    fisher: PyTree
+    root: PyTree
+    root_scale: PyTree
+
+
+register_state(
+    CoreFisherState,
+    weight="scalar",
+    scale="scalar",
+    fisher="fisher",
+    root="root",
+    root_scale="root",
+)
+
+LEAST_DAMPING = 1e-3
+OUTGROWN = 16.0  # a root serves until L's scale exceeds its own by this: no spike passes it
+
+
+def scale_by_core_fisher(
+    decay: Scalar = 0.98, damping: Scalar = 0.1, *, power: float = 0.5, root_every: int = 10
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions each core by a power of the inverse r x r Fisher, equations (1) and (2).
+
+    Stands inside a subspace (:func:`project`'s inner, or :func:`chain`); leaves that are not
+    projected pass. With `power` ½ the answer does not depend on the units of the gradient.
+
+    Args:
+      decay: β in [0, 1), of the mean of R Rᵀ over steps. 0.98 averages about fifty steps.
+      damping: ρ, in units of the mean eigenvalue: λ = ρ tr(L̂)/r. At least 1e-3: below it the
+        float32 root has fewer than three digits.
+      power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. ½ did best in
+        the first measurements.
+      root_every: steps between roots of a matrix. A root is also computed when the basis turned
+        and when the Fisher outgrew it.
+
+    Returns:
+      A transformation whose updates have the shapes of the cores.
+
+    Raises:
+      TypeError, ValueError: if an argument is out of range, or, at init, outside a subspace.
+
+    Example:
+      >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
+      >>> tx = natgalore.chain(natgalore.project(rank=8), natgalore.scale_by_core_fisher())
+      >>> grads = {"kernel": 3.0 * jnp.eye(8)}
+      >>> updates, _ = tx.update(grads, tx.init(grads), grads)
+      >>> round(float(updates["kernel"][0, 0]), 4)  # g / sqrt(g² + 0.1 g²)
+      0.9535
+
+    Reference: Das, arXiv:2410.16029, section 3.2. Differs from it: g is the r x n core rather than
+    its vec, so F is r x r, and p = ½ by default.
+    """
+    check_decay("decay", decay)
+    check_number("damping", damping, above=LEAST_DAMPING, inclusive=True)
+    check_choice("power", power, POWERS)
+    check_int("root_every", root_every, minimum=1)
+    least_damping = LEAST_DAMPING if isinstance(damping, jax.core.Tracer) else float(damping)
+
+    def init(params: PyTree) -> CoreFisherState:
+        subspace_only("scale_by_core_fisher", params)
+        per_matrix = lambda: at_cores(params, lambda r, n: ())
+        square = lambda: at_cores(params, lambda r, n: (r, r))
+        return CoreFisherState(
+            count=jnp.zeros([], jnp.int32),
+            weight=per_matrix(),
+            scale=per_matrix(),
+            fisher=square(),
+            root=square(),
+            root_scale=per_matrix(),
+        )
+
+    def update(updates: PyTree, state: CoreFisherState, params: PyTree = None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.count)
+        Rs = core_arrays(updates)
+        if not Rs:
+            return updates, state._replace(count=count)
+        in_turn = state.count % root_every == 0
+        arguments = (Rs, *map(core_arrays, state[1:]))
+        out, *fields = local(step, arguments, *arguments, in_turn)
+        trees = [replace_cores(tree, x) for tree, x in zip(state[1:], fields, strict=True)]
+        return replace_cores(updates, out), CoreFisherState(count, *trees)
+
+    def step(Rs, weight, scale, fisher, root, root_scale, in_turn):
+        """All of it on lists of arrays: the answers, and the fields of the state but its count."""
+        groups = alike(Rs)
+        (unit,) = together(
+            lambda R: (power_of_two(R),), groups, [jnp.abs(R).max(axis=(-2, -1)) for R in Rs]
+        )
+        rs = [R / by[..., None, None] for R, by in zip(Rs, unit, strict=True)]
+        # However r is rounded in a product with itself, the product is semidefinite.
+        squares = [product(r, r.mT) for r in rs]
+        traces = ([jnp.trace(L, axis1=-2, axis2=-1) for L in Ls] for Ls in (fisher, squares))
+        kept, added, weight, scale, due, accepted = together(
+            lambda *of: track(*of, decay, in_turn),
+            *(groups, unit, weight, scale, *traces, root_scale),
+        )
+        fisher = [
+            a[..., None, None] * L + b[..., None, None] * square
+            for a, L, b, square in zip(kept, fisher, added, squares, strict=True)
+        ]
+
+        def renew(fisher, weight, scale, due, root, root_scale):
+            def compute(old):
+                Z = inverse_root(damped(fisher, weight, damping), power, least_damping)
+                return jnp.where(due[..., None, None], Z, old[0]), jnp.where(due, scale, old[1])
+
+            return when(due.any(), compute, (root, root_scale))
+
+        any_due = functools.reduce(operator.or_, [d.any() for d in due])
+        root, root_scale = when(
+            any_due,
+            lambda old: together(renew, groups, fisher, weight, scale, due, *old),
+            [list(root), list(root_scale)],
+        )
+        (factor,) = together(
+            lambda *of: (answer_scale(*of, power),), groups, unit, accepted, root_scale
+        )
+        out = [
+            product(Z, r) * by[..., None, None] for Z, r, by in zip(root, rs, factor, strict=True)
+        ]
+        return out, *map(list, (weight, scale, fisher, root, root_scale))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def track(
+    unit: Float[Array, "*batch"],
+    weight: Float[Array, "*batch"],
+    scale: Float[Array, "*batch"],
+    fisher: Float[Array, "*batch"],
+    square: Float[Array, "*batch"],
+    root_scale: Float[Array, "*batch"],
+    decay: Scalar,
+    in_turn: Bool[Array, ""],
+) -> tuple[Array, Array, Array, Array, Array, Array]:
+    """The numbers of (1), for R = `unit` r and L in units of σ².
+
+    Args:
+      unit: a power of two.
+      weight: w.
+      scale: σ.
+      fisher: the trace of L / σ².
+      square: the trace of r rᵀ; zero where nothing comes in.
+      root_scale: σ at the time of the root.
+      decay: β.
+      in_turn: whether all roots are.
+
+    Returns:
+      a and b of L / σ² ← a L / σ² + b r rᵀ, the new w and σ, which roots are due, and for which
+      matrices something came in.
+    """
+    beta = jnp.asarray(decay, fisher.dtype)
+    accepted = square > 0
+    common = jnp.maximum(scale, unit)
+    # Both ratios are powers of two of at most 1; where one underflows, its term is beyond rounding.
+    a, b = beta * jnp.square(scale / common), (1 - beta) * jnp.square(unit / common)
+    growth = power_of_two(a * fisher + b * square, root=True)
+    scale = jnp.where(accepted, common * growth, scale)
+    return (
+        jnp.where(accepted, a, 1.0) / jnp.where(accepted, growth * growth, 1.0),
+        jnp.where(accepted, b, 0.0) / jnp.where(accepted, growth * growth, 1.0),
+        jnp.where(accepted, beta * weight + (1 - beta), weight),
+        scale,
+        accepted & (in_turn | (scale > OUTGROWN * root_scale)),
+        accepted,
+    )
+
+
+def answer_scale(
+    unit: Float[Array, "*batch"],
+    accepted: Bool[Array, "*batch"],
+    root_scale: Float[Array, "*batch"],
+    power: float,
+) -> Float[Array, "*batch"]:
+    """What the product of a root and r lacks to be (2): both have units, so it cannot overflow."""
+    root_unit = jnp.where(accepted, root_scale, 1.0)
+    return jnp.where(accepted, unit / root_unit * root_unit ** (1 - 2 * power), 0.0)
+
+
+def damped(
+    fisher: Float[Array, "*batch r r"],
+    weight: Float[Array, "*batch"],
+    damping: Scalar,
+) -> Float[Array, "*batch r r"]:
+    """L̂ + λI of (1), or I where nothing has come in yet."""
+    r, dtype = fisher.shape[-1], fisher.dtype
+    known = weight > 0
+    L = fisher / jnp.where(known, weight, 1.0)[..., None, None]
+    damping = jnp.maximum(jnp.asarray(damping, dtype), LEAST_DAMPING)  # a traced one is unchecked
+    shift = damping * jnp.trace(L, axis1=-2, axis2=-1) / r
+    return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)

@@ -1,0 +1,125 @@
+"""What an optimizer's state weighs, told from the state itself."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from ..tree.flax_boxes import unbox
+from ..tree.leaf_spec import Basis, Core, path_name
+from ..tree.state_roles import owner
+from ..util.text_tables import human_bytes, table
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """What :func:`memory_report` counted, in bytes; prints as a table.
+
+    Attributes:
+      total: for each optimizer, all of its state.
+      projected: for each optimizer, what it keeps for the leaves that any of them projects.
+    """
+
+    total: dict[str, int]
+    projected: dict[str, int]
+
+    def __str__(self) -> str:
+        first = next(iter(self.total))
+        head = ("optimizer", "state", f"/ {first}", "projected leaves", f"/ {first}")
+        body = [
+            (
+                name,
+                human_bytes(self.total[name]),
+                _ratio(self.total[name], self.total[first]),
+                human_bytes(self.projected[name]),
+                _ratio(self.projected[name], self.projected[first]),
+            )
+            for name in self.total
+        ]
+        return table([head, *body], numbers=4)
+
+
+def memory_report(
+    params: PyTree, optimizers: Mapping[str, optax.GradientTransformation]
+) -> MemoryReport:
+    """Counts the bytes of state of any Optax transformations, side by side.
+
+    Args:
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
+      optimizers: transformations by name; ratios are to the first.
+
+    Returns:
+      A :class:`MemoryReport`; `print` it.
+
+    Raises:
+      ValueError: if there is no optimizer to report on.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
+      >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 64), jnp.float32)}}
+      >>> galore = natgalore.galore(1.0, rank=16)
+      >>> report = memory_report(params, {"adamw": optax.adamw(1.0), "galore": galore})
+      >>> report.projected["adamw"], report.projected["galore"]  # 2·64·256·4, (64 + 2·256)·16·4 + 8
+      (131072, 36872)
+    """
+    if not optimizers:
+        raise ValueError("`optimizers` must name at least one transformation, got none.")
+    states = {name: jax.eval_shape(tx.init, params) for name, tx in optimizers.items()}
+    projected = {
+        path_name(node.spec.path)
+        for state in states.values()
+        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Basis))
+        if isinstance(node, Basis)
+    }
+    held = {name: bytes_by_leaf(state, params) for name, state in states.items()}
+    return MemoryReport(
+        total={name: sum(map(nbytes, jax.tree.leaves(state))) for name, state in states.items()},
+        projected={
+            name: sum(by_leaf[path] for path in projected) for name, by_leaf in held.items()
+        },
+    )
+
+
+def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
+    """The bytes of `state` that belong to each leaf of `params`, by the leaf's name.
+
+    A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own,
+    or that of the codes and scales which stand for it.
+    """
+    state, params = unbox(state), unbox(params)
+    names = {path: path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    held = dict.fromkeys(names.values(), 0)
+    marked = lambda x: isinstance(x, Core | Basis)
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=marked):
+        leaf = node.spec.path if marked(node) else owner(path, names)
+        if leaf is not None:
+            held[names[leaf]] += sum(map(nbytes, jax.tree.leaves(node)))
+    return held
+
+
+def nbytes(x: Any) -> int:
+    """The bytes of an array, or of its shape: of numbers in 4 bits two share one, in 2 bits four.
+
+    Example:
+      >>> [nbytes(jax.ShapeDtypeStruct((3, 5), dtype)) for dtype in ("float32", "int4")]
+      [60, 8]
+    """
+    return -(-math.prod(x.shape) * _bits(x.dtype) // 8)
+
+
+def _bits(dtype: Any) -> int:
+    """Of one number; NumPy's `itemsize` is that of numbers which are not packed."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return 8 * dtype.itemsize
+
+
+def _ratio(a: int, b: int) -> str:
+    return f"{a / b:.3f}" if b else "-"

@@ -1,0 +1,234 @@
+"""Which leaves are projected, as which matrices, on which side, at which rank: all in one LeafSpec.
+
+What the user says comes first; of the rest, `infer_axes.py` reads names, siblings and sizes.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jaxtyping import PyTree
+
+from ..tree.leaf_spec import LeafSpec, path_name
+from ..util.validation import INT32_MAX, check_int
+from .infer_axes import Reading, read
+from .per_leaf import Argument
+
+
+Axes = int | Sequence[int]
+SIDES = ("short", "long", "left", "right", "both")
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """A leaf as a matrix, or a stack of matrices.
+
+    Attributes:
+      rows: the axis or axes that make up one side. Negative ones count from the last, so that one
+        view fits a layer and a scanned stack of layers.
+      cols: those that make up the other.
+      batch: those that count matrices (layers, experts), by default all that are left.
+      blocks: {axis: k} for an axis that holds k matrices of one size side by side, as a fused
+        query, key and value kernel does: `MatrixView(0, 1, blocks={1: 3})` sees (d, 3 d) as three
+        d x d matrices, each with a basis of its own.
+
+    Example:
+      >>> import jax, natgalore_jax as natgalore
+      >>> params = {"qkv": jax.ShapeDtypeStruct((64, 192), "float32")}
+      >>> view = natgalore.MatrixView(rows=0, cols=1, blocks={1: 3})
+      >>> print(natgalore.describe(natgalore.galore(1e-3, 16, select=view), params))
+      leaf   shape      matrix view, or why not projected  side  rank     AdamW      here
+      qkv    (64, 192)  3 x (64 x 64)                      left    16  96.0 KiB  36.0 KiB
+      total                                                            96.0 KiB  36.0 KiB
+    """
+
+    rows: Axes
+    cols: Axes
+    batch: Axes | None = None
+    blocks: Mapping[int, int] | tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        blocks = self.blocks.items() if isinstance(self.blocks, Mapping) else self.blocks
+        for name in ("rows", "cols", "batch"):
+            axes = getattr(self, name)
+            if axes is not None:
+                object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+        object.__setattr__(self, "blocks", tuple(sorted(blocks)))
+
+
+VIEWS = (MatrixView, optax.contrib.GaLoreDimensionNumbers, optax.contrib.MuonDimensionNumbers)
+View = MatrixView | optax.contrib.GaLoreDimensionNumbers | optax.contrib.MuonDimensionNumbers
+Rules = Sequence[tuple[str, Any]]
+Select = View | Rules | PyTree | Callable[[PyTree], PyTree] | None
+Rank = int | float | Rules | PyTree | Callable[[PyTree], PyTree]
+
+
+def _is_view(x: Any) -> bool:
+    return x is None or isinstance(x, VIEWS) or (isinstance(x, str) and x == AUTO)
+
+
+def _is_rank(x: Any) -> bool:
+    if isinstance(x, float):
+        return 0 < x <= 1
+    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= INT32_MAX
+
+
+SELECT = Argument(
+    "select",
+    _is_view,
+    "a MatrixView, Optax's GaLoreDimensionNumbers or MuonDimensionNumbers, None (left whole) or "
+    "'auto'",
+    default=AUTO,
+)
+RANK = Argument("rank", _is_rank, "an int of at least 1 or a fraction in (0, 1]", default=None)
+
+
+def check_rank(rank: Any) -> None:
+    """Raises if `rank` is one number and out of range; the rest is checked against the params."""
+    if isinstance(rank, float):
+        RANK.checked(rank)
+    elif rank is None or (not callable(rank) and jax.tree_util.all_leaves([rank])):
+        check_int("rank", rank, minimum=1)
+
+
+def select(
+    params: PyTree, rank: Rank, side: str = "short", chosen: Select = None
+) -> tuple[PyTree, dict[str, str]]:
+    """The LeafSpec of every leaf that is projected, and why the others are not.
+
+    Args:
+      params: a tree of arrays, or of anything with a shape and a dtype.
+      rank: see :func:`project`.
+      side: one of `SIDES`.
+      chosen: `select` of :func:`project`.
+
+    Returns:
+      A tree like `params` with a LeafSpec at each projected leaf and None elsewhere, and a dict
+      from the name of each other leaf to the reason.
+
+    Raises:
+      ValueError: if a rule fits no leaf, or a view does not fit its leaf.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    asked = SELECT.per_leaf(AUTO if chosen is None else chosen, params)
+    ranks = RANK.per_leaf(rank, params)
+    automatic = read([(path, tuple(leaf.shape)) for path, leaf in leaves])
+    specs: list[LeafSpec | None] = []
+    reasons: dict[str, str] = {}
+    index = 0
+    for (path, leaf), said, r, reading in zip(leaves, asked, ranks, automatic, strict=True):
+        spec = _spec(path, leaf, said, reading)
+        if isinstance(spec, LeafSpec):
+            spec = _oriented(spec, r, side, index)
+            index += spec.matrices
+        else:
+            reasons[path_name(path)] = spec
+        specs.append(spec if isinstance(spec, LeafSpec) else None)
+        _note(path, spec)
+    return treedef.unflatten(specs), reasons
+
+
+_decisions: contextvars.ContextVar[dict[str, LeafSpec | str] | None] = contextvars.ContextVar(
+    "decisions", default=None
+)
+
+
+@contextlib.contextmanager
+def decisions() -> Iterator[dict[str, LeafSpec | str]]:
+    """Within it, what becomes of each leaf is noted, by its name: its spec, or why it has none."""
+    made: dict[str, LeafSpec | str] = {}
+    token = _decisions.set(made)
+    try:
+        yield made
+    finally:
+        _decisions.reset(token)
+
+
+def _note(path: tuple, decision: LeafSpec | str) -> None:
+    made = _decisions.get()
+    if made is not None:
+        made[path_name(path)] = decision
+
+
+def _spec(path: tuple, leaf: Any, said: Any, reading: Reading | str) -> LeafSpec | str:
+    """The leaf as matrices with rows left and columns right, as wide as they are; or why not."""
+    shape = tuple(leaf.shape)
+    if said is None:
+        return "left whole by `select`"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"not real floating point ({leaf.dtype})"
+    if said != AUTO:
+        return _viewed(path, shape, said)
+    if isinstance(reading, str):
+        return reading
+    batch, rows, cols, guess = reading
+    return LeafSpec(path, shape, batch, rows, cols, rank=0, guess=guess)
+
+
+def _viewed(path: tuple, shape: tuple[int, ...], said: View) -> LeafSpec:
+    """The leaf as the user said."""
+    if not isinstance(said, MatrixView):
+        said = MatrixView(said.reduction_axis, said.output_axis)
+    refuse = lambda why: ValueError(
+        f"`select` sees {path_name(path)!r}, of shape {shape}, as {said}, but {why}."
+    )
+    place = lambda axes: tuple(range(len(shape))[axis] for axis in axes)
+    try:
+        rows, cols = place(said.rows), place(said.cols)
+        batch = None if said.batch is None else place(said.batch)
+        blocks = {place((axis,))[0]: count for axis, count in said.blocks}
+    except IndexError:
+        raise refuse(f"it has {len(shape)} axes") from None
+    named = (*rows, *cols, *(batch or ()))
+    left = tuple(axis for axis in range(len(shape)) if axis not in named)
+    if len(set(named)) < len(named) or not rows or not cols or (batch is not None and left):
+        raise refuse("each axis must be named once, and both sides have at least one")
+    if 0 in shape:
+        raise refuse("it is empty")
+    batch = left if batch is None else batch
+    for axis, count in blocks.items():
+        if axis in batch or count < 1 or shape[axis] % count:
+            raise refuse(f"axis {axis} cannot be cut into {count} blocks of one size")
+    return _cut(LeafSpec(path, shape, batch, rows, cols, rank=0), blocks)
+
+
+def _cut(spec: LeafSpec, blocks: dict[int, int]) -> LeafSpec:
+    """The spec with each axis of `blocks` as two, of which the first counts matrices."""
+    sizes: list[int] = []
+    at: dict[int, int] = {}
+    counting: list[int] = []
+    for axis, size in enumerate(spec.shape):
+        if axis in blocks:
+            counting.append(len(sizes))
+            sizes.append(blocks[axis])
+        at[axis] = len(sizes)
+        sizes.append(size // blocks.get(axis, 1))
+    moved = lambda axes: tuple(at[axis] for axis in axes)
+    return dataclasses.replace(
+        spec,
+        batch=(*moved(spec.batch), *counting),
+        rows=moved(spec.rows),
+        cols=moved(spec.cols),
+        split=tuple(sizes) if counting else (),
+    )
+
+
+def _oriented(spec: LeafSpec, rank: int | float | None, side: str, index: int) -> LeafSpec:
+    """The spec with the projected side first. A square has no short side: it stays as it is."""
+    if rank is None:
+        raise ValueError(
+            f"`rank` has no rule for {spec.name!r}: let the last one be a pattern that fits all, "
+            "such as ('', 128)."
+        )
+    turn = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
+    spec = spec.turned if turn else spec
+    short = min(spec.m, spec.n)
+    rank = max(1, round(rank * short)) if isinstance(rank, float) else min(rank, short)
+    return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")

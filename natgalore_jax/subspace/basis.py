@@ -1,0 +1,237 @@
+"""From a gradient to the basis of its subspace: G (m x n) -> P (m x r), one matrix at a time.
+
+Block power iteration on G Gᵀ, warm from the basis before it,
+
+    Y = G (Gᵀ P) / ‖G (Gᵀ P)‖_F + ε P,    P ← Q of the QR decomposition Y = Q R, diag(R) > 0     (1)
+
+needs matmuls and one r-wide factorisation: no SVD, so it is quick on GPUs and compiles on TPUs.
+Its columns turn towards the leading left singular vectors of G as the iteration goes on. The
+shift by ε, below which float32 could not tell a squared singular value from rounding, gives the
+directions of which a rank-deficient G says nothing to the old basis instead of to noise.
+
+A random basis needs no gradient and no memory: it is regenerated from its key where it is used,
+
+    P_ij = √(2/m) s_i cos(π (2i + 1) k_j / 2m),    1/√2 of it where k_j = 0,                     (2)
+
+r columns k_j of the cosine transform, drawn without replacement, with random signs s_i on its
+rows. They are orthonormal as they stand, so no factorisation follows, and E[P Pᵀ] = (r/m) I.
+
+References: Zhao et al., "GaLore", arXiv:2403.03507, section 3 (the subspace); Halko, Martinsson
+and Tropp, arXiv:0909.4061, sections 4.5 (subspace iteration) and 4.6 (subsampled transforms).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from ..tree.leaf_spec import LeafSpec
+from ..util.linalg import magnitude, matmul, orthonormalise, product, rounded_product
+
+
+Turn = Callable[[Float[Array, "m n"], Float[Array, "m r"], Key[Array, ""]], Float[Array, "m r"]]
+
+SHIFT = 1e-6  # ε of (1): ten times float32's rounding of a squared singular value
+GENERATOR = "threefry2x32"  # whatever the user's: the data of another could not be read back
+FIRST_TURNS = 4  # of (1) at a cold start; the study of ratios is in tests/subspace/test_basis.py
+
+
+def power(
+    G: Float[Array, "m n"], P: Float[Array, "m r"], key: Key[Array, ""]
+) -> Float[Array, "m r"]:
+    """One turn of (1). Costs 4·m·n·r flops and one QR of m x r."""
+    del key
+    return of_product(matmul(G, matmul(G.mT, P)), P)
+
+
+def of_product(Y: Float[Array, "m r"], P: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """The second half of (1), from Y = G (Gᵀ P) in any units."""
+    norm = jnp.linalg.norm(Y)
+    return orthonormalise(Y / jnp.where(norm > 0, norm, 1.0).astype(Y.dtype) + SHIFT * P)
+
+
+def svd(G: Float[Array, "m n"], P: Float[Array, "m r"], key: Key[Array, ""]) -> Float[Array, "m r"]:
+    """The leading left singular vectors, each with its largest entry positive: exact and slow."""
+    del key
+    U = jnp.linalg.svd(G, full_matrices=False)[0][:, : P.shape[-1]]
+    largest = jnp.take_along_axis(U, jnp.argmax(jnp.abs(U), axis=0, keepdims=True), axis=0)
+    return U * jnp.where(largest < 0, -1.0, 1.0).astype(U.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracked:
+    """A basis that the state keeps, and that `turn` makes from the gradient and the one before.
+
+    Attributes:
+      turn: (G, P, key) -> P.
+      first_turns: how often it is called at a matrix's first refresh, from a random basis.
+      of_product: `turn` from G (Gᵀ P), in any units, and P; None if it needs more of G.
+    """
+
+    turn: Turn
+    first_turns: int = 1
+    of_product: Callable[..., Float[Array, "m r"]] | None = None
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether `next` needs more than :meth:`after` is given."""
+        return self.of_product is None
+
+    def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
+        """What the state keeps of the bases that the keys stand for."""
+        return orthonormal(keys, m=spec.m, r=spec.rank, dtype=dtype).reshape(spec.basis_shape)
+
+    def next(
+        self,
+        G: Float[Array, "m n"],
+        P: Float[Array, "m r"],
+        key: Key[Array, ""],
+        first: Bool[Array, ""],
+    ) -> Float[Array, "m r"]:
+        """What the state keeps of the next basis of a matrix whose basis is P."""
+        if self.first_turns == 1:
+            new = self.turn(G, P, key)
+        else:
+            turns = jnp.where(first, self.first_turns, 1)
+            new = lax.fori_loop(0, turns, lambda _, P: self.turn(G, P, key), P)
+        if jnp.shape(new) != P.shape:
+            raise ValueError(
+                f"`basis` must return an array of the shape of P, {P.shape}, got {jnp.shape(new)}."
+            )
+        return jnp.asarray(new, P.dtype)
+
+    def after(
+        self, Y: Float[Array, "m r"], P: Float[Array, "m r"], key: Key[Array, ""]
+    ) -> Float[Array, "m r"]:
+        """One turn of `next`, from the product Y = G (Gᵀ P) in units of its largest entry."""
+        del key
+        assert self.of_product is not None
+        return self.of_product(Y, P)
+
+
+@dataclasses.dataclass(frozen=True)
+class Regenerated:
+    """A random basis (2), of which the state keeps the key alone."""
+
+    first_turns = 1
+    needs_gradient = False
+
+    def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
+        """See :class:`Tracked`."""
+        del dtype
+        data = jax.random.key_data(keys)
+        return data.reshape(*spec.batch_shape, data.shape[-1])
+
+    def next(
+        self,
+        G: Float[Array, "m n"],
+        P: Float[Array, "m r"],
+        key: Key[Array, ""],
+        first: Bool[Array, ""],
+    ) -> UInt32[Array, " words"]:
+        """See :class:`Tracked`."""
+        del G, P, first
+        return jax.random.key_data(key)
+
+    def after(
+        self, Y: Float[Array, "m r"], P: Float[Array, "m r"], key: Key[Array, ""]
+    ) -> UInt32[Array, " words"]:
+        """See :class:`Tracked`."""
+        del Y, P
+        return jax.random.key_data(key)
+
+
+Method = Tracked | Regenerated
+
+METHODS: dict[str, Method] = {
+    "power": Tracked(power, FIRST_TURNS, of_product),
+    "svd": Tracked(svd),
+    "random": Regenerated(),
+}
+
+
+def normalised(G: Float[Array, "..."]) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
+    """G over its largest entry, so that G Gᵀ neither overflows nor vanishes, and if it is usable.
+
+    A G that is zero or not finite says nothing of a basis.
+    """
+    unit = magnitude(G, None)
+    usable = jnp.isfinite(unit) & (unit > 0)
+    return jnp.where(usable, G / jnp.where(usable, unit, 1.0), 0.0), usable
+
+
+def expand(kept: Array, spec: LeafSpec, dtype: Any) -> Float[Array, "*batch m r"]:
+    """The bases of which a state keeps `kept`, of one matrix or of all: those, or their keys."""
+    if jnp.issubdtype(kept.dtype, jnp.floating):
+        return kept
+    one = functools.partial(cosines, m=spec.m, r=spec.rank, dtype=dtype)
+    for _ in kept.shape[:-1]:
+        one = jax.vmap(one)
+    return one(kept)
+
+
+def to_core(
+    G: Float[Array, "*batch m n"], P: Float[Array, "*batch m r"], *Q: Float[Array, "*batch n r"]
+) -> Float[Array, "..."]:
+    """The core PᵀG, or PᵀG Q."""
+    R = product(P.mT, G)
+    return product(R, Q[0]) if Q else R
+
+
+def from_core(
+    dtype: Any,
+    U: Float[Array, "..."],
+    P: Float[Array, "*batch m r"],
+    *Q: Float[Array, "*batch n r"],
+) -> Float[Array, "*batch m n"]:
+    """P U, or P U Qᵀ, in `dtype`."""
+    return rounded_product(P, product(U, Q[0].mT) if Q else U, dtype)
+
+
+def basis_key(
+    seed: int, index: Int[Array, ""], times: Int[Array, ""] | int, side: int
+) -> Key[Array, ""]:
+    """The key of the basis that a matrix has after `times` refreshes.
+
+    Args:
+      seed: of the projection.
+      index: of the matrix, in the refresh order.
+      times: refreshes so far; 0 is for the basis at the start.
+      side: 0 for P, 1 for Q.
+    """
+    key = jax.random.key(seed, impl=GENERATOR)
+    for part in (side, index, times):
+        key = jax.random.fold_in(key, part)
+    return key
+
+
+@functools.partial(jax.jit, static_argnames=("m", "r", "dtype"))
+def orthonormal(
+    keys: Key[Array, " matrices"], *, m: int, r: int, dtype: Any
+) -> Float[Array, "matrices m r"]:
+    """A random orthonormal basis for each key: Q of a matrix of normal numbers."""
+    one = lambda key: orthonormalise(jax.random.normal(key, (m, r), dtype))
+    # One at a time: batched QR deadlocked on two cores (jaxlib 0.10.2).
+    return lax.map(one, keys)
+
+
+def cosines(data: UInt32[Array, " words"], *, m: int, r: int, dtype: Any) -> Float[Array, "m r"]:
+    """Equation (2), whose signs and columns come from a key's data."""
+    key = jax.random.wrap_key_data(data, impl=GENERATOR)
+    signs_key, columns_key = jax.random.split(key)
+    signs = jax.random.rademacher(signs_key, (m,), dtype)
+    k = jax.random.permutation(columns_key, jnp.arange(m, dtype=jnp.uint32))[None, :r]
+    # The phase (2i + 1) k modulo 4m in integers, or float32 would lose it; in two parts that
+    # stay below 2³² up to m = 700 000.
+    odd = 2 * jnp.arange(m, dtype=jnp.uint32)[:, None] + 1
+    period = jnp.uint32(4 * m)
+    high = (odd * (k >> 8)) % period
+    phase = ((high << 8) + odd * (k & 255)) % period
+    size = jnp.where(k == 0, jnp.sqrt(1 / m), jnp.sqrt(2 / m)).astype(dtype)
+    angle = phase.astype(dtype) * jnp.asarray(jnp.pi / (2 * m), dtype)
+    return signs[:, None] * size * jnp.cos(angle)

@@ -1,0 +1,283 @@
+"""Decay that an inner optimizer puts on weights it never sees, and inners that would misread them.
+
+Inner works on cores, but `optax.adamw` also decays weights, and decay belongs on the whole weight.
+So inner is given core-shaped weights w = 0, and its program is read for what becomes of them.
+Decoupled decay answers
+
+    u(w) = u(0) + a w,    a a number (−lr · weight_decay, 0 where masked)                       (1)
+
+and the engine adds a W for the whole weight W. An inner for which (1) does not hold (LAMB's trust
+ratio, coupled L2, clipping after decay), or whose state holds weights (schedule-free, MADGRAD), is
+refused: it would read weights that are not there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core as jax_core
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, PyTree
+
+from ..sharding.partitioning import local
+from ..tree.leaf_spec import cores, is_core, replace_cores
+from ..util.jaxprs import CALLS, called, read
+
+
+# What a value was computed from, as bits. Numbers, and arrays of one number throughout, have none.
+WEIGHT = 1  # a core's weights times a number
+READ = 2  # a core's weights in any other way
+VARIES = 4  # its elements differ
+CORE = 8  # they are those of a core's gradient or state
+
+# Primitives whose result is linear in all their inputs, element by element.
+LINEAR = {
+    *("add", "add_any", "sub", "neg", "copy", "copy_p", "convert_element_type"),
+    *("broadcast_in_dim", "reshape", "squeeze", "pvary"),
+}
+
+
+# (program, its updates, state and params, the shapes of what it returns), to refuse it
+Check = Callable[[jax_core.ClosedJaxpr, PyTree, PyTree, PyTree, PyTree], None]
+
+
+class Misread(ValueError):
+    """The inner transformation asks for what it cannot have on cores."""
+
+
+def refuse(reason: str) -> None:
+    raise Misread(
+        f"the inner transformation cannot work on cores: {reason}. Decoupled weight decay as in "
+        "optax.adamw is carried to the whole weight, and optax.adafactor works with "
+        "multiply_by_parameter_scale=False. What reads weights in any other way belongs outside of "
+        "`natgalore.project`: as a stage after `natgalore.project_back()`, or, as "
+        "optax.contrib.schedule_free and other wrappers, around the whole optimizer."
+    )
+
+
+def update_with_decay(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    check: Check | None = None,
+    **extra_args: Any,
+) -> tuple[PyTree, list[Float[Array, ""] | None], PyTree]:
+    """Inner's answer at w = 0, the a of (1) for each Core (None where it is 0), its new state.
+
+    Args:
+      inner: the transformation.
+      updates: its input, with Cores.
+      state: its state.
+      params: like `updates`: zeros in the Cores, weights elsewhere; or None.
+      check: of its program.
+      **extra_args: handed on.
+
+    Raises:
+      ValueError: if (1) does not hold for `inner`.
+    """
+    try:
+        closed, outputs, origins = _read_update(
+            inner, updates, state, params, (), check, **extra_args
+        )
+    except Misread:
+        raise
+    except Exception as error:
+        error.add_note(
+            "natgalore.project: this is from its `inner`, which is given cores, arrays of r x n, "
+            "and zeros in place of their weights. What needs whole weights belongs outside of it."
+        )
+        raise
+    arguments, treedef = jax.tree.flatten((updates, state, params))
+    program = jax_core.jaxpr_as_fun(closed)
+    decays = [at & WEIGHT for at in _held(origins[0])]
+    if not any(decays):
+        answer, new_state = outputs.unflatten(program(*arguments))
+        return answer, [None] * len(decays), new_state
+
+    def of_weights(values):
+        at_values = (updates, state, replace_cores(params, values))
+        answer, new_state = outputs.unflatten(program(*treedef.flatten_up_to(at_values)))
+        return _held(answer), (answer, new_state)
+
+    zeros = _held(params)
+    ones = [jnp.ones_like(x) for x in zeros]
+    _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
+    first = lambda x: local(lambda x: x.ravel()[0], PartitionSpec(), x)
+    decay = [first(x) if at else None for x, at in zip(slopes, decays, strict=True)]
+    return answer, decay, new_state
+
+
+def inspect(
+    inner: optax.GradientTransformationExtraArgs,
+    params: PyTree,
+    state: PyTree,
+    check: Check | None = None,
+) -> PyTree | None:
+    """Refuses an inner that misreads weights as soon as its state is made.
+
+    Args:
+      inner: the transformation.
+      params: what it was initialised with: Cores and other leaves; shapes suffice.
+      state: its state.
+      check: of the program of an update.
+
+    Returns:
+      A tree like `state` of the origins of what the first update makes of it. None where inner
+      asks for extra arguments that are not among Optax's own: then its first update is read.
+
+    Raises:
+      ValueError: if `inner` misreads weights, or by `check`.
+    """
+    closed = jax.make_jaxpr(inner.init)(params)
+    memory = _origins(closed, [WEIGHT if of_core else 0 for of_core in _of_cores(params)])
+
+    def evaluated(*args, **kwargs):
+        refuse("it evaluates the loss or its gradients, at weights that it is not given")
+
+    value = jnp.zeros([], jnp.float32)
+    for extra_args in (
+        {},
+        {"value": value},
+        {"value": value, "grad": params, "value_fn": evaluated},
+        {"obj_fn": evaluated},
+        {"grad_fn": evaluated},
+    ):
+        try:
+            _, _, origins = _read_update(inner, params, state, params, memory, check, **extra_args)
+        except Misread:
+            raise
+        except Exception:  # whatever it is, the first update raises it again
+            continue
+        return origins[1]
+    _refuse_memory(memory)
+    return None
+
+
+def _read_update(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    memory: Sequence[int],
+    check: Check | None,
+    **extra_args: Any,
+) -> tuple[Any, Any, PyTree]:
+    """The program of an update, the structure of what it returns, the origins of all of that.
+
+    `memory` holds the origins of the state's arrays, where they are known.
+    """
+    run = lambda *args: inner.update(*args, **extra_args)
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(updates, state, params)
+    inputs = [
+        (VARIES if np.ndim(x) else 0) | (CORE if of_core else 0)
+        for tree in (updates, state)
+        for x, of_core in zip(jax.tree.leaves(tree), _of_cores(tree), strict=True)
+    ]
+    for place, bits in enumerate(memory, start=len(inputs) - len(memory)):
+        inputs[place] |= bits & (WEIGHT | READ)
+    inputs += [WEIGHT if of_core else VARIES for of_core in _of_cores(params)]
+    outputs = jax.tree.structure(shapes)
+    origins = outputs.unflatten(_origins(closed, inputs))
+    _refuse_other_shapes(updates, shapes[0])
+    _refuse_memory(origins[1])
+    if any(bits & READ for bits in _held(origins[0])):
+        refuse("what it adds is not a number times the weight")
+    others = jax.tree.map(lambda x: None if is_core(x) else x, origins[0], is_leaf=is_core)
+    if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(others)):
+        refuse("the update of one leaf depends on the weights of another")
+    if check is not None:
+        check(closed, updates, state, params, shapes)
+    return closed, outputs, origins
+
+
+def _refuse_memory(state_origins: PyTree) -> None:
+    if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(state_origins)):
+        refuse("its state would remember weights")
+
+
+def _refuse_other_shapes(updates: PyTree, answer: PyTree) -> None:
+    if jax.tree.structure(updates) != jax.tree.structure(answer):
+        refuse("its answer has not the structure of its input")
+    for x, u in zip(jax.tree.leaves(updates), jax.tree.leaves(answer), strict=True):
+        if x.shape != u.shape:
+            refuse(f"it answers a gradient of shape {x.shape} with one of shape {u.shape}")
+
+
+def _held(tree: PyTree) -> list[Any]:
+    """What the Cores of a tree hold, in order: arrays, or what is known of them."""
+    return [core.value for core in cores(tree)]
+
+
+def _of_cores(tree: PyTree) -> list[bool]:
+    """Whether each array of a tree is a Core's."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_core)
+    return [is_core(node) for node in nodes for _ in jax.tree.leaves(node)]
+
+
+def _origins(closed: jax_core.ClosedJaxpr, origins: Sequence[int]) -> list[int]:
+    """The origins of a program's outputs from those of its inputs."""
+    return read(closed, origins, lambda x: VARIES if np.ndim(x) else 0, _through)
+
+
+def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
+    """One equation of it."""
+    name = eqn.primitive.name
+    if name == "cond":
+        branches = [_origins(branch, inputs[1:]) for branch in eqn.params["branches"]]
+        outputs = [_chosen(inputs[0], list(cases)) for cases in zip(*branches, strict=True)]
+    elif name in CALLS:
+        outputs = _origins(called(eqn), inputs)
+    elif name in RULES:
+        outputs = [RULES[name](eqn, inputs)]
+    else:
+        outputs = [_misread(inputs) | VARIES] * len(eqn.outvars)
+    # One number, however it came about, differs from element to element no more.
+    return [
+        bits if var.aval.shape else bits & (WEIGHT | READ)
+        for var, bits in zip(eqn.outvars, outputs, strict=True)
+    ]
+
+
+def _union(inputs: Sequence[int]) -> int:
+    return int(np.bitwise_or.reduce(list(inputs))) if inputs else 0
+
+
+def _misread(inputs: Sequence[int]) -> int:
+    bits = _union(inputs)
+    return bits | READ if bits & WEIGHT else bits
+
+
+def _chosen(index: int, cases: list[int]) -> int:
+    """What a condition hands on: its cases, if it is the same for all their elements."""
+    return _misread([index, *cases]) if index else _union(cases)
+
+
+def _linear(eqn: jax_core.JaxprEqn, inputs: list[int]) -> int:
+    real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
+    return _union(inputs) if real else _misread(inputs)
+
+
+def _product(eqn: jax_core.JaxprEqn, inputs: list[int]) -> int:
+    if any(_is_zero(var) for var in eqn.invars):
+        return 0  # a weight decay of zero, say
+    return _union(inputs) if 0 in inputs else _misread(inputs)
+
+
+def _quotient(eqn: jax_core.JaxprEqn, inputs: list[int]) -> int:
+    return _union(inputs) if inputs[1] == 0 else _misread(inputs)
+
+
+def _is_zero(var: Any) -> bool:
+    return isinstance(var, jax_core.Literal) and np.ndim(var.val) == 0 and bool(var.val == 0)
+
+
+RULES: dict[str, Callable[[jax_core.JaxprEqn, list[int]], int]] = {
+    **{name: _linear for name in LINEAR},
+    "mul": _product,
+    "div": _quotient,
+    "select_n": lambda eqn, inputs: _chosen(inputs[0], inputs[1:]),
+}

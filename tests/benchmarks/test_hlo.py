@@ -1,0 +1,118 @@
+"""What the benchmarks read in compiled programs: kinds, bytes, turns, what is not always met."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+from tests.helpers.hlo import Collective, collectives
+
+
+GPU = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%wrapped (p: bf16[64,32]) -> bf16[8,32] {
+  ROOT %scattered = bf16[8,32]{1,0} reduce-scatter(%p), replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%refresh_body (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %permuted = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %inner = (s32[], f32[4]) while(%t), condition=%layers_end, body=%layers_body, \
+backend_config={"known_trip_count":{"n":"17"}}
+}
+
+%refresh_end (t: (s32[], f32[4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%layers_body (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-gather-start = (f32[16,2]{1,0}, f32[64,2]{1,0}) all-gather-start(%w), \
+replica_groups=[2,4]<=[8], dimensions={0}
+  %all-gather-done = f32[64,2]{1,0} all-gather-done(%all-gather-start)
+  %async-start = ((bf16[64,32]), bf16[8,32]) async-start(%g), calls=%wrapped
+  %async-done = bf16[8,32]{1,0} async-done(%async-start)
+}
+
+%layers_end (t: (s32[], f32[4])) -> pred[] {
+  ROOT %less.1 = pred[] compare(%i, %n), direction=LT
+}
+
+%keep (t: f32[4]) -> f32[4] {
+  ROOT %t = f32[4]{0} parameter(0)
+}
+
+%root (t: f32[4]) -> f32[4] {
+  ROOT %exchanged = (f32[4]{0}, f32[4]{0}) all-to-all(%t, %t), replica_groups={{0,1},{2,3}}
+}
+
+ENTRY %main (p0: f32[8]) -> f32[8] {
+  %reduced = (f32[8]{0}, /*index=1*/bf16[3,5]{1,0:T(8,128)}, pred[]) all-reduce(%p0, %p1, %p2), \
+replica_groups={}, to_apply=%add
+  %layers = (s32[], f32[4]) while(%t), condition=%layers_end, body=%layers_body, \
+backend_config={"known_trip_count":{"n":"24"}}
+  %refreshed = (s32[], f32[4]) while(%t), condition=%refresh_end, body=%refresh_body
+  ROOT %rooted = f32[4]{0} conditional(%due, %a, %b), branch_computations={%keep, %root}
+}
+"""
+
+
+def test_everything_is_counted_once_with_its_turns():
+    gather = Collective("all-gather", [(64, 2)], 512, 4)
+    scatter = Collective("reduce-scatter", [(8, 32)], 512, 8)
+    assert sorted(collectives(GPU)) == sorted(
+        [
+            Collective("all-reduce", [(8,), (3, 5), ()], 32 + 30 + 1, 8),
+            gather._replace(times=24),
+            scatter._replace(times=24),
+            gather._replace(times=17, hot=False),
+            scatter._replace(times=17, hot=False),
+            Collective("collective-permute", [(4,)], 16, 8, hot=False),
+            Collective("all-to-all", [(4,), (4,)], 32, 2, hot=False),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "received"),
+    [
+        ("all-gather", 75),  # three of four parts
+        ("reduce-scatter", 300),  # its part, from each of three
+        ("all-reduce", 150),  # a quarter from each of three, then the other quarters
+        ("all-to-all", 75),
+        ("collective-permute", 100),
+    ],
+)
+def test_what_a_device_receives(kind, received):
+    assert Collective(kind, [], size=100, group=4).received == received
+
+
+def test_the_sizes_of_dtypes():
+    from benchmarks.common import hlo
+
+    assert doctest.testmod(hlo).failed == 0
+
+
+def test_a_scan_multiplies_and_a_loop_of_unknown_length_is_not_hot():
+    """FSDP by hand: each of six layers gathers its weight from four devices."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    lies = lambda *spec: NamedSharding(mesh, P(*spec))
+
+    def f(weights, x, turns):
+        layer = lambda x, w: (jnp.sin(x @ jax.lax.with_sharding_constraint(w, lies())), None)
+        x = jax.lax.scan(layer, x, weights)[0]
+        return jax.lax.fori_loop(0, turns, lambda _, x: jnp.cos(x) / x.sum(), x)
+
+    shapes = [(6, 64, 64), np.float32], [(8, 64), np.float32], [(), np.int32]
+    placed = (lies(None, "fsdp"), lies("data"), lies())
+    f = jax.jit(f, in_shardings=placed, out_shardings=lies("data"))
+    program = f.lower(*[jax.ShapeDtypeStruct(*shape) for shape in shapes]).compile().as_text()
+    gather, reduce = collectives(program)
+    assert gather[2:] == (64 * 64 * 4, 4, True, 6)
+    assert reduce[2:] == (4, 2, False, 1)

@@ -1,0 +1,166 @@
+"""What a model writes with its past kept is what it writes without."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from examples.common import cache, llama, sample
+from examples.finetuning import tiny_assets
+from examples.pretraining import generate, pretrain, settings
+from tests.examples.test_pretrain import refused
+
+
+SMALL = llama.LlamaConfig(
+    hidden=16, intermediate=44, heads=4, layers=2, vocabulary=50, kv_heads=2, theta=100.0
+)
+
+
+def model(config):
+    return llama.Llama(config, nnx.Rngs(0))
+
+
+class TestCache:
+    @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+    def test_extending_equals_computing_all_anew(self, scan):
+        net = model(replace(SMALL, scan=scan))
+        tokens = np.random.default_rng(0).integers(50, size=(2, 9)).astype(np.int32)
+        whole = jax.jit(lambda tokens: net(tokens))(tokens)
+        extend = jax.jit(lambda tokens, past, start: cache.extend(net, tokens, past, start))
+        past, logits = cache.empty(net.config, 2, 12), []
+        for start, end in ((0, 5), (5, 6), (6, 9)):
+            new, past = extend(tokens[:, start:end], past, jnp.int32(start))
+            logits.append(new)
+        # The same sums in another order.
+        np.testing.assert_allclose(np.concatenate(logits, axis=1), whole, atol=1e-6, rtol=1e-5)
+        assert past.keys.shape == (2, 2, 12, 2, 4)
+        assert not np.any(past.keys[:, :, 9:])
+        assert np.all(np.any(past.values[:, :, :9] != 0, axis=(-1, -2)))
+
+
+def greedy(net, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens, each from all before it computed anew."""
+    tokens = np.zeros((1, len(prompt) + count), np.int32)  # causal: zeros to come do not count
+    tokens[0, : len(prompt)] = prompt
+    logits = jax.jit(lambda tokens: net(tokens))
+    for i in range(len(prompt), tokens.shape[1]):
+        tokens[0, i] = logits(tokens)[0, i - 1].argmax()
+    return tokens[0, len(prompt) :].tolist()
+
+
+def written(net, prompt, count, temperature=0.0, seed=0, end=None) -> list[int]:
+    params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+    return list(
+        generate.generate(
+            net.config,
+            params,
+            prompt,
+            count=count,
+            temperature=temperature,
+            seed=seed,
+            end=end,
+        )
+    )
+
+
+class TestGenerate:
+    @pytest.mark.parametrize(
+        "prompt", [[7], [1, 2, 3, 4], [9, 8, 7, 6, 5], [3, 41, 7], [31, 4, 15, 9, 26]]
+    )
+    def test_the_likeliest_tokens_are_those_without_a_cache(self, prompt):
+        net = model(SMALL)
+        net.head.kernel[...] = net.head.kernel[...] * 100  # clear winners
+        expected = greedy(net, prompt, 6)
+        assert written(net, prompt, 6) == expected
+        assert len(set(expected)) > 1
+        assert written(net, prompt, 6, end=expected[2]) == expected[: expected.index(expected[2])]
+
+    def test_it_draws_from_the_softmax_at_a_temperature(self):
+        logits = jnp.array([0.0, 1.0, 3.0])
+        keys = jax.random.split(jax.random.key(0), 4000)
+        drawn = jax.vmap(generate.draw, (None, None, 0))(logits, jnp.float32(2.0), keys)
+        shares = np.bincount(drawn, minlength=3) / 4000
+        # Standard deviation of a share is at most 0.008.
+        np.testing.assert_allclose(shares, jax.nn.softmax(logits / 2), atol=0.03)
+        assert generate.draw(logits, jnp.float32(0.0), keys[0]) == 2
+        net = model(SMALL)
+        seeds = [written(net, [1], 8, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
+        assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_letters_appear_whole_and_once():
+    letters = "aé日\xff𝄞!".encode() + b"\xe6\x97"
+    writer = generate.Writer(SMALL, None, list, lambda tokens: sample.printable(bytes(tokens)))
+    parts = list(generate.as_it_grows(writer, list(letters[:1]), iter(letters[1:])))
+    assert "".join(parts) == sample.printable(letters)
+    assert len([part for part in parts if part]) > 4
+
+
+@pytest.fixture
+def call(monkeypatch, small):
+    """Runs an example's command line in a folder of its own; returns its exit status."""
+
+    def call(example, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", *arguments])
+        try:
+            example.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return call
+
+
+class TestCommandLine:
+    @pytest.mark.slow
+    def test_a_pretrained_model_writes_on(self, call, capsys, monkeypatch):
+        Path("text").write_text("To be, or not to be, that is the question.\n" * 50)
+        monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 1)
+        given = "--text text --steps 2 --batch-size 2 --seq-len 16 --optimizer adamw --out here"
+        assert call(pretrain, *given.split()) == 0
+        capsys.readouterr()
+        assert call(generate, "here", "--prompt", "To be", "--tokens", "9") == 0
+        text = capsys.readouterr().out
+        assert text.startswith("To be")
+        writer = generate.read(Path("here"))
+        tokens = generate.generate(
+            writer.config, writer.params, list(b"To be"), count=9, temperature=0.8, seed=0
+        )
+        assert text == writer.decode(list(b"To be") + list(tokens)) + "\n"
+
+    def test_a_checkpoint_of_hugging_faces_writes_by_its_tokenizer(self, call, capsys):
+        tokenizer = tiny_assets.train_tokenizer(["def of a def in the of the de"] * 9, 300)
+        tiny_assets.save_llama(Path("run/model"), tokenizer)
+        for folder in ("run", "run/model"):  # what fine-tuning leaves, and Hugging Face's own
+            assert call(generate, folder, "--prompt", "def in", "--tokens", "7") == 0
+        one, other = capsys.readouterr().out.split("def in")[1:]
+        assert one == other
+        assert len(one) > 5
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("nowhere", "nowhere holds neither a run nor a checkpoint (config.json)"),
+            (". --tokens 0", "--tokens must be at least 1"),
+            (". --temperature -1", "--temperature must not be negative"),
+            (". --prompt=", "--prompt must not be empty"),
+            ("many", "many is a comparison: name one of adamw,galore in it"),
+            ("one", "one holds no checkpoint"),
+            ("bad", "bad/log.jsonl is damaged"),
+        ],
+    )
+    def test_bad_input_ends_with_one_line(self, call, capsys, arguments, message):
+        for name, compare in (("many", "adamw,galore"), ("one", None)):
+            Path(name).mkdir()
+            line = {"config": settings.Config(compare=compare).saved(), "data": {}}
+            Path(name, "log.jsonl").write_text(json.dumps(line))
+        Path("bad").mkdir()
+        Path("bad/log.jsonl").write_text("{}\n")
+        assert call(generate, *arguments.split()) == 2
+        assert message in refused(capsys)

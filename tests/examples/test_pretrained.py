@@ -1,0 +1,316 @@
+"""Checkpoints of Hugging Face: every tensor in its place, and models that compute the same."""
+
+import doctest
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from examples.common import hugging_face, llama, pretrained, roberta
+from tests.helpers import reference_models as reference
+
+
+STORED = Path(__file__).parents[1] / "data" / "logits.npz"
+LABELS = 3
+LLAMA = reference.random_tensors(reference.llama_shapes(reference.LLAMA_CONFIG), seed=1)
+ROBERTA = reference.random_tensors(
+    reference.roberta_shapes(reference.ROBERTA_CONFIG, LABELS), seed=2
+)
+TOKENS = np.random.default_rng(3).integers(4, 30, size=(2, 9)).astype(np.int32)
+SENTENCES = np.where(np.arange(9) < np.array([[9], [6]]), TOKENS, 3)  # the second one is padded
+# Float32 against float64: a few hundred roundings of 6e-8 in logits of up to 5.
+ROUNDING = 2e-5
+
+
+def write(folder: Path, tensors, config) -> Path:
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    return write(tmp_path, LLAMA, reference.LLAMA_CONFIG)
+
+
+@pytest.fixture
+def roberta_folder(tmp_path):
+    return write(tmp_path, ROBERTA, reference.ROBERTA_CONFIG)
+
+
+def llama_logits(config, params, tokens=TOKENS):
+    return nnx.merge(llama.structure(config), params)(tokens)
+
+
+def roberta_logits(config, params, tokens=SENTENCES, dropout=None):
+    structure = nnx.split(nnx.eval_shape(lambda: roberta.Roberta(config, nnx.Rngs(0))))[0]
+
+    @jax.jit
+    def logits(params):
+        rngs = None if dropout is None else nnx.Rngs(dropout=dropout)
+        return nnx.merge(structure, params)(tokens, rngs)
+
+    return logits(params)
+
+
+class TestLogits:
+    def test_llama_equals_numpy(self, llama_folder):
+        config, params = hugging_face.read_llama(llama_folder)
+        expected = [reference.llama_logits(LLAMA, reference.LLAMA_CONFIG, row) for row in TOKENS]
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(llama_logits(config, params), expected, atol=ROUNDING)
+
+    def test_stacked_layers_are_the_same_and_come_apart_again(self, llama_folder):
+        config, params = hugging_face.read_llama(llama_folder)
+        stacked = hugging_face.stacked(params)
+        scanned = llama_logits(replace(config, scan=True), stacked)
+        np.testing.assert_allclose(scanned, llama_logits(config, params), atol=ROUNDING)
+        jax.tree.map(np.testing.assert_array_equal, hugging_face.unstacked(stacked), params)
+
+    def test_roberta_equals_numpy(self, roberta_folder):
+        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        expected = [
+            reference.roberta_logits(ROBERTA, reference.ROBERTA_CONFIG, row) for row in SENTENCES
+        ]
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(roberta_logits(config, params), expected, atol=ROUNDING)
+
+    @pytest.mark.parametrize("kind", ["llama", "roberta"])
+    def test_they_are_those_stored(self, kind, tmp_path):
+        """Made once by the NumPy models, tensors and all: see data/README.md."""
+        stored = np.load(STORED)
+        prefix = f"{kind}/"
+        tensors = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+        tensors = {k: v.astype(np.float32) for k, v in tensors.items()}
+        folder = write(tmp_path, tensors, json.loads(str(stored[f"{kind}_config"])))
+        if kind == "llama":
+            logits = llama_logits(*hugging_face.read_llama(folder), stored["llama_tokens"])
+        else:
+            read = hugging_face.read_roberta(folder, LABELS)
+            logits = roberta_logits(*read, stored["roberta_tokens"])
+        np.testing.assert_allclose(logits, stored[f"{kind}_logits"], atol=ROUNDING)
+
+    @pytest.mark.parametrize("kind", ["llama", "roberta"])
+    def test_transformers_computes_the_same(self, kind, tmp_path):
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        if kind == "llama":
+            model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**reference.LLAMA_CONFIG)
+            )
+        else:
+            model = transformers.RobertaForSequenceClassification(
+                transformers.RobertaConfig(**reference.ROBERTA_CONFIG, num_labels=LABELS)
+            )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        model.eval().save_pretrained(tmp_path, safe_serialization=True)
+        if kind == "llama":
+            with torch.no_grad():
+                expected = model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+            logits = llama_logits(*hugging_face.read_llama(tmp_path))
+        else:
+            tokens = torch.tensor(SENTENCES, dtype=torch.long)
+            with torch.no_grad():
+                expected = model(tokens, attention_mask=tokens != 3).logits.numpy()
+            logits = roberta_logits(*hugging_face.read_roberta(tmp_path, LABELS))
+        np.testing.assert_allclose(logits, expected, atol=2 * ROUNDING)
+
+
+class TestRoberta:
+    def test_the_base_model_has_its_number_of_parameters(self):
+        sizes = [
+            leaf.size for leaf in jax.tree.leaves(roberta.abstract_params(roberta.RobertaConfig()))
+        ]
+        assert sum(sizes) == 124_647_170  # of RobertaForSequenceClassification, two labels
+        assert roberta.RobertaConfig().longest == 512
+
+    def test_positions_count_tokens_and_not_padding(self):
+        tokens = jnp.array([[5, 6, 3, 3], [3, 5, 3, 7]])
+        np.testing.assert_array_equal(roberta.position_ids(tokens, 3), [[4, 5, 3, 3], [3, 4, 3, 5]])
+
+    def test_padding_changes_nothing(self, roberta_folder):
+        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        short = roberta_logits(config, params, SENTENCES[1:, :6])
+        # Sums of the same terms in another order.
+        np.testing.assert_allclose(short, roberta_logits(config, params)[1:], atol=ROUNDING)
+
+    def test_dropout_acts_with_keys_alone_and_where_it_is_set(self, roberta_folder):
+        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        none = dict.fromkeys(("dropout", "attention_dropout", "classifier_dropout"), 0.0)
+        plain = roberta_logits(config, params)
+        for name in none:
+            one = replace(config, **none | {name: 0.5})
+            first, again, other = (roberta_logits(one, params, dropout=seed) for seed in (0, 0, 1))
+            np.testing.assert_array_equal(first, again)
+            assert np.abs(first - other).max() > 1e-2
+        off = roberta_logits(replace(config, **none), params, dropout=0)
+        np.testing.assert_allclose(off, plain, atol=ROUNDING)
+
+
+def shards(folder: Path) -> Path:
+    """The Llama in two files and an index."""
+    halves = dict(list(LLAMA.items())[:7]), dict(list(LLAMA.items())[7:])
+    weight_map = {}
+    for i, half in enumerate(halves):
+        name = f"model-{i + 1:05}-of-00002.safetensors"
+        save_file(half, folder / name)
+        weight_map |= dict.fromkeys(half, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(reference.LLAMA_CONFIG))
+    return folder
+
+
+class TestFiles:
+    def test_several_files_are_read_as_one(self, tmp_path):
+        (tmp_path / "one").mkdir()
+        _, one = hugging_face.read_llama(write(tmp_path / "one", LLAMA, reference.LLAMA_CONFIG))
+        _, several = hugging_face.read_llama(shards(tmp_path))
+        jax.tree.map(np.testing.assert_array_equal, one, several)
+
+    def test_bfloat16_becomes_the_dtype_of_the_model(self, tmp_path):
+        half = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in LLAMA.items()}
+        _, params = hugging_face.read_llama(write(tmp_path, half, reference.LLAMA_CONFIG))
+        kernel = params["layers"][1]["mlp"]["down"]["kernel"]
+        assert kernel.dtype == np.float32
+        np.testing.assert_array_equal(
+            kernel, half["model.layers.1.mlp.down_proj.weight"].T.astype(np.float32)
+        )
+
+    def test_saving_gives_the_tensors_back(self, llama_folder, tmp_path):
+        config, params = hugging_face.read_llama(llama_folder)
+        for name, tree in (("plain", params), ("stacked", hugging_face.stacked(params))):
+            hugging_face.save_llama(tmp_path / name, config, tree)
+            saved = load_file(tmp_path / name / "model.safetensors")
+            assert saved.keys() == LLAMA.keys()
+            for key, tensor in saved.items():
+                np.testing.assert_array_equal(tensor, LLAMA[key])
+            assert hugging_face.llama_config(tmp_path / name) == config
+
+    def test_saving_a_roberta_gives_it_back(self, roberta_folder, tmp_path):
+        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        hugging_face.save_roberta(tmp_path / "again", config, params)
+        saved = load_file(tmp_path / "again" / "model.safetensors")
+        assert saved.keys() == ROBERTA.keys()
+        for key, tensor in saved.items():
+            np.testing.assert_array_equal(tensor, ROBERTA[key])
+        again, _ = hugging_face.read_roberta(tmp_path / "again", LABELS)
+        assert again == config
+
+    def test_all_that_is_wrong_is_in_one_error(self, tmp_path):
+        tensors = dict(LLAMA)
+        for i in range(2):
+            del tensors[f"model.layers.{i}.mlp.up_proj.weight"]
+        del tensors["model.norm.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((40, 24), np.float32)
+        tensors["lm_head.weight"] = np.zeros((24, 30), np.float32)
+        with pytest.raises(ValueError, match="holds other weights") as error:
+            hugging_face.read_llama(write(tmp_path, tensors, reference.LLAMA_CONFIG))
+        assert str(error.value).partition("model: ")[2] == (
+            "missing: model.layers.*.mlp.up_proj.weight (2), model.norm.weight; "
+            "unknown: model.layers.2.mlp.up_proj.weight; "
+            "lm_head.weight is (24, 30), not (30, 24)"
+        )
+
+    def test_what_is_known_to_be_of_no_use_is_passed_over(self, tmp_path):
+        """The frequencies in old Llamas; what a language model has and a classifier has not."""
+        extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
+        hugging_face.read_llama(write(tmp_path, LLAMA | extra, reference.LLAMA_CONFIG))
+        tensors = {k: v for k, v in ROBERTA.items() if not k.startswith("classifier")}
+        tensors |= {
+            name: np.zeros(1, np.float32)
+            for name in ("lm_head.bias", "roberta.pooler.dense.bias", "roberta.x.position_ids")
+        }
+        folder = write(tmp_path, tensors, reference.ROBERTA_CONFIG)
+        _, params = hugging_face.read_roberta(folder, LABELS)
+        assert sorted(pretrained.missing(params)) == [
+            f"classifier/{part}/{leaf}" for part in ("dense", "head") for leaf in ("bias", "kernel")
+        ]
+        assert params["classifier"]["head"]["kernel"].shape == (24, 3)
+
+    def test_a_head_for_other_labels_is_refused(self, roberta_folder):
+        with pytest.raises(
+            ValueError, match=r"classifier.out_proj.weight is \(3, 24\), not \(2, 24\)"
+        ):
+            hugging_face.read_roberta(roberta_folder, 2)
+
+    def test_a_download_that_was_interrupted_says_so(self, llama_folder, tmp_path):
+        file = llama_folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(
+            ValueError, match=r"model.safetensors is cut short .* download it again"
+        ):
+            hugging_face.read_llama(llama_folder)
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=r"no model.safetensors at"):
+            hugging_face.read_llama(llama_folder)
+        (llama_folder / "pytorch_model.bin").touch()
+        with pytest.raises(FileNotFoundError, match=r"for PyTorch, .bin, are not read"):
+            hugging_face.read_llama(llama_folder)
+        shards(tmp_path)
+        (tmp_path / "model-00002-of-00002.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002.safetensors"):
+            hugging_face.read_llama(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"model_type": "bert"}, "config.json is not of a llama"),
+            ({"rope_scaling": {"type": "linear"}}, "has rope_scaling = {'type': 'linear'}"),
+            ({"tie_word_embeddings": True}, "has tie_word_embeddings = True"),
+            ({"head_dim": 8}, "has head_dim = 8, of which this model knows 4"),
+            ({"attention_bias": True}, "has attention_bias = True"),
+            ({"rope_parameters": {"rope_type": "yarn"}}, "has rope_type = 'yarn'"),
+        ],
+    )
+    def test_another_model_is_refused(self, tmp_path, change, message):
+        write(tmp_path, LLAMA, reference.LLAMA_CONFIG | change)
+        with pytest.raises(ValueError, match=message):
+            hugging_face.read_llama(tmp_path)
+
+    def test_a_config_that_cannot_be_used_is_refused(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"it has no config.json"):
+            hugging_face.read_llama(tmp_path)
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"config.json is not JSON"):
+            hugging_face.read_llama(tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        with pytest.raises(ValueError, match="does not say hidden_size"):
+            hugging_face.read_llama(tmp_path)
+
+    def test_newer_files_say_theta_elsewhere(self, tmp_path):
+        config = {k: v for k, v in reference.LLAMA_CONFIG.items() if k != "rope_theta"}
+        rotary = {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}, "head_dim": None}
+        (tmp_path / "config.json").write_text(json.dumps(config | rotary))
+        assert hugging_face.llama_config(tmp_path).theta == 7.0
+
+    def test_tinyllama_is_one_of_the_sizes(self, tmp_path):
+        config = {
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 22,
+            "vocab_size": 32000,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        read = hugging_face.llama_config(tmp_path)
+        assert read == llama.CONFIGS["tinyllama"]
+        sizes = [leaf.size for leaf in jax.tree.leaves(llama.abstract_params(read))]
+        assert sum(sizes) == 1_100_048_384
+
+    def test_examples_in_docstrings_hold(self):
+        assert doctest.testmod(pretrained).failed == 0

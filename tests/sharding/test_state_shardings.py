@@ -1,0 +1,451 @@
+"""Weights sharded over devices take the same steps as on one, and little travels between them."""
+
+import contextlib
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import natgalore_jax as natgalore
+from tests.helpers.hlo import collectives
+
+
+RANK = 5  # no device count divides it
+LAYOUTS = {
+    "rows": (P("fsdp"), (32, 48)),
+    "columns": (P(None, "fsdp"), (32, 48)),
+    "rows and columns": (P("fsdp", "tensor"), (32, 48)),
+    "layers": (P("fsdp"), (4, 32, 48)),
+    "rows of layers": (P(None, ("fsdp", "tensor")), (8, 32, 48)),
+    "heads": (P("fsdp", "tensor"), (32, 4, 12)),
+    "replicated": (P(), (32, 48)),
+}
+KINDS = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+OPTIMIZERS = {
+    "core": {"fisher": "core", "residual": None},
+    "default": {},
+    "window": {"fisher": "window", "residual": None},
+    "two-sided": {"side": "both", "fisher": "core", "residual": None},
+    "random": {"basis": "random", "residual": None},
+    "reset, long": {"transport": "reset", "side": "long", "fisher": "core", "residual": None},
+    "residual": {"fisher": "core", "residual": "fira"},
+    "isotropic": {"residual": "isotropic"},
+}
+CORE = OPTIMIZERS["core"]
+
+
+def make_mesh(kind):
+    kinds = (kind, kind) if isinstance(kind, AxisType) else kind
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+
+
+def weights(layout, key):
+    shape = LAYOUTS[layout][1]
+    name = "query" if layout == "heads" else "layers"
+    keys = jax.random.split(key, 3)
+    return {
+        name: {"kernel": jax.random.normal(keys[0], shape)},
+        "embed": {"embedding": jax.random.normal(keys[1], (64, 32))},
+        "norm": {"scale": jax.random.normal(keys[2], (32,))},
+    }
+
+
+def shardings(mesh, layout, params):
+    other = {"embed": P("fsdp"), "norm": P()}
+    return {
+        name: dict.fromkeys(x, NamedSharding(mesh, other.get(name, LAYOUTS[layout][0])))
+        for name, x in params.items()
+    }
+
+
+def types(tree):
+    return [jax.typeof(x) for x in jax.tree.leaves(tree)]
+
+
+def train(params, gradients, tx, jitted=True):
+    """Through two refreshes of every matrix; the types of the state stay what they were."""
+    state = tx.init(params)
+    before = types(state)
+    update = jax.jit(tx.update) if jitted else tx.update
+    for g in gradients:
+        updates, state = update(g, state, params)
+        assert types(updates) == types(params)
+        params = optax.apply_updates(params, updates)
+    assert types(state) == before
+    return params, state
+
+
+@functools.cache  # one compilation on one device for all that have its shapes
+def optimizer(**settings):
+    return natgalore.natural_galore(1e-2, RANK, refresh_every=2, weight_decay=0.1, **settings)
+
+
+def same_as_one_device(layout, kind, settings, jitted, key):
+    tx = optimizer(**settings)
+    params, *gradients = [weights(layout, k) for k in jax.random.split(key, 6)]
+    expected, _ = train(params, gradients, tx)
+    mesh = make_mesh(kind)
+    on_mesh = shardings(mesh, layout, params)
+    context = contextlib.nullcontext() if kind == AxisType.Auto else jax.set_mesh(mesh)
+    with context:
+        put = lambda tree: jax.device_put(tree, on_mesh)
+        actual, state = train(put(params), [put(g) for g in gradients], tx, jitted)
+    for a, b, s in zip(*map(jax.tree.leaves, (actual, expected, on_mesh)), strict=True):
+        # Sums in another order, through a refresh and an inverse root: 1e-3 of an update of 1e-2.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert a.sharding.is_equivalent_to(s, a.ndim)
+    for x, s in zip(
+        *map(jax.tree.leaves, (state, natgalore.state_shardings(tx, params, on_mesh))), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_equals_one_device(layout, key):
+    same_as_one_device(layout, AxisType.Explicit, CORE, True, key)
+
+
+@pytest.mark.parametrize("layout", ["rows and columns", "layers"])
+def test_sharded_on_auto_axes_equals_one_device(layout, key):
+    same_as_one_device(layout, AxisType.Auto, CORE, True, key)
+
+
+@pytest.mark.parametrize("layout", ["rows of layers", "columns"])
+def test_whitening_on_auto_axes_equals_one_device(layout, key):
+    """Where layers are dealt out for it, and where each device has the matrix."""
+    same_as_one_device(layout, AxisType.Auto, {}, True, key)
+
+
+@pytest.mark.slow
+def test_sharded_step_by_step_on_auto_axes(key):
+    """Without `jit`, a stack over devices: its arrays say how they lie."""
+    same_as_one_device("layers", AxisType.Auto, CORE, False, key)
+
+
+SELDOM = ("window", "random", "reset, long", "isotropic")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ())
+        for name in list(OPTIMIZERS)[1:]
+    ],
+)
+def test_every_kind_of_state_can_be_sharded(name, key):
+    layout = {"window": "layers", "random": "heads"}.get(name, "rows and columns")
+    same_as_one_device(layout, AxisType.Explicit, OPTIMIZERS[name], True, key)
+
+
+def test_axes_of_both_kinds_may_mix(key):
+    same_as_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), CORE, True, key)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_zero_shards_the_state_of_replicated_weights(kind, told, key):
+    """ZeRO-1: the same steps, and state that stays sharded; the update is gathered as a core."""
+    shape, r = (64, 512), 8
+    tx = natgalore.natural_galore(1e-2, r, refresh_every=2, weight_decay=0.1, **CORE)
+    make = lambda k: {"up": jax.random.normal(k, shape), "norm": jax.random.normal(k, (64,))}
+    params, *gradients = [make(k) for k in jax.random.split(key, 5)]
+    expected, _ = train(params, gradients, tx)
+    mesh = make_mesh(kind)
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
+    lies = natgalore.state_shardings(tx, params, whole, zero_axis="fsdp")
+    if told:
+        tx, outside = natgalore.sharded(tx, whole, zero_axis="fsdp"), [{}, {}]
+    else:
+        outside = [{"out_shardings": lies}, {"out_shardings": (whole, lies)}]
+    with jax.set_mesh(mesh):
+        actual = jax.device_put(params, whole)
+        state = jax.jit(tx.init, **outside[0])(actual)
+        update = jax.jit(tx.update, **outside[1])
+        for g in gradients:
+            updates, state = update(jax.device_put(g, whole), state, actual)
+            actual = optax.apply_updates(actual, updates)
+        program = update.lower(actual, state, actual).compile().as_text()
+    for x, s in zip(*map(jax.tree.leaves, (state, lies)), strict=True):
+        assert x.sharding.is_equivalent_to(s, x.ndim)
+    assert state[0].inner_state[1].mu["up"].value.sharding.spec == P(None, "fsdp")
+    gathered = [one.shapes for one in collectives(program) if one.hot and one.kind == "all-gather"]
+    largest = [max(shapes, key=math.prod) for shapes in gathered]
+    knows = told or kind == AxisType.Explicit
+    assert max(largest, key=math.prod) == ((r, shape[1]) if knows else shape)
+    np.testing.assert_allclose(actual["up"], expected["up"], rtol=1e-5, atol=1e-5)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert held < 0.5 * sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_everything_sharded_equals_one_device(name, layout, kind, jitted, key):
+    same_as_one_device(layout, kind, OPTIMIZERS[name], jitted, key)
+
+
+# Of weights large enough that what travels is told from what could.
+LARGE = {
+    "rows": (P("fsdp"), (256, 512)),
+    "columns": (P(None, "fsdp"), (256, 512)),
+    "rows and columns": (P("fsdp", "tensor"), (256, 512)),
+    "rows of a stack": (P(None, "fsdp"), (6, 256, 512)),
+    "columns of a stack": (P(None, None, "fsdp"), (6, 256, 512)),
+    "layers": (P("fsdp"), (8, 256, 512)),
+}
+
+
+def compiled(spec, shape, kind, r, told=False, **settings):
+    mesh = make_mesh(kind)
+    params = {"layers": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    on_mesh = {"layers": {"kernel": NamedSharding(mesh, spec)}}
+    tx = natgalore.natural_galore(1e-2, r, **{"refresh_every": 4} | CORE | settings)
+    tx = natgalore.sharded(tx, on_mesh) if told else tx
+    with jax.set_mesh(mesh):
+        lies = natgalore.state_shardings(tx, params, on_mesh)
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        params = jax.tree.map(place, params, on_mesh)
+        state = jax.tree.map(place, jax.eval_shape(tx.init, params), lies)
+        program = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    return program, lies
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("layout", LARGE)
+def test_little_travels(layout, kind):
+    """On a hot step at most r x n a matrix; at a refresh O((m + n) r), and never a gradient."""
+    spec, shape = LARGE[layout]
+    r, (m, n), layers = 16, shape[-2:], math.prod(shape[:-2])
+    # On Auto axes an update must be told of a stack, or a refresh gathers it.
+    told = layout == "layers" and kind == AxisType.Auto
+    program, lies = compiled(spec, shape, kind, r, told)
+    found = collectives(program.as_text())
+    assert found
+    for one in found:
+        for moved in one.shapes:
+            if one.hot:
+                assert one.kind != "all-gather"
+                assert math.prod(moved) <= layers * r * n
+            else:
+                assert math.prod(moved) <= max(m, n) * r
+    if layout == "layers":  # each layer is refreshed where it lives
+        assert all(math.prod(moved) <= 1 for one in found for moved in one.shapes)
+    after = jax.tree.map(
+        lambda a, b, x: a.is_equivalent_to(b, x.ndim),
+        program.output_shardings[1],
+        lies,
+        program.out_info[1],
+    )
+    assert all(jax.tree.leaves(after))
+
+
+@pytest.mark.parametrize("layout", ["rows and columns", "columns of a stack"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+    ids=KINDS,
+)
+@pytest.mark.parametrize("residual", ["isotropic", pytest.param("fira", marks=pytest.mark.slow)])
+def test_a_residual_costs_reductions_of_columns(layout, kind, residual):
+    """The lengths of columns and the norm; of what is left out nothing travels."""
+    spec, shape = LARGE[layout]
+    r, n, layers = 16, shape[-1], math.prod(shape[:-2])
+    hot = lambda **settings: sorted(
+        math.prod(moved)
+        for one in collectives(compiled(spec, shape, kind, r, **settings)[0].as_text())
+        for moved in one.shapes
+        if one.hot and one.kind != "all-gather"
+    )
+    with_it, without = hot(residual=residual), hot()
+    whole = residual == "isotropic" and layout == "columns of a stack"  # which has no norm to know
+    assert (with_it == without) == whole
+    assert [size for size in with_it if size > layers * n] == [
+        size for size in without if size > layers * n
+    ]
+    program, _ = compiled(spec, shape, kind, r, residual=residual)
+    assert not [x for x in collectives(program.as_text()) if x.hot and x.kind == "all-gather"]
+
+
+def test_a_window_costs_one_reduction_of_its_length():
+    program, _ = compiled(P(None, "fsdp"), (256, 512), AxisType.Explicit, 16, fisher="window")
+    hot = [moved for one in collectives(program.as_text()) if one.hot for moved in one.shapes]
+    assert max(map(math.prod, hot)) == 16 * 20  # ⟨H_i, R⟩ is summed over r where it is whole
+
+
+def test_no_pass_over_the_gradient_leaves_a_refresh():
+    """XLA takes what a loop computes of G alone out of it, onto every step, unless it is tied."""
+    program, _ = compiled(P("fsdp"), (256, 512), AxisType.Auto, 16)
+    scalars = [one for one in collectives(program.as_text()) if one.hot and one.shapes == [()]]
+    assert scalars == []  # the largest entry of G is reduced at refreshes alone
+
+
+class TestStateShardings:
+    @property
+    def mesh(self):
+        return make_mesh(AxisType.Explicit)
+
+    @property
+    def params(self):
+        return {
+            "layers": {"query": {"kernel": jax.ShapeDtypeStruct((3, 32, 4, 12), jnp.float32)}},
+            "embed": {"embedding": jax.ShapeDtypeStruct((64, 32), jnp.float32)},
+        }
+
+    def specs(self, tx, spec, **settings):
+        on_mesh = {
+            "layers": {"query": {"kernel": NamedSharding(self.mesh, spec)}},
+            "embed": {"embedding": NamedSharding(self.mesh, P(("fsdp", "tensor")))},
+        }
+        state = natgalore.state_shardings(tx, self.params, on_mesh, **settings)
+        return jax.tree.map(lambda s: s.spec, state)
+
+    def test_the_rule(self):
+        view = natgalore.MatrixView(1, (2, 3))
+        tx = natgalore.project(5, optax.chain(
+            natgalore.scale_by_fisher(3), natgalore.scale_by_core_fisher(), optax.scale_by_adam()
+        ), select=[("kernel", view)])  # fmt: skip
+        state = self.specs(tx, P(None, "fsdp", "tensor"))
+        at = lambda tree: tree["layers"]["query"]["kernel"].value
+        window, core, adam = state.inner_state
+        assert at(state.basis) == P(None, "fsdp")
+        assert at(state.refreshed) == at(state.skipped) == P()
+        assert at(window.window) == P(None, None, None, "tensor")
+        assert at(window.gram) == at(core.fisher) == at(core.root) == at(core.weight) == P()
+        assert at(adam.mu) == at(adam.nu) == P(None, None, "tensor")
+        assert adam.mu["embed"]["embedding"] == P(("fsdp", "tensor"))
+        assert adam.count == state.count == state.skipped["embed"]["embedding"] == P()
+
+    def test_layers_and_merged_axes(self):
+        at = lambda tree: tree["layers"]["query"]["kernel"].value
+        tx = natgalore.project(
+            5, optax.trace(0.9), select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
+        )
+        state = self.specs(tx, P("tensor", "fsdp"))
+        assert at(state.basis) == P("tensor", "fsdp")
+        assert at(state.inner_state.trace) == P("tensor")
+        # Heads whole and their width sharded: merged, they have no sharding of their own.
+        assert at(self.specs(tx, P(None, None, None, "fsdp")).inner_state.trace) == P()
+        assert at(self.specs(tx, P(None, None, "tensor", "fsdp")).inner_state.trace) == P()
+        both = natgalore.project(
+            5, optax.trace(0.9), side="both", select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
+        )
+        # Blocks of one on an axis beside: theirs and the fused one have no sharding of their own.
+        fused = natgalore.MatrixView(1, (2, 3), blocks={3: 12})
+        cut = natgalore.project(5, optax.trace(0.9), side="left", select=[("kernel", fused)])
+        state = self.specs(cut, P("tensor", None, None, "fsdp"))
+        assert at(state.basis) == P("tensor")
+        assert at(self.specs(cut, P(None, "fsdp", None, "tensor")).basis) == P(None, None, "fsdp")
+        state = self.specs(both, P(None, "fsdp", "tensor"))
+        assert at(state.basis) == P(None, "fsdp")
+        assert at(state.right_basis) == P(None, "tensor")
+        assert at(state.inner_state.trace) == P()
+
+    def test_the_axis_of_zero_shards_what_is_the_same_everywhere(self):
+        at = lambda tree: tree["layers"]["query"]["kernel"].value
+        tx = natgalore.project(
+            5, optax.scale_by_adam(), select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
+        )
+        state = self.specs(tx, P(), zero_axis="fsdp")
+        assert at(state.basis) == P()
+        assert at(state.inner_state.mu) == P(None, None, "fsdp")
+        both = self.specs(tx, P(), zero_axis=("tensor", "fsdp"))
+        assert at(both.inner_state.mu) == P(None, None, ("tensor", "fsdp"))
+        assert at(self.specs(tx, P(), zero_axis=["fsdp"]).inner_state.mu) == P(None, None, "fsdp")
+        state = self.specs(tx, P(None, None, "tensor"), zero_axis="fsdp")
+        assert at(state.inner_state.mu) == P(None, None, ("tensor", "fsdp"))
+        assert state.inner_state.mu["embed"]["embedding"] == P(("fsdp", "tensor"))
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda tx: tx,
+            lambda tx: optax.chain(optax.clip(1.0), tx),
+            lambda tx: optax.masked(tx, {"layers": True, "embed": False}),
+            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+            lambda tx: optax.chain(natgalore.project(5, optax.identity()), optax.adamw(1e-2)),
+            lambda tx: optax.inject_hyperparams(
+                natgalore.galore, static_args=natgalore.STATIC_ARGS["galore"]
+            )(1e-2, rank=5),
+        ],
+        ids=["alone", "chain", "masked", "MultiSteps", "adamw outside", "inject_hyperparams"],
+    )
+    def test_any_composition_can_be_created_so(self, wrap):
+        tx = wrap(natgalore.natural_galore(1e-2, 5, **CORE))
+        on_mesh = jax.tree.map(lambda _: NamedSharding(self.mesh, P()), self.params)
+        on_mesh["layers"]["query"]["kernel"] = NamedSharding(self.mesh, P(None, "fsdp", "tensor"))
+        params = jax.tree.map(lambda x: jnp.ones(x.shape), self.params)
+        lies = natgalore.state_shardings(tx, params, on_mesh)
+        with jax.set_mesh(self.mesh):
+            state = jax.jit(tx.init, out_shardings=lies)(jax.device_put(params, on_mesh))
+        assert jax.tree.structure(state) == jax.tree.structure(lies)
+        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(lies), strict=True):
+            assert x.sharding.is_equivalent_to(s, x.ndim)
+        # What has a whole weight's shape lies as it does.
+        whole = [x for x in jax.tree.leaves(state) if x.shape == (3, 32, 4, 12)]
+        assert all(x.sharding.spec == P(None, "fsdp", "tensor") for x in whole)
+
+    def test_what_is_refused(self):
+        tx = natgalore.galore(1e-2, 5)
+        one = NamedSharding(self.mesh, P())
+        with pytest.raises(ValueError, match=r"`zero_axis` must be one of 'fsdp', 'tensor', got"):
+            natgalore.state_shardings(
+                tx, self.params, jax.tree.map(lambda _: one, self.params), zero_axis="data"
+            )
+        with pytest.raises(ValueError, match="not in the structure of params"):
+            natgalore.state_shardings(tx, self.params, {"layers": one})
+        other = NamedSharding(jax.make_mesh((8,), ("fsdp",)), P())
+        mixed = {"layers": {"query": {"kernel": one}}, "embed": {"embedding": other}}
+        with pytest.raises(ValueError, match="NamedShardings of one mesh"):
+            natgalore.state_shardings(tx, self.params, mixed)
+
+
+def test_rank_and_blocks_need_not_divide(key):
+    """A fused kernel cut into blocks that no shard ends with is whole where it is cut."""
+    mesh = make_mesh(AxisType.Explicit)
+    params, *gradients = [{"qkv": jax.random.normal(k, (32, 48))} for k in jax.random.split(key, 3)]
+    tx = natgalore.galore(1e-2, 5, select=natgalore.MatrixView(0, 1, blocks={1: 3}))
+    on_mesh = {"qkv": NamedSharding(mesh, P("fsdp", "tensor"))}
+    state, *_ = natgalore.state_shardings(tx, params, on_mesh)
+    assert state.basis["qkv"].value.spec == P()
+    assert state.inner_state[1].mu["qkv"].value.spec == P(None, None, "fsdp")
+    expected, _ = train(params, gradients, tx)
+    with jax.set_mesh(mesh):
+        put = lambda tree: jax.device_put(tree, on_mesh)
+        actual, _ = train(put(params), [put(g) for g in gradients], tx)
+    np.testing.assert_allclose(actual["qkv"], expected["qkv"], rtol=1e-5, atol=1e-5)
+
+
+class TestWithoutJit:
+    """No mesh need be set: what is made of no array lies on the mesh of those that are given."""
+
+    @property
+    def params(self):
+        params = {"up": jnp.ones((32, 48)), "scale": jnp.ones(32)}
+        mesh = make_mesh(AxisType.Explicit)
+        return jax.device_put(params, dict.fromkeys(params, NamedSharding(mesh, P("fsdp"))))
+
+    @pytest.mark.filterwarnings("ignore:natgalore projects none")
+    def test_inner_may_make_arrays(self):
+        tx = natgalore.project(RANK, optax.zero_nans())
+        params = {"scale": self.params["scale"]}
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert types(updates) == types(params)
+        np.testing.assert_array_equal(updates["scale"], params["scale"])
+
+    def test_all_state_lies_on_the_mesh(self):
+        inner = optax.adafactor(1e-2, multiply_by_parameter_scale=False)
+        state = natgalore.project(RANK, inner).init(self.params)
+        assert {x.sharding.mesh for x in jax.tree.leaves(state)} == {make_mesh(AxisType.Explicit)}
+
+    @pytest.mark.parametrize("transformed", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+    def test_inside_a_transformation_the_mesh_stays(self, transformed):
+        tx, params = natgalore.galore(1e-2, RANK), self.params
+        run = transformed(lambda i: tx.update(params, tx.init(params), params))
+        jax.eval_shape(run, jnp.arange(2))

@@ -1,0 +1,75 @@
+"""Boxes, told by their form: no Flax here."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from natgalore_jax.tree.flax_boxes import is_box, rebox, unbox
+from natgalore_jax.tree.leaf_spec import Core, LeafSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+    value: Any
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True}, default=("a", "b"))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Two:
+    value: Any
+    bias: Any
+
+
+class Single(NamedTuple):
+    value: Any
+
+
+KEY = (jax.tree_util.GetAttrKey("value"),)  # of a leaf called so: its Core repeats the key
+SPEC = LeafSpec(KEY, (8, 9), (), (0,), (1,), rank=4)
+BOXES = [Box(jnp.ones(3)), Box(optax.MaskedNode()), Box(None), Box(jax.ShapeDtypeStruct((3,), int))]
+OTHERS = [
+    jnp.ones(3),
+    None,
+    {"value": jnp.ones(3)},
+    Single(jnp.ones(3)),
+    Two(jnp.ones(3), None),
+    Box({"kernel": jnp.ones(3)}),
+    Core(jnp.ones(3), SPEC),
+]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_a_box_has_one_array_or_hole(box):
+    assert is_box(box)
+    assert unbox({"a": box})["a"] is box.value
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_nothing_else_is_a_box(other):
+    assert not is_box(other)
+    assert jax.tree.structure(unbox(other)) == jax.tree.structure(other)
+
+
+def test_a_tree_returns_to_its_boxes():
+    tree = {"a": BOXES, "b": [Two(Box(jnp.zeros(2), ("c",)), None), None, jnp.zeros(1)]}
+    bare = unbox(tree)
+    assert not [x for x in jax.tree.leaves(bare, is_leaf=is_box) if is_box(x)]
+    back = rebox(bare, tree)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for x, y in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert x is y
+
+
+def test_a_core_returns_to_no_box():
+    core = Core(jnp.zeros((4, 9)), SPEC)
+    tree = rebox({"up": core, "bias": jnp.ones(9)}, {"up": Box(jnp.ones((8, 9))), "bias": Box(0)})
+    assert tree["up"] is core
+    assert tree["bias"].names == ("a", "b")
+    np.testing.assert_array_equal(tree["bias"].value, jnp.ones(9))

@@ -1,0 +1,83 @@
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import natgalore_jax as natgalore
+from natgalore_jax.tree.leaf_spec import Basis, Core, LeafSpec
+from natgalore_jax.tree.state_roles import ROLES, Undeclared, register_state, walk
+
+
+KERNEL = LeafSpec(
+    path=(jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel")),
+    shape=(3, 8, 20),
+    batch=(0,),
+    rows=(1,),
+    cols=(2,),
+    rank=4,
+)
+
+
+def test_walk_knows_role_and_spec_of_every_array():
+    params = {"up": {"kernel": jnp.ones((8, 20))}, "bias": jnp.ones(3)}
+    tx = natgalore.project(4, optax.chain(natgalore.scale_by_core_fisher(), optax.scale_by_adam()))
+    state = tx.init(params)
+    seen = []
+    same = walk(state, lambda x, role, spec: seen.append((x, role, spec)) or x)
+    assert jax.tree.structure(same) == jax.tree.structure(state)
+    assert len(seen) == len(jax.tree.leaves(state))
+    mine = sorted(role for _, role, spec in seen if spec is not None and spec.name == "up/kernel")
+    assert mine == sorted(
+        [
+            "basis",
+            "linear",
+            "square",
+            "fisher",
+            "root",
+            "root",
+        ]
+        + ["scalar"] * 4  # of the subspace: refreshed and skipped; of the Fisher: weight and scale
+    )
+    assert all(spec is None or spec.shape == (8, 20) for _, _, spec in seen)
+
+
+def test_walk_names_what_was_not_declared():
+    class Strange(NamedTuple):
+        memory: object
+
+    seen = []
+    walk(Strange({"k": Core(jnp.ones(2), KERNEL)}), lambda x, role, spec: seen.append(role))
+    assert seen == ["Strange.memory"]
+    assert isinstance(seen[0], Undeclared)
+
+
+def test_a_basis_has_its_role_wherever_it_is():
+    seen = []
+    tree = {"k": Basis(jnp.ones(2), KERNEL), "l": Basis(jnp.ones(2, jnp.uint32), KERNEL)}
+    walk(tree, lambda x, role, spec: seen.append((role, spec)))
+    assert seen == [("basis", KERNEL), ("key", KERNEL)]
+
+
+def test_register_state_refuses_what_it_cannot_use():
+    class Momentum(NamedTuple):
+        momentum: object
+
+    with pytest.raises(ValueError, match=r"`momentum`.*'cubic'"):
+        register_state(Momentum, momentum="cubic")
+    with pytest.raises(ValueError, match="`speed` is no field of Momentum"):
+        register_state(Momentum, speed="linear")
+    assert Momentum not in ROLES
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("square_cols", "square_rows"), ("gram", "window"), ("linear", "gram")]
+)
+def test_what_depends_on_another_field_comes_right_after_it(first, second):
+    class Two(NamedTuple):
+        a: object
+        b: object
+
+    with pytest.raises(ValueError, match="must come right after one of"):
+        register_state(Two, a=first, b=second)
