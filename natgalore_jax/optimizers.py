@@ -9,7 +9,7 @@ import optax
 from .fisher.core import scale_by_core_fisher
 from .fisher.window import scale_by_fisher
 from .selection.select import Rank, Select
-from .subspace.basis import Turn
+from .subspace.basis import BasisUpdate
 from .subspace.project import project
 from .subspace.residual import Residual
 from .util.validation import Scalar, check_choice, check_decay
@@ -25,7 +25,7 @@ def natural_galore(
     fisher: str | optax.GradientTransformation | None = None,
     refresh_every: int = 50,
     scale: Scalar = 1.0,
-    basis: str | Turn = "power",
+    basis: str | BasisUpdate = "power",
     side: str = "short",
     transport: str = "rotate",
     residual: str | Residual | None = "whitened",
@@ -118,7 +118,7 @@ def galore(
     *,
     refresh_every: int = 200,
     scale: Scalar = 1.0,
-    basis: str | Turn = "power",
+    basis: str | BasisUpdate = "power",
     side: str = "short",
     transport: str = "rotate",
     residual: str | Residual | None = None,

@@ -35,7 +35,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
-        "subspace/basis", "ignores the gradient", "of_product(matmul(G, matmul(G.mT, P)), P)", "P"
+        "subspace/basis", "ignores the gradient", "from_product(matmul(G, matmul(G.mT, P)), P)", "P"
     ),
     Mutant("subspace/basis", "none of the old basis", "SHIFT = 1e-6", "SHIFT = 0.0"),
     Mutant(
@@ -51,7 +51,10 @@ MUTANTS = [
         "full_matrices=False)[0][:, -P.shape[-1] :]",
     ),
     Mutant(
-        "subspace/basis", "one turn at the start", "first, self.first_turns, 1)", "first, 1, 1)"
+        "subspace/basis",
+        "one turn at the start",
+        "first, self.first_iterations, 1)",
+        "first, 1, 1)",
     ),
     Mutant("subspace/basis", "gradient in its own units", "G / jnp.where(usable, unit, 1.0)", "G"),
     Mutant(
@@ -438,9 +441,7 @@ MUTANTS = [
         "return updates, placed(state, updates)",
         "return updates, state",
     ),
-    Mutant(
-        "subspace/engine", "cores of any state", "refuse_other_cores(updates, state.basis)", "pass"
-    ),
+    Mutant("subspace/engine", "cores of any state", "check_cores(updates, state.basis)", "pass"),
     Mutant(
         "lowrank_grads/refresh_from_gradients",
         "late gradients wait",
@@ -480,7 +481,10 @@ MUTANTS = [
         "x.value.mT",
     ),
     Mutant(
-        "lowrank_grads/refresh", "one turn at the start", "refresh.method.first_turns, 1)", "1, 1)"
+        "lowrank_grads/refresh",
+        "one turn at the start",
+        "refresh.method.first_iterations, 1)",
+        "1, 1)",
     ),
     Mutant(
         "lowrank_grads/refresh",
@@ -521,7 +525,12 @@ MUTANTS = [
         "mesh is None or not shared",
         "True",
     ),
-    Mutant("sharding/distributed", "matrices are never dealt out", "names.append(name)", "pass"),
+    Mutant(
+        "sharding/distributed",
+        "matrices are never on_whole_matrices out",
+        "names.append(name)",
+        "pass",
+    ),
     Mutant("subspace/residual", "whitened without damping", "/ of_G) + DAMPING)", "/ of_G))"),
     Mutant("subspace/residual", "whitened rounding", "if directions == 0:", "if False:"),
     Mutant(
@@ -660,7 +669,10 @@ MUTANTS = [
     ),
     Mutant("util/linalg", "narrow factors of any update", "dtype != jnp.bfloat16 or", "False and"),
     Mutant(
-        "util/linalg", "narrow factors for all that was asked", "16 or all_digits_asked()", "16"
+        "util/linalg",
+        "narrow factors for all that was asked",
+        "16 or highest_precision_requested()",
+        "16",
     ),
     Mutant("util/linalg", "an identity that all devices share", "jnp.zeros_like(A) + jnp", "jnp"),
     Mutant(

@@ -25,7 +25,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.methods import RANKS
 from examples.common import llama
 from natgalore_jax.planning import model_shapes as shapes
-from natgalore_jax.planning.byte_counts import bill_of, state_of, temporaries
+from natgalore_jax.planning.byte_counts import byte_count_of, state_of, temporaries
 
 
 class Method(NamedTuple):
@@ -93,7 +93,7 @@ def main():
         for dtype in ("float32", "bfloat16"):
             params = shapes.llama(size, dtype)
             found[dtype] = {
-                name: bill_of(method.make(rank), params, method.low_rank_gradients).bytes
+                name: byte_count_of(method.make(rank), params, method.low_rank_gradients).bytes
                 for name, method in METHODS.items()
             }
             for name, counted in found[dtype].items():

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..sharding.partitioning import local
-from ..tree.leaf_spec import at_cores, core_arrays, replace_cores, subspace_only
+from ..sharding.partitioning import with_auto_axes
+from ..tree.leaf_spec import core_arrays, replace_cores, subspace_only, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.control_flow import when
 from ..util.linalg import POWERS, eye_like, inverse_root, power_of_two, product
@@ -106,8 +106,8 @@ def scale_by_core_fisher(
 
     def init(params: PyTree) -> CoreFisherState:
         subspace_only("scale_by_core_fisher", params)
-        per_matrix = lambda: at_cores(params, lambda r, n: ())
-        square = lambda: at_cores(params, lambda r, n: (r, r))
+        per_matrix = lambda: zeros_at_cores(params, lambda r, n: ())
+        square = lambda: zeros_at_cores(params, lambda r, n: (r, r))
         return CoreFisherState(
             count=jnp.zeros([], jnp.int32),
             weight=per_matrix(),
@@ -125,7 +125,7 @@ def scale_by_core_fisher(
             return updates, state._replace(count=count)
         in_turn = state.count % root_every == 0
         arguments = (Rs, *map(core_arrays, state[1:]))
-        out, *fields = local(step, arguments, *arguments, in_turn)
+        out, *fields = with_auto_axes(step, arguments, *arguments, in_turn)
         trees = [replace_cores(tree, x) for tree, x in zip(state[1:], fields, strict=True)]
         return replace_cores(updates, out), CoreFisherState(count, *trees)
 

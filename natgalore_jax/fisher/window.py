@@ -28,8 +28,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..quantization.quantized_array import as_kept
-from ..sharding.partitioning import local
-from ..tree.leaf_spec import at_cores, core_arrays, replace_cores, subspace_only
+from ..sharding.partitioning import with_auto_axes
+from ..tree.leaf_spec import core_arrays, replace_cores, subspace_only, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.linalg import POWERS, eye_like, power_of_two, rounded, symmetric_inverse_root
 from ..util.validation import Scalar, check_choice, check_int, check_number
@@ -108,10 +108,10 @@ def scale_by_fisher(
     def init(params: PyTree) -> FisherState:
         subspace_only("scale_by_fisher", params)
         return FisherState(
-            count=at_cores(params, lambda r, n: (), jnp.int32),
-            window=at_cores(params, lambda r, n: (window, r, n), window_dtype),
-            gram=at_cores(params, lambda r, n: (window, window)),
-            scale=at_cores(params, lambda r, n: (window,)),
+            count=zeros_at_cores(params, lambda r, n: (), jnp.int32),
+            window=zeros_at_cores(params, lambda r, n: (window, r, n), window_dtype),
+            gram=zeros_at_cores(params, lambda r, n: (window, window)),
+            scale=zeros_at_cores(params, lambda r, n: (window,)),
         )
 
     def update(updates: PyTree, state: FisherState, params: PyTree = None, **extra_args):
@@ -127,7 +127,7 @@ def scale_by_fisher(
             return jnp.where(accepted[..., None, None], u, 0.0), *new
 
         arguments = list(zip(Rs, *map(core_arrays, state), strict=True))
-        results = [local(answer, like, *like) for like in arguments]
+        results = [with_auto_axes(answer, like, *like) for like in arguments]
         out, *fields = zip(*results, strict=True)
         trees = [replace_cores(tree, x) for tree, x in zip(state, fields, strict=True)]
         return replace_cores(updates, out), FisherState(*trees)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .tangent_weight import Labels, Tagged
+from .tangent_weight import Labels, TangentWeight
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -31,7 +31,7 @@ def _attach_jvp(delta, primals, tangents):
     return y, tangents[0] + delta(tangents[1], *constants).astype(y.dtype)
 
 
-def plain(v: Tagged) -> Array:
+def plain(v: TangentWeight) -> Array:
     """The weight as an array that hands its gradient, whole, on to the core."""
     axes = tuple(label for group in v.axes for label in group)
     along = lambda core, *bases: product(core, v.core_axes, bases, v.bases_axes, axes)
@@ -86,7 +86,7 @@ class Terms(NamedTuple):
 
 
 def terms(
-    v: Tagged,
+    v: TangentWeight,
     shape: Sequence[int],
     contracted: tuple[Sequence[int], Sequence[int]],
     batch: tuple[Sequence[int], Sequence[int]],
@@ -113,7 +113,7 @@ def terms(
 
 
 def dot(
-    v: Tagged,
+    v: TangentWeight,
     x: Array,
     y: Array,
     contracted: tuple[Sequence[int], Sequence[int]],

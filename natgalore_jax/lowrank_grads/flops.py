@@ -23,7 +23,7 @@ from .dot_general import steps, terms
 from .interpreter import Use, arrays, evaluate
 from .loss import Bases
 from .primitive_rules import axes_of
-from .tangent_weight import Labels, Tagged, reshape, tag
+from .tangent_weight import Labels, TangentWeight, reshape, tag
 
 
 class Cost(NamedTuple):
@@ -76,14 +76,16 @@ def costs_of(
     return costs
 
 
-def _tagged(path: tuple[Any, ...], w: Array, sides: Sequence[Basis]) -> Tagged:
+def _tagged(path: tuple[Any, ...], w: Array, sides: Sequence[Basis]) -> TangentWeight:
     """A weight at W + P B Qᵀ or, where it is not projected, at W + B: then the core is G."""
     if sides:
         P, *_ = sides
         dtype = core_dtype(P, w)
         return tag(P.spec, w, jnp.zeros(P.spec.core_shape, dtype), *expanded(dtype, *sides))
     axes = tuple(range(w.ndim))
-    v = Tagged(w, jnp.zeros_like(w), (), tuple((i,) for i in axes), axes, (), path_name(path))
+    v = TangentWeight(
+        w, jnp.zeros_like(w), (), tuple((i,) for i in axes), axes, (), path_name(path)
+    )
     as_is = reshape(v, w.shape)  # axes of length 1 have no label
     assert as_is is not None
     return as_is
@@ -122,7 +124,7 @@ def _products(use: Use) -> tuple[int, int]:
     return of(eqn, v, use.place) if of else (0, 0)
 
 
-def _dot_general(eqn: jax_core.JaxprEqn, v: Tagged, place: int) -> tuple[int, int]:
+def _dot_general(eqn: jax_core.JaxprEqn, v: TangentWeight, place: int) -> tuple[int, int]:
     first = place == 0
     x = eqn.invars[1 - place].aval
     x_axes, _, axes, out, sizes = terms(v, x.shape, *axes_of(eqn, first), first)
@@ -130,14 +132,14 @@ def _dot_general(eqn: jax_core.JaxprEqn, v: Tagged, place: int) -> tuple[int, in
     return whole, _along(x_axes, axes, out, sizes)
 
 
-def _gather(eqn: jax_core.JaxprEqn, v: Tagged, place: int) -> tuple[int, int]:
+def _gather(eqn: jax_core.JaxprEqn, v: TangentWeight, place: int) -> tuple[int, int]:
     """Of its rows, as of weights: what the gradient adds up is no product."""
     (axis, *_), indices = eqn.params["dimension_numbers"].start_index_map, eqn.invars[1].aval
     rows = dict.fromkeys(v.axes[axis], math.prod(indices.shape[:-1]))
     return 0, _lifting(v, v.sizes | rows)
 
 
-def _conv(eqn: jax_core.JaxprEqn, v: Tagged, place: int) -> tuple[int, int]:
+def _conv(eqn: jax_core.JaxprEqn, v: TangentWeight, place: int) -> tuple[int, int]:
     """Of a kernel, or of what it goes over: each entry of the result has one term for each weight
     that is not of another output channel."""
     kernel = eqn.invars[1].aval
@@ -152,7 +154,7 @@ FLOPS: dict[str, Any] = {
 }
 
 
-def _flat(v: Tagged) -> Labels:
+def _flat(v: TangentWeight) -> Labels:
     return tuple(label for group in v.axes for label in group)
 
 
@@ -162,6 +164,6 @@ def _along(x_axes: Labels, axes: Sequence[Labels], out: Labels, sizes: dict[int,
     return sum(of({*x, *y}) for x, y, _ in steps(x_axes, axes, out))
 
 
-def _lifting(v: Tagged, sizes: dict[int, int]) -> int:
+def _lifting(v: TangentWeight, sizes: dict[int, int]) -> int:
     """Of P B Qᵀ, and as much of the other way through it: of Pᵀ G Q."""
     return _along(v.core_axes, v.bases_axes, _flat(v), sizes)

@@ -1,6 +1,7 @@
 """Evaluates a program at tagged weights, so that its gradients by their cores are low-rank.
 
-An operation on a :class:`Tagged` weight has a rule in `primitive_rules.py`, giving another or an
+An operation on a :class:`TangentWeight` weight has a rule in `primitive_rules.py`, giving another
+or an
 array, and programs within the program are evaluated in the same way. Where there is no rule, or it
 does not hold, the weight is an array: still exact, but the gradient of that one use is formed whole
 before it is projected. Every use is reported, with or without a rule.
@@ -18,7 +19,7 @@ from jax.extend import core as jax_core
 from ..util.jaxprs import apply, called, read
 from .dot_general import plain
 from .primitive_rules import USES, Value
-from .tangent_weight import Tagged
+from .tangent_weight import TangentWeight
 
 
 class Use(NamedTuple):
@@ -35,7 +36,7 @@ class Use(NamedTuple):
     within: tuple[jax_core.JaxprEqn, ...]
     eqn: jax_core.JaxprEqn | None
     place: int
-    weight: Tagged
+    weight: TangentWeight
     whole: bool
 
     @property
@@ -48,7 +49,7 @@ Report = Callable[[Use], None]
 
 
 def evaluate(program: jax_core.ClosedJaxpr, values: Sequence[Value], report: Report) -> list[Value]:
-    """The program's outputs, which may be Tagged where inputs are."""
+    """The program's outputs, which may be TangentWeight where inputs are."""
     return read(program, values, lambda x: x, functools.partial(_through, report))
 
 
@@ -56,12 +57,12 @@ def arrays(
     values: Sequence[Value],
     eqn: jax_core.JaxprEqn | None,
     report: Report,
-    which: Callable[[int, Tagged], bool] = lambda place, v: True,
+    which: Callable[[int, TangentWeight], bool] = lambda place, v: True,
 ) -> list[Any]:
     """The values, operands of `eqn`, with those weights as arrays of which `which` holds."""
 
     def whole(place, x):
-        if not isinstance(x, Tagged) or not which(place, x):
+        if not isinstance(x, TangentWeight) or not which(place, x):
             return x
         report(Use((), eqn, place, x, whole=True))
         return plain(x)
@@ -75,7 +76,7 @@ def inside(report: Report, eqn: jax_core.JaxprEqn) -> Report:
 
 
 def _through(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
-    if not any(isinstance(x, Tagged) for x in values):
+    if not any(isinstance(x, TangentWeight) for x in values):
         return apply(eqn, values)
     name = eqn.primitive.name
     outputs = None
@@ -84,9 +85,9 @@ def _through(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> lis
     elif name in USES:
         outputs = USES[name](eqn, *values)
         outputs = outputs if outputs is None or isinstance(outputs, list) else [outputs]
-        if outputs is not None and not any(isinstance(x, Tagged) for x in outputs):
+        if outputs is not None and not any(isinstance(x, TangentWeight) for x in outputs):
             for place, x in enumerate(values):
-                if isinstance(x, Tagged):
+                if isinstance(x, TangentWeight):
                     report(Use((), eqn, place, x, whole=False))
     return apply(eqn, arrays(values, eqn, report)) if outputs is None else outputs
 
@@ -111,7 +112,7 @@ def _remat(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[
 
 def _cond(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value] | None:
     index, *operands = values
-    if isinstance(index, Tagged):
+    if isinstance(index, TangentWeight):
         return None
     run = lambda branch, *xs: _arrays_of(report, eqn, branch, xs)
     branches = [functools.partial(run, branch) for branch in eqn.params["branches"]]
@@ -156,14 +157,14 @@ def _scan(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[V
     return [*carry, *stacked]
 
 
-def _unscannable(v: Tagged) -> bool:
+def _unscannable(v: TangentWeight) -> bool:
     """Whether the leading axis is not that of matrices: B would not be cut along it."""
     return len(v.axes[0]) != 1 or v.axes[0][0] not in v.core_axes
 
 
 def _sliced(x: Value) -> tuple[Any, Callable[[Any], Value]]:
     """What a scan goes over of x, and x's slice from what it then has."""
-    if not isinstance(x, Tagged):
+    if not isinstance(x, TangentWeight):
         return x, lambda part: part
     ((label,), *axes) = x.axes
     factors = [x.core, *x.bases]
@@ -178,7 +179,9 @@ def _sliced(x: Value) -> tuple[Any, Callable[[Any], Value]]:
     def join(parts):
         weight, parts = parts
         core, *bases = [f if part is None else part for f, part in zip(factors, parts, strict=True)]
-        return Tagged(weight, core, tuple(bases), tuple(axes), core_axes, tuple(bases_axes), x.name)
+        return TangentWeight(
+            weight, core, tuple(bases), tuple(axes), core_axes, tuple(bases_axes), x.name
+        )
 
     return (x.weight, moved), join
 

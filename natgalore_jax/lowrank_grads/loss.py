@@ -16,9 +16,9 @@ from ..subspace.lift import expanded
 from ..subspace.projection import core_dtype, working_dtype
 from ..tree.flax_boxes import rebox, unbox
 from ..tree.leaf_spec import Basis, Core, cores
-from ..util.linalg import magnitude
+from ..util.linalg import max_abs
 from .interpreter import Use, arrays, evaluate
-from .tangent_weight import Tagged, tag
+from .tangent_weight import TangentWeight, tag
 
 
 # (P,) or (P, Q) of each projected leaf, by its path
@@ -69,7 +69,7 @@ def backward(
             values = [*map(tagged, paths, tied, free), *jax.tree.leaves(part)]
             outputs = evaluate(program, values, report)
             outputs[:1] = arrays(outputs[:1], None, report)
-            outputs = [x.weight if isinstance(x, Tagged) else x for x in outputs]
+            outputs = [x.weight if isinstance(x, TangentWeight) else x for x in outputs]
             value = jax.tree.structure(shapes).unflatten(outputs)
             return value if has_aux else (value, None)
 
@@ -150,7 +150,7 @@ def is_basis(x: Any) -> bool:
 
 def largest(result: Result, state: Any) -> list[Array]:
     """The largest entries of each matrix of each core that is of a SubspaceState, in its order."""
-    at = {R.spec: magnitude(R.value) for R in cores(result[1])}
+    at = {R.spec: max_abs(R.value) for R in cores(result[1])}
     return [at[n.spec] for n in cores(state.refreshed)]
 
 

@@ -1,7 +1,7 @@
 """What becomes of a tagged weight under one operation of a program: a rule for each that has one.
 
-A rule gives another :class:`Tagged`, or an array that has what the weight could add attached to it;
-or None, where it does not hold.
+A rule gives another :class:`TangentWeight`, or an array that has what the weight could add
+attached to it; or None, where it does not hold.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,54 +15,54 @@ from jaxtyping import Array
 
 from ..util.jaxprs import apply
 from .dot_general import dot, plain
-from .tangent_weight import Tagged, cut, reshape, scale, transpose
+from .tangent_weight import TangentWeight, cut, reshape, scale, transpose
 
 
-Value = Any  # an array or a Tagged
+Value = Any  # an array or a TangentWeight
 
 
-def _on_weight(eqn: jax_core.JaxprEqn, v: Tagged) -> Tagged:
+def _on_weight(eqn: jax_core.JaxprEqn, v: TangentWeight) -> TangentWeight:
     """What acts on the array and not on what it means: a cast, a name, a sharding."""
     (weight,) = apply(eqn, [v.weight])
     return v.replace(weight=weight)
 
 
-def _cast(eqn: jax_core.JaxprEqn, v: Tagged) -> Tagged | None:
+def _cast(eqn: jax_core.JaxprEqn, v: TangentWeight) -> TangentWeight | None:
     real = jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
     return _on_weight(eqn, v) if real else None
 
 
-def _reshape(eqn: jax_core.JaxprEqn, v: Tagged, *sizes: Any) -> Tagged | None:
+def _reshape(eqn: jax_core.JaxprEqn, v: TangentWeight, *sizes: Any) -> TangentWeight | None:
     turned = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
     return None if sizes or turned else reshape(v, eqn.outvars[0].aval.shape)
 
 
-def _broadcast(eqn: jax_core.JaxprEqn, v: Tagged, *sizes: Any) -> Tagged | None:
+def _broadcast(eqn: jax_core.JaxprEqn, v: TangentWeight, *sizes: Any) -> TangentWeight | None:
     """Only what adds axes of length 1."""
     shape = eqn.outvars[0].aval.shape
     return None if sizes or np.prod(shape) != v.weight.size else reshape(v, shape)
 
 
-def _cuts(v: Tagged, starts: Sequence[Any], sizes: Sequence[int]) -> Tagged | None:
+def _cuts(v: TangentWeight, starts: Sequence[Any], sizes: Sequence[int]) -> TangentWeight | None:
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         v = None if v is None else cut(v, axis, start, size)
     return v
 
 
-def _slice(eqn: jax_core.JaxprEqn, v: Tagged) -> Tagged | None:
+def _slice(eqn: jax_core.JaxprEqn, v: TangentWeight) -> TangentWeight | None:
     starts, ends = eqn.params["start_indices"], eqn.params["limit_indices"]
     if set(eqn.params["strides"] or ()) - {1}:
         return None
     return _cuts(v, starts, [end - start for start, end in zip(starts, ends, strict=True)])
 
 
-def _dynamic_slice(eqn: jax_core.JaxprEqn, v: Value, *starts: Any) -> Tagged | None:
-    if not isinstance(v, Tagged) or len(starts) != v.weight.ndim:
+def _dynamic_slice(eqn: jax_core.JaxprEqn, v: Value, *starts: Any) -> TangentWeight | None:
+    if not isinstance(v, TangentWeight) or len(starts) != v.weight.ndim:
         return None
     return _cuts(v, [jnp.asarray(start) for start in starts], eqn.params["slice_sizes"])
 
 
-def _split(eqn: jax_core.JaxprEqn, v: Tagged) -> list[Tagged] | None:
+def _split(eqn: jax_core.JaxprEqn, v: TangentWeight) -> list[TangentWeight] | None:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     ends = np.cumsum(sizes).tolist()
     parts = [
@@ -71,23 +71,23 @@ def _split(eqn: jax_core.JaxprEqn, v: Tagged) -> list[Tagged] | None:
     return None if any(part is None for part in parts) else parts
 
 
-def _mul(eqn: jax_core.JaxprEqn, a: Value, b: Value) -> Tagged | None:
-    v, by = (a, b) if isinstance(a, Tagged) else (b, a)
-    number = not isinstance(by, Tagged) and np.size(by) == 1
+def _mul(eqn: jax_core.JaxprEqn, a: Value, b: Value) -> TangentWeight | None:
+    v, by = (a, b) if isinstance(a, TangentWeight) else (b, a)
+    number = not isinstance(by, TangentWeight) and np.size(by) == 1
     return scale(v, jnp.asarray(by)) if number and np.ndim(by) <= v.weight.ndim else None
 
 
-def _div(eqn: jax_core.JaxprEqn, v: Value, by: Value) -> Tagged | None:
-    if isinstance(by, Tagged) or np.size(by) != 1:
+def _div(eqn: jax_core.JaxprEqn, v: Value, by: Value) -> TangentWeight | None:
+    if isinstance(by, TangentWeight) or np.size(by) != 1:
         return None
     (weight,) = apply(eqn, [v.weight, by])
     return scale(v, 1 / jnp.asarray(by)).replace(weight=weight)
 
 
 def _dot_general(eqn: jax_core.JaxprEqn, a: Value, b: Value) -> Array | None:
-    if isinstance(a, Tagged) and isinstance(b, Tagged):
+    if isinstance(a, TangentWeight) and isinstance(b, TangentWeight):
         return None
-    first = isinstance(a, Tagged)
+    first = isinstance(a, TangentWeight)
     v, x = (a, b) if first else (b, a)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
@@ -106,7 +106,7 @@ def axes_of(eqn: jax_core.JaxprEqn, first: bool) -> tuple[Any, Any]:
 def _gather(eqn: jax_core.JaxprEqn, v: Value, indices: Value) -> Value | None:
     """Rows of one axis, as of an embedding."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if not isinstance(v, Tagged) or isinstance(indices, Tagged):
+    if not isinstance(v, TangentWeight) or isinstance(indices, TangentWeight):
         return None
     (axis, *more), shape = numbers.start_index_map, v.weight.shape
     rest = [i for i in range(len(shape)) if i != axis]

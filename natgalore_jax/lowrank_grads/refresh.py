@@ -25,12 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ..quantization.quantized_array import basis_of, closed, decoded, is_coded, opened, recoded
-from ..sharding.partitioning import Layout, local, partition_of
+from ..quantization.quantized_array import basis_of, closed, decoded, is_quantized, opened, recoded
+from ..sharding.partitioning import ParamPartitions, partition_of, with_auto_axes
 from ..subspace.basis import basis_key, expand, normalised
 from ..subspace.engine import SubspaceState
 from ..subspace.refresh import Refresh, order
-from ..subspace.refresh_loop import Leaf, sweep
+from ..subspace.refresh_loop import Leaf, map_due_matrices
 from ..tree.leaf_spec import Basis, Core, LeafSpec, cores, replace_cores
 from ..util.linalg import norms
 from .loss import Bases, Result, bases_in, bases_of, is_basis, largest
@@ -56,7 +56,7 @@ def refreshed(
     run: Callable[[Bases], Result],
     refreshes: list[Refresh],
     states: list[SubspaceState],
-    layout: Layout,
+    partitions: ParamPartitions,
 ) -> tuple[Result, list[SubspaceState]]:
     """Value and cores, on bases that are turned first where they are due.
 
@@ -64,14 +64,14 @@ def refreshed(
       run: a pass on bases.
       refreshes: of each projection.
       states: of each.
-      layout: of the weights, as far as known.
+      partitions: of the weights, as far as known.
     """
     start = run(bases_of(states))
     due, number = [], jnp.int32(0)  # turns of each matrix; the most
     for refresh, state in zip(refreshes, states, strict=True):
         flags = refresh.all_flags(state, largest(start, state))
         each = [
-            flag * jnp.where(n.value == 0, refresh.method.first_turns, 1)
+            flag * jnp.where(n.value == 0, refresh.method.first_iterations, 1)
             for flag, n in zip(flags, cores(state.refreshed), strict=True)
         ]
         due.append(each)
@@ -85,10 +85,12 @@ def refreshed(
         Y = {x.spec.path: x.value.mT * D[x.spec.path] for x in products}
         changed = []
         for refresh, each, state in zip(refreshes, due, now, strict=True):
-            made = functools.partial(turn, refresh, layout)
+            made = functools.partial(turn, refresh, partitions)
             lies = state.basis, state.refreshed, state.inner_state
             of_state = [Y[P.spec.path] for P in bases_in(state.basis)]
-            changed.append(local(made, lies, of_state, [k < x for x in each], k == 0, state))
+            changed.append(
+                with_auto_axes(made, lies, of_state, [k < x for x in each], k == 0, state)
+            )
         now = [_with(*pair) for pair in zip(states, changed, strict=True)]
         return run(bases_of(now), k), changed
 
@@ -109,14 +111,14 @@ def opposite(Rs: list[Core]) -> tuple[Bases, dict[tuple[Any, ...], Float[Array, 
     for R in Rs:
         lengths = norms(R.value, (-1,))
         rows = jnp.where(lengths > 0, R.value / jnp.where(lengths > 0, lengths, 1.0), 0.0)
-        bases[R.spec.path] = (Basis(rows.mT, R.spec.turned),)
+        bases[R.spec.path] = (Basis(rows.mT, R.spec.transposed),)
         D[R.spec.path] = lengths.mT / jnp.maximum(lengths.max(axis=-2, keepdims=True), 1e-38)
     return bases, D
 
 
 def turn(
     refresh: Refresh,
-    layout: Layout,
+    partitions: ParamPartitions,
     Y: list[Float[Array, "..."]],
     due: list[Bool[Array, "..."]],
     first: Bool[Array, ""],
@@ -126,7 +128,7 @@ def turn(
 
     Args:
       refresh: of the projection.
-      layout: of the gradients, as far as known.
+      partitions: of the gradients, as far as known.
       Y: the products for each basis, (*batch, m, r).
       due: which matrices of each Core are.
       first: whether it is the first turn of a refresh, which counts it.
@@ -142,13 +144,13 @@ def turn(
         key = basis_key(refresh.seed, index, old.times + 1, 0)
         new = refresh.method.after(product, P, key)
         usable &= jnp.isfinite(new).all()
-        new = old.kept.anew(new) if is_coded(old.kept) else new
+        new = old.kept.anew(new) if is_quantized(old.kept) else new
         kept = jax.tree.map(functools.partial(jnp.where, usable), new, old.kept)
         into = [expand(basis_of(kept), spec, part.dtype)]
         carried = refresh.carry(roles, decoded(old.carried), [P], into, usable)
         return Turning(kept, old.times + (usable & first), recoded(carried, old.carried))
 
-    lies = {P.spec.path: partition_of("basis", P.spec, layout.at(P.spec.path)) for P in bases}
+    lies = {P.spec.path: partition_of("basis", P.spec, partitions.at(P.spec.path)) for P in bases}
     leaves = [
         Leaf(
             *(of_products(P.spec), tuple(kinds), y, now, jnp.asarray(order(P.spec))),
@@ -158,7 +160,9 @@ def turn(
             bases, roles, Y, due, cores(state.refreshed), arrays, strict=True
         )
     ]
-    new_P, new_n, new_arrays = zip(*sweep(step, leaves, Layout(layout.mesh, lies)), strict=True)
+    new_P, new_n, new_arrays = zip(
+        *map_due_matrices(step, leaves, ParamPartitions(partitions.mesh, lies)), strict=True
+    )
     left = iter(new_P)
     new_arrays = [closed(x) for x in new_arrays]
     return (

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from ..quantization.quantized_array import decoded, recoded
-from ..sharding.partitioning import Layout, local
+from ..sharding.partitioning import ParamPartitions, with_auto_axes
 from ..subspace.engine import SubspaceState
 from ..subspace.projection import lower
 from ..subspace.refresh import Refresh
@@ -31,7 +31,7 @@ def refreshed(
     full: Callable[[], Result],
     refreshes: list[Refresh],
     states: list[SubspaceState],
-    layout: Layout,
+    partitions: ParamPartitions,
 ) -> tuple[Result, list[SubspaceState]]:
     """Value and cores, on bases that are refreshed first where they are due.
 
@@ -40,7 +40,7 @@ def refreshed(
       full: one with whole gradients.
       refreshes: of each projection.
       states: of each.
-      layout: of the weights, as far as known.
+      partitions: of the weights, as far as known.
     """
 
     def due(result):
@@ -53,7 +53,7 @@ def refreshed(
         changed = []
         for refresh, state in zip(refreshes, states, strict=True):
             P, Q, projected, times, inner_state = _lowered(
-                refresh, _of_projected(state, at), state, layout
+                refresh, _of_projected(state, at), state, partitions
             )
             at |= {R.spec.path: R for R in cores(projected)}
             changed.append((P, Q, times, inner_state))
@@ -69,18 +69,20 @@ def refreshed(
 
 
 def _lowered(
-    refresh: Refresh, gradients: PyTree, state: SubspaceState, layout: Layout
+    refresh: Refresh, gradients: PyTree, state: SubspaceState, partitions: ParamPartitions
 ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree]:
     """Bases, cores, counts and inner state after a refresh; cores lie as those of `backward`."""
     whole = jax.tree.map(lambda n: n.replace(PartitionSpec()), state.refreshed, is_leaf=is_core)
     like = state.basis, state.right_basis, whole, state.refreshed, state.inner_state
 
     def down(gradients, state):
-        P, Q, projected, times, inner_state, _ = lower(refresh, gradients, decoded(state), layout)
+        P, Q, projected, times, inner_state, _ = lower(
+            refresh, gradients, decoded(state), partitions
+        )
         P, Q = recoded(P, state.basis), recoded(Q, state.right_basis)
         return P, Q, projected, times, recoded(inner_state, state.inner_state)
 
-    return local(down, like, gradients, state)
+    return with_auto_axes(down, like, gradients, state)
 
 
 def _of_projected(state: SubspaceState, at: dict[tuple[Any, ...], Any]) -> PyTree:

@@ -36,7 +36,7 @@ Labels = tuple[int, ...]
     meta_fields=("axes", "core_axes", "bases_axes", "name"),
 )
 @dataclasses.dataclass(frozen=True)
-class Tagged:
+class TangentWeight:
     """The weight W, or what has become of it, and the factors of what could be added to it.
 
     Attributes:
@@ -72,10 +72,10 @@ class Tagged:
         """How many of the factors have the label."""
         return sum(label in axes for axes in (self.core_axes, *self.bases_axes))
 
-    def replace(self, **changes: Any) -> "Tagged":
+    def replace(self, **changes: Any) -> "TangentWeight":
         return dataclasses.replace(self, **changes)
 
-    def change(self, label: int, new: Labels, f: Callable[[Array, int], Array]) -> "Tagged":
+    def change(self, label: int, new: Labels, f: Callable[[Array, int], Array]) -> "TangentWeight":
         """`f(factor, axis)` for each factor that has the label, which `new` ones replace there.
 
         The weight is left as it is: `reshape` and its kin know what becomes of it as a whole.
@@ -91,7 +91,7 @@ class Tagged:
         )
 
 
-def tag(spec: LeafSpec, weight: Array, core: Array, *bases: Array) -> Tagged:
+def tag(spec: LeafSpec, weight: Array, core: Array, *bases: Array) -> TangentWeight:
     """The leaf `weight` with B = `core`, zeros of `spec.core_shape`.
 
     Args:
@@ -104,7 +104,7 @@ def tag(spec: LeafSpec, weight: Array, core: Array, *bases: Array) -> Tagged:
     k = len(spec.sizes)
     last, last_axes = ((spec.rank,), (k + 1,)) if spec.both else (of(spec.cols), spec.cols)
     sides = [(spec.rows, k), (spec.cols, k + 1)][: len(bases)]
-    whole = Tagged(
+    whole = TangentWeight(
         weight.reshape(spec.sizes),
         core.reshape(*spec.batch_shape, spec.rank, *last),
         tuple(
@@ -121,12 +121,12 @@ def tag(spec: LeafSpec, weight: Array, core: Array, *bases: Array) -> Tagged:
     return leaf
 
 
-def transpose(v: Tagged, permutation: Sequence[int]) -> Tagged:
+def transpose(v: TangentWeight, permutation: Sequence[int]) -> TangentWeight:
     axes = tuple(v.axes[i] for i in permutation)
     return v.replace(weight=v.weight.transpose(permutation), axes=axes)
 
 
-def reshape(v: Tagged, shape: Sequence[int]) -> Tagged | None:
+def reshape(v: TangentWeight, shape: Sequence[int]) -> TangentWeight | None:
     """The weight in another shape; None if that would cut across labels."""
     weight = v.weight.reshape(shape)
     for label, n in v.sizes.items():
@@ -158,7 +158,7 @@ def reshape(v: Tagged, shape: Sequence[int]) -> Tagged | None:
     return v.replace(weight=weight, axes=tuple(groups))
 
 
-def cut(v: Tagged, axis: int, start: Any, size: int) -> Tagged | None:
+def cut(v: TangentWeight, axis: int, start: Any, size: int) -> TangentWeight | None:
     """Entries of one axis from `start`, a number or, where the axis is of one label, an array."""
     n = v.weight.shape[axis]
     if size == n:
@@ -174,7 +174,7 @@ def cut(v: Tagged, axis: int, start: Any, size: int) -> Tagged | None:
     return v.change(group[0], (group[0],), take).replace(weight=weight)
 
 
-def scale(v: Tagged, by: Array) -> Tagged:
+def scale(v: TangentWeight, by: Array) -> TangentWeight:
     """Times a number; through the weight as it is, that has its gradient."""
     core = v.core * lax.stop_gradient(by).reshape(()).astype(v.core.dtype)
     return v.replace(weight=v.weight * by.reshape(()), core=core)

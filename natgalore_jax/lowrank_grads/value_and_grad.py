@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ..sharding.partitioning import Layout, entered, layout_of
+from ..sharding.partitioning import ParamPartitions, mesh_context, partitions_of
 from ..subspace.engine import Engine, SubspaceState, finding
 from ..subspace.refresh import Refresh, groups, matrices
 from ..subspace.residual import ResidualState
@@ -116,18 +116,18 @@ def value_and_grad(
         states = [leaves[i] for i in places]
         refreshes = [engines[_key(state)][0].refresh for state in states]
         check_paths(states, params)
-        with entered(params):
+        with mesh_context(params):
             if states:
                 run, fallbacks = backward(loss_fn, params, has_aux, args, kwargs, micro_batches)
                 jax.eval_shape(lambda: run(bases_of(states)))
                 _tell(fallbacks, on_fallback)
-                layout = layout_of(unbox(params))
-                if layout.mesh is None:  # but `natgalore.sharded` may know
-                    layout = engines[_key(states[0])][1]
+                partitions = partitions_of(unbox(params))
+                if partitions.mesh is None:  # but `natgalore.sharded` may know
+                    partitions = engines[_key(states[0])][1]
                 if _by_passes(refresh, refreshes, states):
-                    result, states = turns.refreshed(run, refreshes, states, layout)
+                    result, states = turns.refreshed(run, refreshes, states, partitions)
                 else:
-                    result, states = whole.refreshed(run, full, refreshes, states, layout)
+                    result, states = whole.refreshed(run, full, refreshes, states, partitions)
             else:
                 result = full()
         for i, state in zip(places, states, strict=True):
@@ -171,7 +171,7 @@ def _check_micro_batches(args: Sequence[Any], number: int) -> None:
 
 def engines_of(
     tx: optax.GradientTransformation | optax.MultiSteps, params: PyTree, opt_state: PyTree
-) -> dict[tuple[LeafSpec, ...], tuple[Engine, Layout]]:
+) -> dict[tuple[LeafSpec, ...], tuple[Engine, ParamPartitions]]:
     """The engines in `tx` and how the weights lie, by the leaves that they project."""
     if _has(opt_state, ResidualState):
         raise ValueError("`residual` needs whole gradients: use jax.value_and_grad with it.")
@@ -183,7 +183,7 @@ def engines_of(
             )
     with finding() as found, warnings.catch_warnings(action="ignore"):
         jax.eval_shape(lambda params: tx.init(params), params)  # a new one, or JAX remembers it
-    engines = {_key(state): (engine, layout) for engine, state, layout in found}
+    engines = {_key(state): (engine, partitions) for engine, state, partitions in found}
     for state in jax.tree.leaves(opt_state, is_leaf=_is_subspace):
         if _is_subspace(state) and _key(state) not in engines:
             raise ValueError("`opt_state` is not a state of `tx`: their projections differ.")

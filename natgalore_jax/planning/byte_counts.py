@@ -12,7 +12,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..lowrank_grads.loss import Bases, bases_of
-from ..quantization.quantized_array import is_coded
+from ..quantization.quantized_array import is_quantized
 from ..reporting.memory_report import bytes_by_leaf, nbytes
 from ..selection.select import decisions
 from ..subspace.engine import SubspaceState
@@ -48,8 +48,8 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bill:
-    """What :func:`bill_of` counted.
+class ByteCount:
+    """What :func:`byte_count_of` counted.
 
     Attributes:
       rows: one for each leaf.
@@ -71,13 +71,13 @@ class Bill:
         return sum(self.bytes.values())
 
 
-def bill_of(
+def byte_count_of(
     tx: optax.GradientTransformation,
     params: PyTree,
     low_rank_gradients: bool = False,
     step: Callable[..., Any] | None = None,
     batch: tuple[Any, ...] = (),
-) -> Bill:
+) -> ByteCount:
     """Counts what training holds, from shapes: nothing is allocated.
 
     Args:
@@ -92,7 +92,7 @@ def bill_of(
     Example:
       >>> import natgalore_jax as natgalore
       >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.bfloat16)}}
-      >>> bill_of(natgalore.galore(1.0, rank=16), params, low_rank_gradients=True).bytes
+      >>> byte_count_of(natgalore.galore(1.0, rank=16), params, low_rank_gradients=True).bytes
       {'weights': 32768, 'gradients': 16384, 'state': 36884}
     """
     state, bases, reasons = state_of(tx, params)
@@ -118,7 +118,7 @@ def bill_of(
     if step is not None:
         del dtypes["gradients"]
         dtypes["temporaries"] = {"of the step": temporaries(step, params, state, *batch)}
-    return Bill(rows, dtypes)
+    return ByteCount(rows, dtypes)
 
 
 def state_of(
@@ -156,7 +156,7 @@ def _gradient(w: Any, P: Basis | None) -> jax.ShapeDtypeStruct:
     if P is None:
         real = jnp.issubdtype(w.dtype, jnp.inexact)
         return jax.ShapeDtypeStruct(w.shape, w.dtype if real else jax.dtypes.float0)
-    kept = P.replace(P.value.scales) if is_coded(P.value) else P  # in the dtype of its scales
+    kept = P.replace(P.value.scales) if is_quantized(P.value) else P  # in the dtype of its scales
     return jax.ShapeDtypeStruct(P.spec.core_shape, core_dtype(kept, w))
 
 

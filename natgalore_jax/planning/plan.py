@@ -23,7 +23,7 @@ from ..selection.select import Rank
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec
 from ..util.validation import check_bytes, check_choice, check_int, check_number
-from .byte_counts import Bill, Row, bill_of, state_of
+from .byte_counts import ByteCount, Row, byte_count_of, state_of
 from .plan_report import Plan
 from .rank_candidates import by_energy, by_fraction, largest_that_fits, rules
 from .spectra import shares
@@ -110,10 +110,10 @@ def plan(
         tx = recipe(1.0, rank=rank, **settings)
         return quantized(tx, roles) if roles else tx
 
-    def counted(rank: Rank) -> Bill:
+    def counted(rank: Rank) -> ByteCount:
         tx = made(rank)
         program = None if step is None else step(tx)
-        return bill_of(tx, params, low_rank_gradients, program, batch)
+        return byte_count_of(tx, params, low_rank_gradients, program, batch)
 
     specs = [] if rank is not None and grads is None else _specs(made(1, ()), params)
     spectra = {} if grads is None else _spectra(specs, params, grads)
@@ -138,7 +138,7 @@ def plan(
         rows=[_with_energy(row, spectra) for row in bill.rows],
         dtypes=bill.dtypes | ({"reserved": {"as asked": reserve}} if reserve else {}),
         budget=budget,
-        adamw=bill_of(optax.adamw(1.0), params).total,
+        adamw=byte_count_of(optax.adamw(1.0), params).total,
         savings=savings,
         recipe=recipe,
     )
@@ -196,14 +196,14 @@ def _savings(
     may_be_low: bool,
 ) -> dict[str, int]:
     """What takes how many bytes less, of weights, gradients and state."""
-    bill = bill_of(made(), params, low_rank_gradients)
+    bill = byte_count_of(made(), params, low_rank_gradients)
     low = low_rank_gradients or may_be_low
     narrow = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16) if _is_wide(w) else w
     ways = {
-        "bits=8": lambda: bill_of(made(roles=ROLES), params, low_rank_gradients).total,
-        "low_rank_gradients=True": lambda: bill_of(made(), params, low).total,
+        "bits=8": lambda: byte_count_of(made(roles=ROLES), params, low_rank_gradients).total,
+        "low_rank_gradients=True": lambda: byte_count_of(made(), params, low).total,
         "weights in bfloat16": lambda: (
-            bill_of(made(), jax.tree.map(narrow, params), low_rank_gradients).total
+            byte_count_of(made(), jax.tree.map(narrow, params), low_rank_gradients).total
         ),
         "the state in the host's memory, by natgalore.offload": lambda: (
             bill.total - bill.bytes["state"]

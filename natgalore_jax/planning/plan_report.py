@@ -9,14 +9,14 @@ import optax
 from ..quantization.quantized import quantized
 from ..selection.select import Rank
 from ..util.text_tables import alike, human_bytes, rich_table, table
-from .byte_counts import Bill, Row
+from .byte_counts import ByteCount, Row
 
 
 KINDS = ("weights", "gradients", "state")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan(Bill):
+class Plan(ByteCount):
     """What :func:`natgalore.plan` decided and counted; prints as a table and a verdict.
 
     Attributes:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ..fisher.window import gram
-from ..sharding.partitioning import local
+from ..sharding.partitioning import with_auto_axes
 from ..tree.leaf_spec import LeafSpec, cores
 from ..tree.state_roles import Undeclared, register_state, walk
 from ..util.validation import check_choice, check_int
@@ -21,9 +21,9 @@ from .quantized_array import (
     basis,
     block_of,
     coded,
-    is_coded,
     is_large,
-    kept_where_same,
+    is_quantized,
+    keep_codes_if_unchanged,
     windows_in_8_bits,
 )
 from .staged_update import in_parts
@@ -40,8 +40,8 @@ class QuantizedState(NamedTuple):
     """What :func:`quantized` remembers.
 
     Attributes:
-      inner_state: the state of the optimizer, with a :class:`Coded` in place of each array that is
-        kept in 8 bits; all others are as they were.
+      inner_state: the state of the optimizer, with a :class:`QuantizedArray` in place of each
+      array that is kept in 8 bits; all others are as they were.
       key: that of the next rounding, two words of uint32; None where nothing is rounded at random.
     """
 
@@ -138,7 +138,7 @@ def quantized(
                 "`quantized` goes around `natgalore.project`, not into it: quantized(chain(...))."
             )
         state = tx.init(params)
-        if any(map(is_coded, jax.tree.leaves(state, is_leaf=is_coded))):
+        if any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized))):
             raise ValueError("`tx` is quantized already: give `quantized` the optimizer itself.")
         _warn_undeclared(state)
         key = jax.random.key_data(jax.random.key(seed, impl=GENERATOR)) if random else None
@@ -160,9 +160,9 @@ def quantized(
         return QuantizedState(walk(state, first), following)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        leaves, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_coded)
+        leaves, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_quantized)
         role_at = _roles(treedef)
-        in_codes = [i for i, x in enumerate(leaves) if is_coded(x)]
+        in_codes = [i for i, x in enumerate(leaves) if is_quantized(x)]
         now, following = _split(state.key)
 
         def inner(arrays):
@@ -184,7 +184,7 @@ def quantized(
                 return x.anew(after)
             key = _key_of(now, i) if role in stochastic else None
             new = coded(CODES[role], after, after.shape[-1] // x.scales.shape[-1], key)
-            return kept_where_same(x, before, after, new) if role == "basis" else new
+            return keep_codes_if_unchanged(x, before, after, new) if role == "basis" else new
 
         (updates, new), codes = in_parts(inner, [leaves[i] for i in in_codes], read, write)
         inner_state = treedef.unflatten(_with(new, in_codes, codes))
@@ -237,7 +237,7 @@ def _with_grams(state: PyTree) -> PyTree:
             return x
         # What was not finite stays so. (An array that is not read is not donated either.)
         anew = lambda x, H: jnp.where(jnp.isfinite(x), gram(H.astype(x.dtype)), jnp.nan)
-        return local(anew, x, x, windows[spec])
+        return with_auto_axes(anew, x, x, windows[spec])
 
     return walk(state, one)
 

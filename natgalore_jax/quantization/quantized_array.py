@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import explicit_mesh, fitting, local, partition
+from ..sharding.partitioning import explicit_mesh, fitting, partition, with_auto_axes
 from ..tree.leaf_spec import Basis
 from ..util.linalg import matmul
 from .dynamic_8bit import LINEAR, Code, block_size, code_of, decode, encode
@@ -21,7 +21,7 @@ SMALLEST = 4096  # numbers of an array that is worth it, as in 8-bit Adam
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Coded:
+class QuantizedArray:
     """An array in 8 bits, in the state in its place.
 
     Attributes:
@@ -34,33 +34,37 @@ class Coded:
 
     def array(self) -> Array:
         """What it stands for."""
-        return local(decode, partition(self.codes), self.codes, self.scales)
+        return with_auto_axes(decode, partition(self.codes), self.codes, self.scales)
 
-    def anew(self, x: Array) -> "Coded":
+    def anew(self, x: Array) -> "QuantizedArray":
         """x in its place, to nearest."""
         return coded(code_of(self.codes), x, x.shape[-1] // self.scales.shape[-1])
 
 
-def is_coded(x: Any) -> bool:
-    return isinstance(x, Coded)
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
 
 
-def coded(code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None) -> Coded:
+def coded(
+    code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None
+) -> QuantizedArray:
     """`encode`, the codes lying on a mesh as x does, and the scales as far as their number lets."""
     mesh, lies = explicit_mesh(x), partition(x)
     blocks = (*x.shape[:-1], x.shape[-1] // block)
     scales = lies if mesh is None else fitting(lies, blocks, mesh)
     encoded = lambda x, key: encode(code, x, block, key)
-    return Coded(*local(encoded, (lies, scales), x, key))
+    return QuantizedArray(*with_auto_axes(encoded, (lies, scales), x, key))
 
 
 def decoded(state: PyTree) -> PyTree:
-    """`state` with the array that each Coded stands for in its place, bases orthonormal again."""
+    """`state` with the array that each QuantizedArray stands for in its place, bases
+    orthonormal again.
+    """
 
     def array(x):
         if _is_coded_basis(x):
             return x.replace(basis(x.value))
-        return x.array() if is_coded(x) else x
+        return x.array() if is_quantized(x) else x
 
     return jax.tree.map(array, state, is_leaf=_is_leaf)
 
@@ -73,8 +77,8 @@ def recoded(state: PyTree, like: PyTree) -> PyTree:
 
     def one(x, array):
         if _is_coded_basis(x):
-            return array if is_coded(array.value) else x.replace(x.value.anew(array.value))
-        if not is_coded(x) or is_coded(array):
+            return array if is_quantized(array.value) else x.replace(x.value.anew(array.value))
+        if not is_quantized(x) or is_quantized(array):
             return array
         return x.anew(array)
 
@@ -83,13 +87,13 @@ def recoded(state: PyTree, like: PyTree) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class Closed:
-    """A Coded as one leaf, where both its arrays are to be met together.
+    """A QuantizedArray as one leaf, where both its arrays are to be met together.
 
     Attributes:
       coded: what is in it.
     """
 
-    coded: Coded
+    coded: QuantizedArray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,8 +102,8 @@ class Closed:
 
 
 def closed(state: PyTree) -> PyTree:
-    """`state` with a leaf in place of each Coded."""
-    return jax.tree.map(lambda x: Closed(x) if is_coded(x) else x, state, is_leaf=is_coded)
+    """`state` with a leaf in place of each QuantizedArray."""
+    return jax.tree.map(lambda x: Closed(x) if is_quantized(x) else x, state, is_leaf=is_quantized)
 
 
 def opened(state: PyTree) -> PyTree:
@@ -115,14 +119,18 @@ def kept_bases(before: PyTree, state: PyTree, encoded: PyTree) -> PyTree:
     """
 
     def one(old, array, new):
-        if not _is_coded_basis(old) or is_coded(array.value):
+        if not _is_coded_basis(old) or is_quantized(array.value):
             return new
-        return new.replace(kept_where_same(old.value, basis(old.value), array.value, new.value))
+        return new.replace(
+            keep_codes_if_unchanged(old.value, basis(old.value), array.value, new.value)
+        )
 
     return jax.tree.map(one, before, state, encoded, is_leaf=_is_leaf)
 
 
-def kept_where_same(old: Coded, was: Array, now: Array, new: Coded) -> Coded:
+def keep_codes_if_unchanged(
+    old: QuantizedArray, was: Array, now: Array, new: QuantizedArray
+) -> QuantizedArray:
     """The codes of each matrix that was one array and is another: the old ones of an equal one."""
 
     def keep(was, now, old, new):
@@ -130,10 +138,10 @@ def kept_where_same(old: Coded, was: Array, now: Array, new: Coded) -> Coded:
         return jax.tree.map(lambda a, b: jnp.where(same, a, b), old, new)
 
     both = [(x.codes, x.scales) for x in (old, new)]
-    return Coded(*local(keep, both[0], was, now, *both))
+    return QuantizedArray(*with_auto_axes(keep, both[0], was, now, *both))
 
 
-def basis(x: Coded) -> Float[Array, "*batch m r"]:
+def basis(x: QuantizedArray) -> Float[Array, "*batch m r"]:
     """A basis that is kept in 8 bits, with orthonormal columns again.
 
     Its codes are so to 1.3 %, and of a large gradient that much is left in G − P Pᵀ G, beside
@@ -143,20 +151,22 @@ def basis(x: Coded) -> Float[Array, "*batch m r"]:
     a projection down and up.
     """
     again = lambda P: 1.5 * P - 0.5 * matmul(P, matmul(P.mT, P))
-    return local(lambda codes, scales: again(decode(codes, scales)), x.codes, x.codes, x.scales)
+    return with_auto_axes(
+        lambda codes, scales: again(decode(codes, scales)), x.codes, x.codes, x.scales
+    )
 
 
 def basis_of(kept: Any) -> Array:
     """Of what a state keeps of a basis: that, or what it stands for if it is in 8 bits."""
-    return basis(kept) if is_coded(kept) else kept
+    return basis(kept) if is_quantized(kept) else kept
 
 
 def _is_coded_basis(x: Any) -> bool:
-    return isinstance(x, Basis) and is_coded(x.value)
+    return isinstance(x, Basis) and is_quantized(x.value)
 
 
 def _is_leaf(x: Any) -> bool:
-    return is_coded(x) or _is_coded_basis(x)
+    return is_quantized(x) or _is_coded_basis(x)
 
 
 def block_of(x: Any) -> int | None:

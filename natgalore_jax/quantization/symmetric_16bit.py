@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from ..sharding.partitioning import local, partition
+from ..sharding.partitioning import partition, with_auto_axes
 from .dynamic_8bit import wide
-from .quantized_array import Coded
+from .quantized_array import QuantizedArray
 
 
 LEVELS = 127 * 256  # of |q|, so that h and l both fit into a byte
@@ -40,7 +40,7 @@ NAN = -128
 
 
 @jax.tree_util.register_dataclass
-class CodedSymmetric(Coded):
+class SymmetricArray(QuantizedArray):
     """A symmetric semidefinite array, in the state in its place.
 
     Attributes:
@@ -49,15 +49,15 @@ class CodedSymmetric(Coded):
     """
 
     def array(self) -> Float[Array, "*batch r r"]:
-        return local(decode, partition(self.codes), self.codes, self.scales)
+        return with_auto_axes(decode, partition(self.codes), self.codes, self.scales)
 
-    def anew(self, x: Float[Array, "*batch r r"]) -> "CodedSymmetric":
+    def anew(self, x: Float[Array, "*batch r r"]) -> "SymmetricArray":
         return coded(x)
 
 
-def coded(x: Float[Array, "*batch r r"]) -> CodedSymmetric:
+def coded(x: Float[Array, "*batch r r"]) -> SymmetricArray:
     """`encode`, both results lying on a mesh as x does, whose last two axes are whole."""
-    return CodedSymmetric(*local(encode, (partition(x), partition(x)), x))
+    return SymmetricArray(*with_auto_axes(encode, (partition(x), partition(x)), x))
 
 
 def encode(

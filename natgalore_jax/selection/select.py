@@ -228,7 +228,7 @@ def _oriented(spec: LeafSpec, rank: int | float | None, side: str, index: int) -
             "such as ('', 128)."
         )
     turn = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
-    spec = spec.turned if turn else spec
+    spec = spec.transposed if turn else spec
     short = min(spec.m, spec.n)
     rank = max(1, round(rank * short)) if isinstance(rank, float) else min(rank, short)
     return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")

@@ -1,7 +1,7 @@
-"""Work on whole matrices that lie on several devices: each where it is, or dealt out.
+"""Work on whole matrices that lie on several devices: each where it is, or on_whole_matrices out.
 
 over_shards    a loop over the matrices of a stack, on each device over its own
-dealt          products of matrices with themselves, each on a device that has all of it
+on_whole_matrices          products of matrices with themselves, each on a device that has all of it
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from jax.sharding import (
 from jaxtyping import Array, PyTree
 
 from ..tree.leaf_spec import LeafSpec
-from .partitioning import Layout, by_axis, held, merged, place, trimmed
+from .partitioning import ParamPartitions, by_axis, merged, mesh_axes, place, trimmed
 
 
-def batch_partition(spec: LeafSpec, layout: Layout) -> PartitionSpec:
+def batch_partition(spec: LeafSpec, partitions: ParamPartitions) -> PartitionSpec:
     """How the batch axes of a leaf are sharded; an empty one where they are whole."""
-    entry = by_axis(spec, layout.at(spec.path))
+    entry = by_axis(spec, partitions.at(spec.path))
     return trimmed([entry[axis] for axis in spec.batch])
 
 
 def over_shards(
     f: Callable[..., PyTree],
     spec: LeafSpec,
-    layout: Layout,
+    partitions: ParamPartitions,
     G: Array,
     which: PyTree,
     state: PyTree,
@@ -46,20 +46,20 @@ def over_shards(
     Args:
       f: from a leaf's spec, G, and arrays whose batch axes come first, to new ones of the last.
       spec: of the leaf.
-      layout: of the gradients.
+      partitions: of the gradients.
       G: in the leaf's shape.
       which: arrays that are not returned.
       state: those that are.
     """
-    batch = batch_partition(spec, layout)
+    batch = batch_partition(spec, partitions)
     if not batch:
         return f(spec, G, which, state)
-    entry = by_axis(spec, layout.at(spec.path))
-    names = {name for part in batch for name in held(part)}
+    entry = by_axis(spec, partitions.at(spec.path))
+    names = {name for part in batch for name in mesh_axes(part)}
     context = get_abstract_mesh()
-    mesh = layout.mesh if context.empty else context
+    mesh = partitions.mesh if context.empty else context
     sizes = [
-        size // math.prod(mesh.shape[name] for name in held(entry[axis]) if axis in spec.batch)
+        size // math.prod(mesh.shape[name] for name in mesh_axes(entry[axis]) if axis in spec.batch)
         for axis, size in enumerate(spec.sizes)
     ]
     own = dataclasses.replace(spec, shape=tuple(sizes), split=())
@@ -74,19 +74,21 @@ def over_shards(
     )(G.reshape(spec.sizes), which, state)
 
 
-def dealt(f: Callable[[Array], Array], spec: LeafSpec, layout: Layout, x: Array) -> Array:
+def on_whole_matrices(
+    f: Callable[[Array], Array], spec: LeafSpec, partitions: ParamPartitions, x: Array
+) -> Array:
     """`f(x)` of the matrices of a leaf, (*batch, m, n), each of which it meets whole on a device.
 
     For products of a matrix with itself, for each of which shards would be gathered. The matrices
-    of a stack are dealt out over the devices that share each of them; where their number does not
-    allow that, each of these devices works on all.
+    of a stack are on_whole_matrices out over the devices that share each of them; where their
+    number does not allow that, each of these devices works on all.
     """
     context = get_abstract_mesh()
-    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else layout.mesh
-    entry = by_axis(spec, layout.at(spec.path))
+    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else partitions.mesh
+    entry = by_axis(spec, partitions.at(spec.path))
     sides = [merged(spec, axes, entry) for axes in (spec.rows, spec.cols)]
-    batch = [[*held(entry[axis])] for axis in spec.batch]
-    shared = [name for side in sides for name in held(side)]
+    batch = [[*mesh_axes(entry[axis])] for axis in spec.batch]
+    shared = [name for side in sides for name in mesh_axes(side)]
     if mesh is None or not shared or not _are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x)
     lies = PartitionSpec(*[entry[axis] for axis in spec.batch], *sides)

@@ -6,9 +6,10 @@ of it their shardings: the basis P (m x r) lies as a does, cores and all that ha
 which lie as the weight's. The ranks r and s are never sharded, so any rank will do on any mesh.
 
 On a mesh with Explicit axes every array's type says how it lies, and JAX refuses a QR of a sharded
-matrix, or a product whose contracted axis is. :func:`local` hands such work to the compiler, as on
+matrix, or a product whose contracted axis is. :func:`with_auto_axes` hands such work to the
+compiler, as on
 meshes with Auto axes, and states how the results lie. On Auto axes a concrete array says how it
-lies, and under `jit` none does, unless the user has said it, for :func:`knowing`.
+lies, and under `jit` none does, unless the user has said it, for :func:`known_partitions`.
 """
 
 import contextlib
@@ -60,7 +61,7 @@ def partition_of(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSp
     return trimmed([*batch, *rest])
 
 
-def lying(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
+def partition_spec_of(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
     """The same for an array that :func:`walk` met, whose role may be undeclared."""
     if x.shape[: len(spec.batch)] != spec.batch_shape:
         return PartitionSpec()
@@ -84,7 +85,7 @@ def fitting(
     """`param` where it divides the axes of an array of this shape, and None where it does not."""
 
     def fits(entry, size):
-        return size % math.prod(mesh.shape[name] for name in held(entry)) == 0
+        return size % math.prod(mesh.shape[name] for name in mesh_axes(entry)) == 0
 
     return trimmed([e if fits(e, n) else None for e, n in zip(param, shape, strict=False)])
 
@@ -108,7 +109,7 @@ def merged(spec: LeafSpec, axes: tuple[int, ...], entry: list[Entry]) -> Entry:
     return None if any(other is not None for other in others) else first
 
 
-class Layout(NamedTuple):
+class ParamPartitions(NamedTuple):
     """How the leaves of a tree lie on a mesh.
 
     Attributes:
@@ -132,27 +133,31 @@ class Layout(NamedTuple):
         return x if typed or not isinstance(x, jax.core.Tracer) else self.place(x, entries)
 
 
-_known: contextvars.ContextVar[Layout | None] = contextvars.ContextVar("known", default=None)
+_known: contextvars.ContextVar[ParamPartitions | None] = contextvars.ContextVar(
+    "known", default=None
+)
 
 
 @contextlib.contextmanager
-def knowing(layout: Layout) -> Iterator[None]:
-    """Within it :func:`layout_of` answers `layout` for arrays that cannot say how they lie."""
-    token = _known.set(layout)
+def known_partitions(partitions: ParamPartitions) -> Iterator[None]:
+    """Within it :func:`partitions_of` answers `partitions` for arrays that cannot say how they
+    lie.
+    """
+    token = _known.set(partitions)
     try:
         yield
     finally:
         _known.reset(token)
 
 
-def layout_of(tree: PyTree) -> Layout:
+def partitions_of(tree: PyTree) -> ParamPartitions:
     """How the leaves of a tree lie: as their types say, or they themselves, or the user."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    concrete = (x.sharding.mesh for _, x in leaves if lies_on_mesh(x))
+    concrete = (x.sharding.mesh for _, x in leaves if is_on_mesh(x))
     mesh = next(concrete, None) or explicit_mesh(tree)
     if mesh is None:
-        return _known.get() or Layout(None, {})
-    return Layout(mesh, {path: partition(x) for path, x in leaves})
+        return _known.get() or ParamPartitions(None, {})
+    return ParamPartitions(mesh, {path: partition(x) for path, x in leaves})
 
 
 def explicit_mesh(tree: PyTree) -> Any:
@@ -161,7 +166,7 @@ def explicit_mesh(tree: PyTree) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
-def lies_on_mesh(x: Any) -> bool:
+def is_on_mesh(x: Any) -> bool:
     """Whether x is a concrete array on a mesh."""
     tracer = isinstance(x, jax.core.Tracer)
     return not tracer and isinstance(getattr(x, "sharding", None), NamedSharding)
@@ -170,11 +175,11 @@ def lies_on_mesh(x: Any) -> bool:
 def partition(x: Any) -> PartitionSpec:
     """How an array lies, as far as it says: a concrete one does, else its type."""
     if not isinstance(x, jax.core.Tracer):
-        return x.sharding.spec if lies_on_mesh(x) else PartitionSpec()
+        return x.sharding.spec if is_on_mesh(x) else PartitionSpec()
     return trimmed(list(jax.typeof(x).sharding.spec))
 
 
-def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
+def with_auto_axes(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
     """`f(*args)`, inside which the compiler decides how arrays lie.
 
     Args:
@@ -192,13 +197,13 @@ def local(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
         return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
 
 
-def entered(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
+def mesh_context(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
     """Within it, what is made anew lies on the mesh of `tree`, if that has Explicit axes.
 
     Under `jit` it does anyway. Where operations run one by one JAX asks for `jax.set_mesh`, and
     this enters it for users who have not.
     """
-    mesh = layout_of(tree).mesh
+    mesh = partitions_of(tree).mesh
     explicit = isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
     if explicit and get_abstract_mesh().empty:
         with contextlib.suppress(ValueError):  # inside a transformation, such as `jit` or `vmap`
@@ -206,7 +211,7 @@ def entered(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def held(entry: Entry) -> tuple[str, ...]:
+def mesh_axes(entry: Entry) -> tuple[str, ...]:
     """The mesh's axes in an entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 

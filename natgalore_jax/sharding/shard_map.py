@@ -28,7 +28,7 @@ def varying_as(x: Array, like: Any) -> Array:
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
-def refuse_unreduced(updates: PyTree, counters: PyTree) -> None:
+def check_reduced(updates: PyTree, counters: PyTree) -> None:
     """Raises if a gradient differs between devices that share the state of its leaf.
 
     Args:

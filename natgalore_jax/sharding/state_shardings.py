@@ -13,7 +13,15 @@ from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec, is_core
 from ..tree.state_roles import owner, walk
 from ..util.validation import check_choice
-from .partitioning import Layout, fitting, held, knowing, lying, place, trimmed
+from .partitioning import (
+    ParamPartitions,
+    fitting,
+    known_partitions,
+    mesh_axes,
+    partition_spec_of,
+    place,
+    trimmed,
+)
 
 
 def state_shardings(
@@ -61,9 +69,9 @@ def state_shardings(
       >>> state[0].basis["up"]["kernel"].value.sharding.spec
       P('fsdp',)
     """
-    layout, zero_axes = _layout(params, param_shardings, zero_axis)
+    partitions, zero_axes = _layout(params, param_shardings, zero_axis)
     program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
-    shardings = _of_state(shapes, params, layout, zero_axes)
+    shardings = _of_state(shapes, params, partitions, zero_axes)
 
     at_host = [aval.memory_space == jax.memory.Space.Host for aval in program.out_avals]
     # Named throughout or not at all: jax.jit matches donated arrays to results by the names.
@@ -108,19 +116,19 @@ def sharded(
     tx = optax.with_extra_args_support(tx)
 
     def placed(state: PyTree, params: PyTree) -> PyTree:
-        layout, zero_axes = _layout(params, param_shardings, zero_axis)
-        return jax.tree.map(place, state, _of_state(state, params, layout, zero_axes))
+        partitions, zero_axes = _layout(params, param_shardings, zero_axis)
+        return jax.tree.map(place, state, _of_state(state, params, partitions, zero_axes))
 
     def init(params: PyTree) -> PyTree:
-        layout, _ = _layout(params, param_shardings, zero_axis)
-        with knowing(layout):
+        partitions, _ = _layout(params, param_shardings, zero_axis)
+        with known_partitions(partitions):
             return placed(tx.init(params), params)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
         leaf = lambda G: True if is_core(G) else G  # where it may have come without its box
         leaves = jax.tree.map(leaf, updates, is_leaf=is_core)
-        layout, _ = _layout(leaves, param_shardings, zero_axis)
-        with knowing(layout):
+        partitions, _ = _layout(leaves, param_shardings, zero_axis)
+        with known_partitions(partitions):
             updates, state = tx.update(updates, state, params, **extra_args)
         flat = zip(jax.tree.leaves(updates), jax.tree.leaves(unbox(param_shardings)), strict=True)
         updates = jax.tree.structure(updates).unflatten([place(x, lies) for x, lies in flat])
@@ -131,7 +139,7 @@ def sharded(
 
 def _layout(
     params: PyTree, param_shardings: PyTree, zero_axis: str | Sequence[str] | None
-) -> tuple[Layout, tuple[str, ...]]:
+) -> tuple[ParamPartitions, tuple[str, ...]]:
     """The mesh and how each weight lies on it, and the axes of ZeRO."""
     params, param_shardings = unbox(params), unbox(param_shardings)
     try:
@@ -142,17 +150,19 @@ def _layout(
     if len(meshes) != 1 or None in meshes:
         raise ValueError(f"`param_shardings` must be NamedShardings of one mesh, got {flat}.")
     (mesh,) = meshes
-    zero_axes = held(tuple(zero_axis) if isinstance(zero_axis, list) else zero_axis)
+    zero_axes = mesh_axes(tuple(zero_axis) if isinstance(zero_axis, list) else zero_axis)
     for axis in zero_axes:
         check_choice("zero_axis", axis, mesh.axis_names)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     lies = {path: x.spec for path, x in zip(paths, flat, strict=True)}
-    return Layout(mesh, lies), zero_axes
+    return ParamPartitions(mesh, lies), zero_axes
 
 
-def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence[str]) -> PyTree:
+def _of_state(
+    state: PyTree, params: PyTree, partitions: ParamPartitions, zero_axes: Sequence[str]
+) -> PyTree:
     """The NamedSharding of each array of a state; of both trees shapes suffice."""
-    mesh, lies = layout
+    mesh, lies = partitions
     weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
 
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
@@ -169,7 +179,7 @@ def _of_state(state: PyTree, params: PyTree, layout: Layout, zero_axes: Sequence
             return x
         ndim = len(x.shape)
         divisible = [ndim - 1] if role in ("linear", "square", "window") else []
-        return named(x, lying(x, role, spec, lies[spec.path]), divisible)
+        return named(x, partition_spec_of(x, role, spec, lies[spec.path]), divisible)
 
     def other(path: tuple, x: Any) -> NamedSharding:
         if isinstance(x, NamedSharding):
@@ -196,10 +206,10 @@ def _over(
 ) -> PartitionSpec:
     """`entries` with the mesh's `axis` too, on the first axis of `divisible` that it can divide."""
     parts = [*entries, *[None] * (len(shape) - len(entries))]
-    if any(axis in held(entry) for entry in parts):
+    if any(axis in mesh_axes(entry) for entry in parts):
         return entries
     for i in divisible:
-        names = (*held(parts[i]), axis)
+        names = (*mesh_axes(parts[i]), axis)
         if shape[i] and shape[i] % math.prod(mesh.shape[name] for name in names) == 0:
             parts[i] = names if len(names) > 1 else axis
             break

@@ -31,14 +31,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..tree.leaf_spec import LeafSpec
-from ..util.linalg import magnitude, matmul, orthonormalise, product, rounded_product
+from ..util.linalg import matmul, max_abs, orthonormalise, product, rounded_product
 
 
-Turn = Callable[[Float[Array, "m n"], Float[Array, "m r"], Key[Array, ""]], Float[Array, "m r"]]
+BasisUpdate = Callable[
+    [Float[Array, "m n"], Float[Array, "m r"], Key[Array, ""]], Float[Array, "m r"]
+]
 
 SHIFT = 1e-6  # ε of (1): ten times float32's rounding of a squared singular value
 GENERATOR = "threefry2x32"  # whatever the user's: the data of another could not be read back
-FIRST_TURNS = 4  # of (1) at a cold start; the study of ratios is in tests/subspace/test_basis.py
+FIRST_ITERATIONS = (
+    4  # of (1) at a cold start; the study of ratios is in tests/subspace/test_basis.py
+)
 
 
 def power(
@@ -46,10 +50,10 @@ def power(
 ) -> Float[Array, "m r"]:
     """One turn of (1). Costs 4·m·n·r flops and one QR of m x r."""
     del key
-    return of_product(matmul(G, matmul(G.mT, P)), P)
+    return from_product(matmul(G, matmul(G.mT, P)), P)
 
 
-def of_product(Y: Float[Array, "m r"], P: Float[Array, "m r"]) -> Float[Array, "m r"]:
+def from_product(Y: Float[Array, "m r"], P: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """The second half of (1), from Y = G (Gᵀ P) in any units."""
     norm = jnp.linalg.norm(Y)
     return orthonormalise(Y / jnp.where(norm > 0, norm, 1.0).astype(Y.dtype) + SHIFT * P)
@@ -64,23 +68,23 @@ def svd(G: Float[Array, "m n"], P: Float[Array, "m r"], key: Key[Array, ""]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Tracked:
+class StoredBasis:
     """A basis that the state keeps, and that `turn` makes from the gradient and the one before.
 
     Attributes:
       turn: (G, P, key) -> P.
-      first_turns: how often it is called at a matrix's first refresh, from a random basis.
-      of_product: `turn` from G (Gᵀ P), in any units, and P; None if it needs more of G.
+      first_iterations: how often it is called at a matrix's first refresh, from a random basis.
+      from_product: `turn` from G (Gᵀ P), in any units, and P; None if it needs more of G.
     """
 
-    turn: Turn
-    first_turns: int = 1
-    of_product: Callable[..., Float[Array, "m r"]] | None = None
+    turn: BasisUpdate
+    first_iterations: int = 1
+    from_product: Callable[..., Float[Array, "m r"]] | None = None
 
     @property
     def needs_gradient(self) -> bool:
         """Whether `next` needs more than :meth:`after` is given."""
-        return self.of_product is None
+        return self.from_product is None
 
     def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
         """What the state keeps of the bases that the keys stand for."""
@@ -94,10 +98,10 @@ class Tracked:
         first: Bool[Array, ""],
     ) -> Float[Array, "m r"]:
         """What the state keeps of the next basis of a matrix whose basis is P."""
-        if self.first_turns == 1:
+        if self.first_iterations == 1:
             new = self.turn(G, P, key)
         else:
-            turns = jnp.where(first, self.first_turns, 1)
+            turns = jnp.where(first, self.first_iterations, 1)
             new = lax.fori_loop(0, turns, lambda _, P: self.turn(G, P, key), P)
         if jnp.shape(new) != P.shape:
             raise ValueError(
@@ -110,19 +114,19 @@ class Tracked:
     ) -> Float[Array, "m r"]:
         """One turn of `next`, from the product Y = G (Gᵀ P) in units of its largest entry."""
         del key
-        assert self.of_product is not None
-        return self.of_product(Y, P)
+        assert self.from_product is not None
+        return self.from_product(Y, P)
 
 
 @dataclasses.dataclass(frozen=True)
-class Regenerated:
+class RandomBasis:
     """A random basis (2), of which the state keeps the key alone."""
 
-    first_turns = 1
+    first_iterations = 1
     needs_gradient = False
 
     def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
-        """See :class:`Tracked`."""
+        """See :class:`StoredBasis`."""
         del dtype
         data = jax.random.key_data(keys)
         return data.reshape(*spec.batch_shape, data.shape[-1])
@@ -134,24 +138,24 @@ class Regenerated:
         key: Key[Array, ""],
         first: Bool[Array, ""],
     ) -> UInt32[Array, " words"]:
-        """See :class:`Tracked`."""
+        """See :class:`StoredBasis`."""
         del G, P, first
         return jax.random.key_data(key)
 
     def after(
         self, Y: Float[Array, "m r"], P: Float[Array, "m r"], key: Key[Array, ""]
     ) -> UInt32[Array, " words"]:
-        """See :class:`Tracked`."""
+        """See :class:`StoredBasis`."""
         del Y, P
         return jax.random.key_data(key)
 
 
-Method = Tracked | Regenerated
+Method = StoredBasis | RandomBasis
 
 METHODS: dict[str, Method] = {
-    "power": Tracked(power, FIRST_TURNS, of_product),
-    "svd": Tracked(svd),
-    "random": Regenerated(),
+    "power": StoredBasis(power, FIRST_ITERATIONS, from_product),
+    "svd": StoredBasis(svd),
+    "random": RandomBasis(),
 }
 
 
@@ -160,7 +164,7 @@ def normalised(G: Float[Array, "..."]) -> tuple[Float[Array, "..."], Bool[Array,
 
     A G that is zero or not finite says nothing of a basis.
     """
-    unit = magnitude(G, None)
+    unit = max_abs(G, None)
     usable = jnp.isfinite(unit) & (unit > 0)
     return jnp.where(usable, G / jnp.where(usable, unit, 1.0), 0.0), usable
 

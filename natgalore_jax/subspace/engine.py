@@ -26,15 +26,21 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, PyTree
 
-from ..sharding.partitioning import Layout, layout_of, local, lying, partition_of
-from ..sharding.shard_map import refuse_unreduced, varying_as
+from ..sharding.partitioning import (
+    ParamPartitions,
+    partition_of,
+    partition_spec_of,
+    partitions_of,
+    with_auto_axes,
+)
+from ..sharding.shard_map import check_reduced, varying_as
 from ..tree.flax_boxes import boxed, is_box, rebox, unbox
 from ..tree.leaf_spec import Basis, Core, LeafSpec, cores, is_core, replace_cores, subspace
-from ..tree.state_roles import one_number, part_shape, register_state, walk
+from ..tree.state_roles import is_per_leaf_scalar, register_state, slice_shape, walk
 from .basis import basis_key
-from .learning_rate_check import refuse_learning_rate
+from .learning_rate_check import check_learning_rate
 from .lift import lift
-from .projection import gate, lower, refuse_other_cores, working, working_dtype
+from .projection import check_cores, gate, lower, working, working_dtype
 from .refresh import Refresh
 from .residual import Residual, ResidualState, is_limited, no_norms
 from .transport import check_roles
@@ -60,7 +66,7 @@ class SubspaceState(NamedTuple):
       skipped: a tree like the params, int32: how often a gradient was not finite, for each matrix
         (*batch) of a projected leaf, for each other leaf as a whole.
       inner_state: the inner transformation's state; its arrays of projected leaves are Cores.
-      version: of this layout, one int32, so that a later release knows what it reads.
+      version: of this partitions, one int32, so that a later release knows what it reads.
     """
 
     count: Int[Array, ""]
@@ -82,12 +88,12 @@ _found = contextvars.ContextVar[list | None]("engines found", default=None)
 
 
 @contextlib.contextmanager
-def finding() -> Iterator[list["tuple[Engine, SubspaceState, Layout]"]]:
+def finding() -> Iterator[list["tuple[Engine, SubspaceState, ParamPartitions]"]]:
     """Within it every engine that makes a state is noted, that state, and how its leaves lie.
 
     A transformation does not tell what it is composed of, but its init reaches all of it.
     """
-    found: list[tuple[Engine, SubspaceState, Layout]] = []
+    found: list[tuple[Engine, SubspaceState, ParamPartitions]] = []
     token = _found.set(found)
     try:
         yield found
@@ -110,26 +116,26 @@ class Engine:
         self.refresh = refresh
         self.scale = scale
         self.residual = residual
-        self.check = None if residual is None else refuse_learning_rate
+        self.check = None if residual is None else check_learning_rate
 
     def init(self, params: PyTree, specs: PyTree) -> State:
         """The state for `params`, out of their boxes seen as `specs`: LeafSpecs, or None."""
         inner, params = boxed(self.inner, params), unbox(params)
-        layout = layout_of(params)
+        partitions = partitions_of(params)
 
         def proxy(x, spec):
             if spec is None:
                 return working(x)
             core = jnp.zeros_like(x, working_dtype(x), spec.core_shape)
-            entries = partition_of("linear", spec, layout.at(spec.path))
-            return Core(layout.place(core, entries), spec)
+            entries = partition_of("linear", spec, partitions.at(spec.path))
+            return Core(partitions.place(core, entries), spec)
 
         def basis(x, spec, side=0):
             if spec is None or (side and not spec.both):
                 return None
             index = spec.index + jnp.arange(spec.matrices)
             keys = jax.vmap(lambda i: basis_key(self.refresh.seed, i, 0, side))(index)
-            view = spec.turned if side else spec
+            view = spec.transposed if side else spec
             start = self.refresh.method.start(keys, view, working_dtype(x))
             return Basis(varying_as(start, x), view)
 
@@ -158,10 +164,10 @@ class Engine:
         )
         found = _found.get()
         if found is not None:
-            found.append((self, state, layout))
+            found.append((self, state, partitions))
         if is_limited(self.residual):
             state = ResidualState(state, no_norms(proxies))
-        return _placed(state, layout)
+        return _placed(state, partitions)
 
     def update(
         self,
@@ -181,18 +187,20 @@ class Engine:
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
         state, norm = state if isinstance(state, ResidualState) else (state, None)
-        refuse_other_cores(updates, state.basis)
-        refuse_unreduced(updates, state.skipped)
-        layout = layout_of(leaves)
+        check_cores(updates, state.basis)
+        check_reduced(updates, state.skipped)
+        partitions = partitions_of(leaves)
         lying_as = lambda role: jax.tree_util.tree_map_with_path(
-            functools.partial(_lying, role, layout), leaves, state.basis
+            functools.partial(_lying, role, partitions), leaves, state.basis
         )
         like = (
             *(state.basis, state.right_basis, state.refreshed, state.inner_state),
             *(lying_as("linear"), lying_as("scalar")),
         )
-        down = functools.partial(self.down, layout=layout)
-        *bases, refreshed, inner_state, projected, finite = local(down, like, updates, state)
+        down = functools.partial(self.down, partitions=partitions)
+        *bases, refreshed, inner_state, projected, finite = with_auto_axes(
+            down, like, updates, state
+        )
         if params is None and self.check is None:
             answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
             decay: list[Any] = [None] * len(cores(projected))
@@ -208,7 +216,7 @@ class Engine:
         answer = replace_cores(
             answer,
             [
-                layout.hint(U.value, partition_of("linear", U.spec, layout.at(U.spec.path)))
+                partitions.hint(U.value, partition_of("linear", U.spec, partitions.at(U.spec.path)))
                 for U in cores(answer)
             ],
         )
@@ -218,8 +226,8 @@ class Engine:
             left = *left, norm
         else:
             norm = None
-        lifted, norm = local(
-            functools.partial(lift, self.scale, self.residual, layout),
+        lifted, norm = with_auto_axes(
+            functools.partial(lift, self.scale, self.residual, partitions),
             (weights, norm),
             *(answer, decay, finite, bases, weights, left),
         )
@@ -229,12 +237,12 @@ class Engine:
         return rebox(lifted, boxes), new if norm is None else ResidualState(new, norm)
 
     def down(
-        self, updates: PyTree, state: SubspaceState, layout: Layout
+        self, updates: PyTree, state: SubspaceState, partitions: ParamPartitions
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree]:
         """All until inner: both bases, refreshes and inner's state as they are now; the cores,
         with zeros for what is not finite; and what was."""
         *bases, projected, refreshed, inner_state, finite = lower(
-            self.refresh, updates, state, layout
+            self.refresh, updates, state, partitions
         )
         return (*bases, refreshed, inner_state, *gate(projected, finite))
 
@@ -253,31 +261,31 @@ def _as_leaves(updates: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(lambda G, w: w if is_core(G) else G, updates, params, is_leaf=stop)
 
 
-def _lying(role: str, layout: Layout, path: tuple, G: Array, P: Basis | None) -> Any:
+def _lying(role: str, partitions: ParamPartitions, path: tuple, G: Array, P: Basis | None) -> Any:
     """How something of a gradient lies, or of a leaf that is not projected, which has no axes."""
     if P is None:
-        return layout.at(path) if role == "linear" else PartitionSpec()
-    return Core(partition_of(role, P.spec, layout.at(path)), P.spec)
+        return partitions.at(path) if role == "linear" else PartitionSpec()
+    return Core(partition_of(role, P.spec, partitions.at(path)), P.spec)
 
 
-def _placed(state: State, layout: Layout) -> State:
+def _placed(state: State, partitions: ParamPartitions) -> State:
     """The state on the mesh of the params."""
 
     def at(x, role, spec):
         if spec is not None:
-            return layout.place(x, lying(x, role, spec, layout.at(spec.path)))
+            return partitions.place(x, partition_spec_of(x, role, spec, partitions.at(spec.path)))
         # An array of a leaf that is not projected is where inner made it.
-        return layout.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
+        return partitions.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
 
     return walk(state, at)
 
 
 def _refuse_misfit(x: Any, role: Any, spec: LeafSpec | None) -> Any:
     """A checkpoint of another rank, restored as it is, would train on while its shapes agree."""
-    if spec is None or one_number(x, role):
+    if spec is None or is_per_leaf_scalar(x, role):
         return x
     part = x.shape[len(spec.batch) :]
-    expected = part_shape(role, spec)
+    expected = slice_shape(role, spec)
     if role == "basis":
         fits = x.shape == spec.basis_shape
     elif role == "window":

@@ -53,7 +53,7 @@ SUMS = {
 PRODUCTS = {"mul", "div", "dot_general"}
 
 
-def refuse_learning_rate(
+def check_learning_rate(
     program: jax_core.ClosedJaxpr, updates: PyTree, state: PyTree, params: PyTree, answer: PyTree
 ) -> None:
     """Raises if what a program answers at some Core is minus its gradient.

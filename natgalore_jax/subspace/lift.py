@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from ..sharding.distributed import dealt
-from ..sharding.partitioning import Layout
+from ..sharding.distributed import on_whole_matrices
+from ..sharding.partitioning import ParamPartitions
 from ..tree.leaf_spec import Basis, is_core
 from ..util.linalg import polar
 from .basis import expand, from_core
@@ -18,7 +18,7 @@ from .residual import Residual, added
 def lift(
     scale: Any,
     residual: str | Residual | None,
-    layout: Layout,
+    partitions: ParamPartitions,
     answer: PyTree,
     decay: list[Any],
     finite: PyTree,
@@ -31,7 +31,7 @@ def lift(
     Args:
       scale: of projected leaves.
       residual: what makes S; None for none.
-      layout: of the leaves, as far as known.
+      partitions: of the leaves, as far as known.
       answer: inner's, with Cores.
       decay: the a of each Core, or None.
       finite: whether the gradients are, with Cores.
@@ -54,7 +54,7 @@ def lift(
             G, R, *before = left
             G = P.spec.to_view(G).astype(dtype)
             size = before[0].value if before else None
-            whole = functools.partial(dealt, polar, P.spec, layout)
+            whole = functools.partial(on_whole_matrices, polar, P.spec, partitions)
             U, S, size = added(residual, G, R.value, U, ok.value, size, *factors, polar=whole)
             norm = before[0].replace(size) if before else None
         full = from_core(w.dtype, scale * U, *factors)

@@ -11,11 +11,11 @@ import optax
 from jaxtyping import PyTree
 
 from ..selection.select import SIDES, Rank, Select, check_rank, select as select_leaves
-from ..sharding.partitioning import entered
+from ..sharding.partitioning import mesh_context
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec
 from ..util.validation import Scalar, check_choice, check_int, check_number
-from .basis import METHODS, Tracked, Turn
+from .basis import METHODS, BasisUpdate, StoredBasis
 from .engine import Engine, State
 from .refresh import Refresh
 from .residual import RESIDUALS, Residual
@@ -34,7 +34,7 @@ def project(
     *,
     refresh_every: int = 200,
     scale: Scalar = 1.0,
-    basis: str | Turn = "power",
+    basis: str | BasisUpdate = "power",
     side: str = "short",
     transport: str = "rotate",
     residual: str | Residual | None = None,
@@ -130,7 +130,7 @@ def project(
     check_rank(rank)
     check_int("refresh_every", refresh_every, minimum=1)
     check_number("scale", scale, above=0.0)
-    method = Tracked(basis) if callable(basis) else None
+    method = StoredBasis(basis) if callable(basis) else None
     if method is None:
         check_choice("basis", basis, METHODS, "a function (G, P, key) -> P")
         method = METHODS[basis]
@@ -159,11 +159,11 @@ def project(
             _warn_unprojected(reasons)
         if chosen and inner is None:
             _warn_full_size(params, chosen)
-        with entered(params):
+        with mesh_context(params):
             return engine.init(params, specs)
 
     def update(updates: PyTree, state: State, params: PyTree = None, **extra_args: Any):
-        with entered(updates):
+        with mesh_context(updates):
             return engine.update(updates, state, params, **extra_args)
 
     projection = Projection(init, update)

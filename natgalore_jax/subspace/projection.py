@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from ..sharding.partitioning import Layout
+from ..sharding.partitioning import ParamPartitions
 from ..tree.leaf_spec import Basis, Core, is_core
 from .basis import to_core
 from .lift import expanded, keep_where
@@ -15,7 +15,7 @@ from .refresh import Refresh
 
 
 def lower(
-    refresh: Refresh, updates: PyTree, state: Any, layout: Layout
+    refresh: Refresh, updates: PyTree, state: Any, partitions: ParamPartitions
 ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, list[Bool[Array, "..."]]]:
     """What `Refresh` returns, of gradients among which there may be cores.
 
@@ -26,7 +26,7 @@ def lower(
       refresh: of the projection.
       updates: the gradients, out of their boxes.
       state: the :class:`SubspaceState`.
-      layout: of the gradients, as far as known.
+      partitions: of the gradients, as far as known.
 
     Raises:
       ValueError: if a gradient has another shape than its leaf.
@@ -34,7 +34,7 @@ def lower(
     given = [x if is_core(x) else None for x in jax.tree.leaves(updates, is_leaf=is_core)]
     if not any(given):
         projected = jax.tree.map(project, updates, state.basis, state.right_basis)
-        return refresh(updates, projected, state, layout)
+        return refresh(updates, projected, state, partitions)
     of = functools.partial(jax.tree.map, is_leaf=is_core)
     in_dtype = lambda G, P: G.replace(G.value.astype(core_dtype(P, G.value)))
     given_cores = of(lambda G, P: in_dtype(G, P) if is_core(G) else None, updates, state.basis)
@@ -43,7 +43,7 @@ def lower(
     rest = state._replace(**{field: without(getattr(state, field)) for field in fields})
     gradients = without(updates)
     projected = jax.tree.map(project, gradients, rest.basis, rest.right_basis)
-    *new, inner_state, finite = refresh(gradients, projected, rest, layout, state.basis)
+    *new, inner_state, finite = refresh(gradients, projected, rest, partitions, state.basis)
     old = state.basis, state.right_basis, given_cores, state.refreshed
     join = functools.partial(of, lambda G, new, old: old if is_core(G) else new, updates)
     left = iter(finite)
@@ -56,7 +56,7 @@ def lower(
     return *map(join, new, old), inner_state, finite
 
 
-def refuse_other_cores(updates: PyTree, bases: PyTree) -> None:
+def check_cores(updates: PyTree, bases: PyTree) -> None:
     """Raises if a gradient is a core on a basis of another state, or has not the shape of one."""
 
     def check(G, P):

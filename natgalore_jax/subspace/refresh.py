@@ -16,12 +16,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..sharding.partitioning import Layout
+from ..sharding.partitioning import ParamPartitions
 from ..tree.leaf_spec import Basis, LeafSpec, cores, replace_cores
 from ..tree.state_roles import per_matrix, walk
-from ..util.linalg import magnitude, matmul
+from ..util.linalg import matmul, max_abs
 from .basis import Method, basis_key, expand, normalised, to_core
-from .refresh_loop import Leaf, sweep
+from .refresh_loop import Leaf, map_due_matrices
 from .transport import Transport
 
 
@@ -66,7 +66,7 @@ def matrices(bases: PyTree) -> int:
     return sum(x.spec.matrices for x in found if is_basis(x))
 
 
-class OfMatrices(NamedTuple):
+class MatrixState(NamedTuple):
     """What a refresh changes of a leaf's matrices, or of one of them.
 
     Attributes:
@@ -103,7 +103,12 @@ class Refresh:
     seed: int
 
     def __call__(
-        self, updates: PyTree, projected: PyTree, state: Any, layout: Layout, of: PyTree = None
+        self,
+        updates: PyTree,
+        projected: PyTree,
+        state: Any,
+        partitions: ParamPartitions,
+        of: PyTree = None,
     ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, list[Bool[Array, "..."]]]:
         """New bases where they are due, and all that depends on them.
 
@@ -111,7 +116,7 @@ class Refresh:
           updates: the gradients.
           projected: the same, projected on the bases of `state`.
           state: the :class:`SubspaceState`.
-          layout: of the gradients, as far as known.
+          partitions: of the gradients, as far as known.
           of: a tree with all Bases of the projection, if `state` is only given some.
 
         Returns:
@@ -135,7 +140,7 @@ class Refresh:
         total = matrices(state.basis if of is None else of)
         # The one pass over the cores that every step needs: their largest entries tell which are
         # finite, for the gate as well, and which are not zero.
-        largest = [magnitude(R.value) for R in Rs]
+        largest = [max_abs(R.value) for R in Rs]
         flags = [
             self.flags(R.spec, x, n.value, state.count, total)
             for R, x, n in zip(Rs, largest, times, strict=True)
@@ -144,14 +149,14 @@ class Refresh:
         leaves = [
             Leaf(
                 *(P.spec, tuple(leaf_roles), G, due_now, jnp.asarray(order(P.spec))),
-                OfMatrices(x, R.value, jnp.isfinite(most), n.value, carried),
+                MatrixState(x, R.value, jnp.isfinite(most), n.value, carried),
             )
             for G, P, leaf_roles, due_now, x, R, most, n, carried in zip(
                 gradients, bases, roles, flags, kept, Rs, largest, times, arrays, strict=True
             )
         ]
         new_P, new_R, finite, new_n, new_arrays = zip(
-            *sweep(self.refresh_matrix, leaves, layout), strict=True
+            *map_due_matrices(self.refresh_matrix, leaves, partitions), strict=True
         )
         trees = []
         for side, old in enumerate(slots):
@@ -227,8 +232,8 @@ class Refresh:
         roles: tuple[Any, ...],
         part: Array,
         index: Int[Array, ""],
-        old: "OfMatrices",
-    ) -> "OfMatrices":
+        old: "MatrixState",
+    ) -> "MatrixState":
         """What a refresh makes of one matrix, whose gradient lies in `part` as in the leaf."""
         # Tied to the state, or the compiler would take what depends on the gradient alone, such as
         # its largest entry, out of the loop: a pass over the gradient on every step.
@@ -238,7 +243,7 @@ class Refresh:
         part = part.astype(dtype)
         unit, usable = normalised(part)
         G, unit = spec.as_matrix(part), spec.as_matrix(unit)
-        views = (spec, spec.turned)
+        views = (spec, spec.transposed)
         olds, nexts = [], []
         for side, (view, x) in enumerate(zip(views, old.kept, strict=False)):
             P = expand(x, view, dtype)
@@ -252,7 +257,7 @@ class Refresh:
         bases = [expand(x, view, dtype) for view, x in zip(views, kept, strict=False)]
         carried = self.carry(roles, old.carried, olds, bases, usable)
         R = to_core(G, *bases)
-        return OfMatrices(kept, R, jnp.isfinite(R).all(), n + usable.astype(n.dtype), carried)
+        return MatrixState(kept, R, jnp.isfinite(R).all(), n + usable.astype(n.dtype), carried)
 
     def carry(
         self,

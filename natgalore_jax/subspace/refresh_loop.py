@@ -17,13 +17,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from ..sharding.distributed import batch_partition, over_shards
-from ..sharding.partitioning import Layout
+from ..sharding.partitioning import ParamPartitions
 from ..tree.leaf_spec import LeafSpec
-from ..util.control_flow import chosen, when, where_due
+from ..util.control_flow import chosen, run_if_due, when
 
 
 class Leaf(NamedTuple):
-    """A projected leaf in a sweep.
+    """A projected leaf in a map_due_matrices.
 
     Attributes:
       spec: how it is seen as matrices.
@@ -46,13 +46,13 @@ class Leaf(NamedTuple):
 Step = Callable[[LeafSpec, Any, Array, Array, Any], Any]
 
 
-def sweep(step: Step, leaves: list[Leaf], layout: Layout) -> list[Any]:
+def map_due_matrices(step: Step, leaves: list[Leaf], partitions: ParamPartitions) -> list[Any]:
     """The states after `step` was taken on each matrix that is due."""
     groups: dict[Hashable, list[int]] = {}
     for place, leaf in enumerate(leaves):
-        groups.setdefault(_likeness(leaf, layout), []).append(place)
+        groups.setdefault(_likeness(leaf, partitions), []).append(place)
     runs = [
-        functools.partial(_over_group, step, [leaves[i] for i in places], layout)
+        functools.partial(_over_group, step, [leaves[i] for i in places], partitions)
         for places in groups.values()
     ]
     due = [
@@ -60,7 +60,7 @@ def sweep(step: Step, leaves: list[Leaf], layout: Layout) -> list[Any]:
         for places in groups.values()
     ]
     states = [[leaves[i].state for i in places] for places in groups.values()]
-    new = where_due(due, runs, states)
+    new = run_if_due(due, runs, states)
     swept = {
         i: state
         for places, group in zip(groups.values(), new, strict=True)
@@ -69,22 +69,24 @@ def sweep(step: Step, leaves: list[Leaf], layout: Layout) -> list[Any]:
     return [swept[i] for i in range(len(leaves))]
 
 
-def _likeness(leaf: Leaf, layout: Layout) -> Hashable:
+def _likeness(leaf: Leaf, partitions: ParamPartitions) -> Hashable:
     """Equal for leaves that one program serves, which lie alike as far as names and types tell."""
-    if batch_partition(leaf.spec, layout):
+    if batch_partition(leaf.spec, partitions):
         return leaf.spec  # its matrices stay where they are, so it is a group of its own
     pattern = re.sub(r"\d+", "#", leaf.spec.name)
     shape = dataclasses.replace(leaf.spec, path=(), index=0)
     types = tuple(jax.typeof(x) for x in (leaf.G, *jax.tree.leaves(leaf.state)))
-    return pattern, shape, leaf.kind, types, layout.at(leaf.spec.path)
+    return pattern, shape, leaf.kind, types, partitions.at(leaf.spec.path)
 
 
-def _over_group(step: Step, leaves: list[Leaf], layout: Layout, states: list[Any]) -> list[Any]:
+def _over_group(
+    step: Step, leaves: list[Leaf], partitions: ParamPartitions, states: list[Any]
+) -> list[Any]:
     spec, kind = leaves[0].spec, leaves[0].kind
     if len(leaves) == 1:
         (leaf,) = leaves
         over_leaf = functools.partial(_over_leaf, step, kind)
-        return [over_shards(over_leaf, spec, layout, leaf.G, (leaf.due, leaf.order), *states)]
+        return [over_shards(over_leaf, spec, partitions, leaf.G, (leaf.due, leaf.order), *states)]
     order = jnp.concatenate([leaf.order.reshape(-1) for leaf in leaves])
 
     def at(e, states):
@@ -103,7 +105,7 @@ def _over_group(step: Step, leaves: list[Leaf], layout: Layout, states: list[Any
             return spec.put_all(state, i, part)
 
         puts = [functools.partial(put, is_here) for is_here in here]
-        return where_due(here, puts, states)
+        return run_if_due(here, puts, states)
 
     return _where(jnp.concatenate([leaf.due.reshape(-1) for leaf in leaves]), at, states)
 

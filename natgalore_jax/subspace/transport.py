@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..fisher.window import gram
 from ..tree.leaf_spec import LeafSpec
-from ..tree.state_roles import Role, Undeclared, one_number, part_shape, walk
+from ..tree.state_roles import Role, Undeclared, is_per_leaf_scalar, slice_shape, walk
 from ..util.linalg import matmul, rounded
 from .weight_decay import CORE, VARIES
 
@@ -154,8 +154,8 @@ def _check_role(x: Any, role: Any, spec: LeafSpec | None) -> Any:
             f"nothing is known of how the state {role or 'of the inner transformation'} depends on "
             f"the basis, so it cannot be carried to a new one. {ADVICE}"
         )
-    part = part_shape(role, spec)
-    fits = part is None or one_number(x, role) or x.shape == (*spec.batch_shape, *part)
+    part = slice_shape(role, spec)
+    fits = part is None or is_per_leaf_scalar(x, role) or x.shape == (*spec.batch_shape, *part)
     if not fits:
         raise TypeError(
             f"what the inner transformation remembers of {spec.name} as {role!r} must have the "

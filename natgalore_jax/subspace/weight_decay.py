@@ -22,7 +22,7 @@ from jax.extend import core as jax_core
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import local
+from ..sharding.partitioning import with_auto_axes
 from ..tree.leaf_spec import cores, is_core, replace_cores
 from ..util.jaxprs import CALLS, called, read
 
@@ -106,7 +106,7 @@ def update_with_decay(
     zeros = _held(params)
     ones = [jnp.ones_like(x) for x in zeros]
     _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
-    first = lambda x: local(lambda x: x.ravel()[0], PartitionSpec(), x)
+    first = lambda x: with_auto_axes(lambda x: x.ravel()[0], PartitionSpec(), x)
     decay = [first(x) if at else None for x, at in zip(slopes, decays, strict=True)]
     return answer, decay, new_state
 

@@ -88,7 +88,7 @@ class LeafSpec:
         return (*self.batch_shape, self.m, self.rank)
 
     @property
-    def turned(self) -> "LeafSpec":
+    def transposed(self) -> "LeafSpec":
         """The same leaf seen as n x m matrices: what P is here, Q is there."""
         return dataclasses.replace(self, rows=self.cols, cols=self.rows)
 
@@ -218,7 +218,7 @@ def core_arrays(tree: PyTree) -> list[Array]:
     return [core.value for core in cores(tree)]
 
 
-def at_cores(
+def zeros_at_cores(
     params: PyTree, shape: Callable[[int, int], tuple[int, ...]], dtype: Any = None
 ) -> PyTree:
     """Zeros of (*batch, *shape(r, n)) at each Core of `params`, nothing elsewhere.

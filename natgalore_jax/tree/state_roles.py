@@ -130,10 +130,10 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
 
 def per_matrix(x: Any, role: Any, spec: LeafSpec) -> bool:
     """Whether x has a part for each matrix of its leaf, which another basis may change."""
-    return not one_number(x, role) and x.shape[: len(spec.batch)] == spec.batch_shape
+    return not is_per_leaf_scalar(x, role) and x.shape[: len(spec.batch)] == spec.batch_shape
 
 
-def one_number(x: Any, role: Any) -> bool:
+def is_per_leaf_scalar(x: Any, role: Any) -> bool:
     """Whether x, in place of squares, is one number for a whole leaf, which no basis enters.
 
     NovoGrad's norm is, and what Adafactor puts where it does not factor, or does.
@@ -141,7 +141,7 @@ def one_number(x: Any, role: Any) -> bool:
     return role in SQUARES and x.shape in ((), (1,))
 
 
-def part_shape(role: str, spec: LeafSpec) -> tuple[int, ...] | None:
+def slice_shape(role: str, spec: LeafSpec) -> tuple[int, ...] | None:
     """The shape of one matrix's part of a state array in `role`; None where it has a say in it."""
     r, n = spec.core_shape[-2:]
     shapes = {"square_rows": (r,), "square_cols": (n,), "fisher": (r, r)}

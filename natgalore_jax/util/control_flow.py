@@ -30,7 +30,7 @@ def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:
 BRANCHES = 8  # of a node of the trees below
 
 
-def where_due(
+def run_if_due(
     due: Sequence[Bool[Array, ""]], functions: Sequence[Callable[[Any], Any]], states: list[Any]
 ) -> list[Any]:
     """`f(state)` for each of `functions`; those that are due must be run, the others may be.
@@ -42,7 +42,7 @@ def where_due(
     def run(states):
         if len(states) <= BRANCHES:
             return [f(state) for f, state in zip(functions, states, strict=True)]
-        return [new for part in _parts(due, functions, states) for new in where_due(*part)]
+        return [new for part in _parts(due, functions, states) for new in run_if_due(*part)]
 
     return when(functools.reduce(operator.or_, due), run, states)
 

@@ -27,7 +27,7 @@ def product(a: Array, b: Array) -> Array:
     and both products are 2.2 to 2.9 times faster on one H100 (`bench_matmul.py`). Where
     `jax_default_matmul_precision` is "highest" they are in float32 everywhere.
     """
-    exact = all_digits_asked()
+    exact = highest_precision_requested()
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST if exact else lax.Precision.HIGH)
 
 
@@ -38,13 +38,13 @@ def rounded_product(a: Array, b: Array, dtype: Any) -> Array:
     the bytes, and XLA can add it to a weight in the same kernel.
     """
     wide = lambda a, b: product(a, b).astype(dtype)
-    if dtype != jnp.bfloat16 or all_digits_asked():
+    if dtype != jnp.bfloat16 or highest_precision_requested():
         return wide(a, b)
     narrow = lambda a, b: jnp.matmul(a.astype(dtype), b.astype(dtype))
     return lax.platform_dependent(a, b, cuda=narrow, tpu=narrow, default=wide)
 
 
-def all_digits_asked() -> bool:
+def highest_precision_requested() -> bool:
     """Whether the user wants matmuls in float32."""
     return jax.config.jax_default_matmul_precision in ("highest", "float32", "F32_F32_F32")
 
@@ -219,7 +219,7 @@ def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
         return lax.fori_loop(0, 5, turn, X)
 
     X, dtype = X.mT if tall else X, X.dtype
-    if all_digits_asked():
+    if highest_precision_requested():
         X = turns(X)
     else:
         narrow = lambda X: turns(X.astype(jnp.bfloat16)).astype(dtype)
@@ -238,9 +238,7 @@ def norms(
     return unit * jnp.sqrt(jnp.square(X / unit).sum(axis=axes, keepdims=True))
 
 
-def magnitude(
-    X: Float[Array, "..."], axes: tuple[int, ...] | None = (-2, -1)
-) -> Float[Array, "..."]:
+def max_abs(X: Float[Array, "..."], axes: tuple[int, ...] | None = (-2, -1)) -> Float[Array, "..."]:
     """The largest absolute value over `axes`, or all axes if None; not finite if one is not.
 
     On CPUs the maximum of 8192 numbers or more is a number all the same (jaxlib 0.10.2).

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.memory import bench_bytes, draw_memory
 from examples.common import llama
 from natgalore_jax.planning import model_shapes as shapes
-from natgalore_jax.planning.byte_counts import bill_of
+from natgalore_jax.planning.byte_counts import byte_count_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_seven_billion():
 def test_figures_are_those_of_this_library(name):
     method, of = bench_bytes.METHODS[name], FIGURES["1b"]
     tx = method.make(of["rank"])
-    bill = bill_of(tx, shapes.llama("1b", "bfloat16"), method.low_rank_gradients)
+    bill = byte_count_of(tx, shapes.llama("1b", "bfloat16"), method.low_rank_gradients)
     assert bill.bytes == of["bfloat16"][name]
 
 

@@ -84,7 +84,7 @@ def test_the_second_basis_lies_as_the_other_axis():
     assert '| second basis Q, of `side="both"` | (…, n, r) | (…batch, c, None) |' in PAGE
     weight = jax.ShapeDtypeStruct((2, 32, 48), "float32")
     (spec,), _ = select([weight], 8, "both", MatrixView(1, 2))
-    assert partition_of("basis", spec.turned, P("layers", "a", "c")) == P("layers", "c")
+    assert partition_of("basis", spec.transposed, P("layers", "a", "c")) == P("layers", "c")
 
 
 def test_the_offloading_table_is_the_measured_one():

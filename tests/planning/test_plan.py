@@ -17,7 +17,7 @@ from rich.console import Console
 import natgalore_jax as natgalore
 from examples.common import llama
 from natgalore_jax.planning import model_shapes as shapes
-from natgalore_jax.planning.byte_counts import bill_of, temporaries
+from natgalore_jax.planning.byte_counts import byte_count_of, temporaries
 from natgalore_jax.planning.cli import main
 from natgalore_jax.planning.rank_candidates import largest_that_fits, rules
 from natgalore_jax.planning.spectra import shares, smallest_rank
@@ -665,7 +665,7 @@ def test_the_module_runs():
 
 
 def test_a_bill_of_any_optimizer():
-    bill = bill_of(optax.sgd(1.0), tree())
+    bill = byte_count_of(optax.sgd(1.0), tree())
     assert bill.bytes == {"weights": held(tree()), "gradients": held(tree()), "state": 0}
     assert {row.why for row in bill.rows} == {"not given to natgalore"}
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import natgalore_jax as natgalore
 from natgalore_jax.quantization import staged_update as parts
 from natgalore_jax.quantization.dynamic_8bit import LINEAR, SQUARE, block_size, decode, encode
-from natgalore_jax.quantization.quantized_array import Coded, decoded, is_coded
+from natgalore_jax.quantization.quantized_array import QuantizedArray, decoded, is_quantized
 from tests.oracle.oracles import dynamic_code
 
 
@@ -107,7 +107,7 @@ def test_errors_are_half_a_gap_of_the_block(name, seed, block, size):
 def test_no_step_of_adam_grows_by_more_than_the_cells_allow():
     """|m|/√v, decoded, of any m and v: m is at most doubled, √v at most divided by 1.88.
 
-    A magnitude from half the first value on becomes that value. Of √v the largest share is lost
+    A max_abs from half the first value on becomes that value. Of √v the largest share is lost
     where the first decade ends, halfway to the next value. Where v is not 0 it stays so.
     """
     rng = np.random.default_rng(0)
@@ -211,7 +211,7 @@ each = pytest.mark.parametrize(
 
 
 def coded_arrays(state):
-    return [x for x in jax.tree.leaves(state, is_leaf=is_coded) if is_coded(x)]
+    return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
 
 
 @each
@@ -505,8 +505,8 @@ def test_sharded_as_the_arrays_are(name, kind, monkeypatch):
         assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
         assert y.sharding.is_equivalent_to(s, y.ndim), (y.shape, y.sharding.spec, s.spec)
     exact = natgalore.state_shardings(plain, params, on_mesh)
-    array = lambda x: x.codes if is_coded(x) else x
-    codes = jax.tree.map(array, told.inner_state, is_leaf=is_coded)
+    array = lambda x: x.codes if is_quantized(x) else x
+    codes = jax.tree.map(array, told.inner_state, is_leaf=is_quantized)
     assert jax.tree.leaves(codes) == jax.tree.leaves(exact)  # lie as the arrays do
     for x, y in zip(coded_arrays(told), coded_arrays(after), strict=True):
         cut = y.scales.shape[-1] % 4 == 0  # 8 blocks of `up`; 2 of `down`, which 4 cannot share
@@ -525,7 +525,7 @@ def test_scales_of_few_blocks_are_whole():
         params = jax.device_put(jnp.ones((128, 96)), lies)
         (mu, nu) = coded_arrays(natgalore.state_shardings(tx, params, lies))
         state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)[1]
-    assert mu == nu == Coded(lies, NamedSharding(mesh, P()))
+    assert mu == nu == QuantizedArray(lies, NamedSharding(mesh, P()))
     for x in coded_arrays(state):
         assert x.codes.sharding.is_equivalent_to(lies, 2)
         assert x.scales.shape == (128, 2)

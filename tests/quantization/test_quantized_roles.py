@@ -18,8 +18,8 @@ from natgalore_jax.quantization.dynamic_8bit import (
     decode as decode_linear,
     encode as encode_linear,
 )
-from natgalore_jax.quantization.quantized_array import decoded, is_coded
-from natgalore_jax.quantization.symmetric_16bit import LEVELS, CodedSymmetric, decode, encode
+from natgalore_jax.quantization.quantized_array import decoded, is_quantized
+from natgalore_jax.quantization.symmetric_16bit import LEVELS, SymmetricArray, decode, encode
 from natgalore_jax.util.linalg import inverse_root
 
 
@@ -28,7 +28,7 @@ ROUNDING = 2e-6  # of a correlation in float32: two products and a square root, 
 
 
 def coded_arrays(state):
-    return [x for x in jax.tree.leaves(state, is_leaf=is_coded) if is_coded(x)]
+    return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
 
 
 def spectrum(r, decades, spread, rng):
@@ -163,7 +163,7 @@ def test_a_tracked_fisher_stays_near():
     fisher = natgalore.scale_by_core_fisher()
     exact, mine = cores_of(fisher, ("fisher", "root"), steps)
     state = mine[-1][1].inner_state[0].inner_state[0]
-    assert [type(x) for x in coded_arrays(state)] == 2 * [CodedSymmetric]
+    assert [type(x) for x in coded_arrays(state)] == 2 * [SymmetricArray]
     L = np.asarray(exact[-1][1][0].inner_state[0].fisher["kernel"].value)
     back = np.asarray(state.fisher["kernel"].value.array())
     np.testing.assert_allclose(np.diag(back), np.diag(L), rtol=1e-5)
@@ -360,7 +360,7 @@ def test_sharded_as_the_arrays_are(fisher, kind, monkeypatch):
         assert y.sharding.is_equivalent_to(s, y.ndim), (y.shape, y.sharding.spec, s.spec)
     arrays = coded_arrays(after)
     for x in arrays:
-        whole = isinstance(x, CodedSymmetric)
+        whole = isinstance(x, SymmetricArray)
         assert x.codes.sharding.is_fully_replicated == x.scales.sharding.is_fully_replicated
         assert x.codes.sharding.is_fully_replicated == whole
     assert len(arrays) == (3 if fisher == "core" else 2)

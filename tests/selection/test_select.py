@@ -273,7 +273,7 @@ def test_a_side_is_the_stored_one(side):
     assert [(s.rows, s.cols) for s in specs] == ORIENTED[side]
     cores = [(8, 8)] * 4 if side == "both" else [(8, s.n) for s in specs]
     assert [s.core_shape for s in specs] == cores
-    assert [s.turned.basis_shape for s in specs] == [(s.n, 8) for s in specs]
+    assert [s.transposed.basis_shape for s in specs] == [(s.n, 8) for s in specs]
 
 
 def test_indices_follow_the_leaves_and_count_every_matrix():

@@ -117,7 +117,7 @@ def test_sharded_on_auto_axes_equals_one_device(layout, key):
 
 @pytest.mark.parametrize("layout", ["rows of layers", "columns"])
 def test_whitening_on_auto_axes_equals_one_device(layout, key):
-    """Where layers are dealt out for it, and where each device has the matrix."""
+    """Where layers are on_whole_matrices out for it, and where each device has the matrix."""
     same_as_one_device(layout, AxisType.Auto, {}, True, key)
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from natgalore_jax.subspace.basis import (
-    FIRST_TURNS,
+    FIRST_ITERATIONS,
     METHODS,
     SHIFT,
-    Tracked,
+    StoredBasis,
     basis_key,
     cosines,
     expand,
@@ -47,7 +47,7 @@ def start(key, r=R):
 
 
 def next_basis(method, G, P, key, turns=1):
-    """The basis after a refresh, the first (of FIRST_TURNS turns) or a later one."""
+    """The basis after a refresh, the first (of FIRST_ITERATIONS turns) or a later one."""
     unit, _ = normalised(G)
     return METHODS[method].next(unit, P, key, jnp.bool_(turns != 1))
 
@@ -58,7 +58,7 @@ def defect(P):
     return np.abs(P.T @ P - np.eye(P.shape[1])).max()
 
 
-@pytest.mark.parametrize("turns", [1, FIRST_TURNS])
+@pytest.mark.parametrize("turns", [1, FIRST_ITERATIONS])
 @pytest.mark.parametrize("method", TRACKED)
 def test_equals_the_oracle(method, turns, key):
     G, P = gradient(key), start(key)
@@ -71,11 +71,13 @@ def test_equals_the_oracle(method, turns, key):
 
 
 def test_a_first_basis_captures_what_the_best_one_does(key):
-    """The reason for FIRST_TURNS: from a random start, within 3 % of the best energy."""
+    """The reason for FIRST_ITERATIONS: from a random start, within 3 % of the best energy."""
     energies = []
     for k in jax.random.split(key, 5):
         G = gradient(k, decay=0.5, m=64, n=96)
-        P = next_basis("power", G, jnp.linalg.qr(jax.random.normal(k, (64, 16)))[0], k, FIRST_TURNS)
+        P = next_basis(
+            "power", G, jnp.linalg.qr(jax.random.normal(k, (64, 16)))[0], k, FIRST_ITERATIONS
+        )
         best = jnp.square(jnp.linalg.svd(G, compute_uv=False)[:16]).sum()
         energies.append(jnp.square(P.T @ G).sum() / best)
     assert min(energies) > 0.97
@@ -113,7 +115,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("turns", [1, FIRST_TURNS])
+@pytest.mark.parametrize("turns", [1, FIRST_ITERATIONS])
 @pytest.mark.parametrize("method", TRACKED)
 @pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
 def test_odd_gradients_give_an_orthonormal_basis_that_holds_them(method, spoil, turns, key):
@@ -153,7 +155,9 @@ def test_units_of_the_gradient_do_not_matter(method, key):
 def test_bases_are_orthonormal(seed, exponent, rank):
     key = jax.random.key(seed)
     G = jax.random.normal(key, (M, N)) * 10.0**exponent
-    P = jax.jit(next_basis, static_argnums=(0, 4))("power", G, start(key, rank), key, FIRST_TURNS)
+    P = jax.jit(next_basis, static_argnums=(0, 4))(
+        "power", G, start(key, rank), key, FIRST_ITERATIONS
+    )
     assert defect(P) < ORTHONORMAL
 
 
@@ -228,7 +232,7 @@ def test_there_and_back(key):
 def test_a_function_that_returns_another_shape_is_refused(key):
     G, P = gradient(key), start(key)
     with pytest.raises(ValueError, match=r"`basis` must return .*\(16, 4\), got \(4, 16\)"):
-        Tracked(lambda G, P, key: P.T).next(G, P, key, jnp.bool_(True))
+        StoredBasis(lambda G, P, key: P.T).next(G, P, key, jnp.bool_(True))
 
 
 def test_power_needs_no_svd_and_no_eigendecomposition():

@@ -1,4 +1,6 @@
-"""The sweep over matrices that are due: each gets its own gradient, place and state, once."""
+"""The map_due_matrices over matrices that are due: each gets its own gradient, place and
+state, once.
+"""
 
 import itertools
 
@@ -8,12 +10,12 @@ import numpy as np
 import pytest
 from jax.tree_util import DictKey
 
-from natgalore_jax.sharding.partitioning import Layout
-from natgalore_jax.subspace.refresh_loop import Leaf, sweep
+from natgalore_jax.sharding.partitioning import ParamPartitions
+from natgalore_jax.subspace.refresh_loop import Leaf, map_due_matrices
 from natgalore_jax.tree.leaf_spec import LeafSpec
 
 
-NOWHERE = Layout(None, {})
+NOWHERE = ParamPartitions(None, {})
 SHAPES = {  # of a leaf, and its axes: batch, rows, columns
     "matrix": ((3, 5), (), (0,), (1,)),
     "stack": ((2, 3, 5), (0,), (1,), (2,)),
@@ -73,7 +75,7 @@ ALIKE = ["layers/0/up", "layers/1/up", "layers/10/up"]
 def test_each_matrix_that_is_due_gets_its_own(names, shape):
     leaves = leaves_of(names, shape)
     run = jax.jit(
-        lambda due: sweep(
+        lambda due: map_due_matrices(
             step,
             [leaf._replace(due=now) for leaf, now in zip(leaves, due, strict=True)],
             NOWHERE,
@@ -105,7 +107,7 @@ def test_leaves_alike_share_one_program_and_no_others():
             traced.append(spec.name)
             return step(spec, *of)
 
-        jax.eval_shape(lambda: sweep(counting, leaves, NOWHERE))
+        jax.eval_shape(lambda: map_due_matrices(counting, leaves, NOWHERE))
         return len(set(traced))
 
     assert programs(leaves_of(ALIKE, "stack")) == 1

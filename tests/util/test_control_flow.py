@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from natgalore_jax.util.control_flow import BRANCHES, chosen, when, where_due
+from natgalore_jax.util.control_flow import BRANCHES, chosen, run_if_due, when
 
 
 @pytest.mark.parametrize("predicate", [False, True])
@@ -20,7 +20,7 @@ def test_what_is_due_runs_and_little_else(count, places):
     due = np.zeros(count, bool)
     due[[place % count for place in places]] = True
     functions = [lambda x: x + 1] * count
-    run = jax.jit(lambda due: where_due(list(due), functions, [jnp.int32(0)] * count))
+    run = jax.jit(lambda due: run_if_due(list(due), functions, [jnp.int32(0)] * count))
     ran = np.array(run(jnp.array(due)))
     assert (ran[due] == 1).all()
     assert ran.sum() <= BRANCHES * due.sum()
