@@ -63,7 +63,7 @@ PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)},
 
 @pytest.fixture(autouse=True)
 def small_arrays_are_worth_8_bits(monkeypatch):
-    monkeypatch.setattr(natgalore.coded, "SMALLEST", 16)
+    monkeypatch.setattr("natgalore_jax.quantization.quantized_array.SMALLEST", 16)
 
 
 @pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS)

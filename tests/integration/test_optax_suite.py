@@ -132,7 +132,7 @@ else:
         """Ours, where the suite looks for them; undone after each test."""
         for name, make in OURS.items():
             monkeypatch.setattr(optax.contrib, name, make, raising=False)
-        monkeypatch.setattr("natgalore_jax.layout.SMALLEST_SIDE", 2)
+        monkeypatch.setattr("natgalore_jax.selection.infer_axes.SMALLEST_SIDE", 2)
 
     def test_ours_are_under_test_and_project():
         for table in TABLES:
