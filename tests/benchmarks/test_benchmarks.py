@@ -27,6 +27,7 @@ class TestTrain:
         bench_train.main()
         return json.loads(self.OUT.read_text())
 
+    @pytest.mark.slow
     def test_a_layout_is_measured_once_and_shown(self, small, monkeypatch, capsys):
         make = bench_train.make_optimizer
 
@@ -83,6 +84,7 @@ class TestTrain:
 
 
 class TestStep:
+    @pytest.mark.slow
     def test_methods_take_turns(self, small, monkeypatch, capsys):
         what = "--trees tiny --layers both --dtype float32 --methods adamw,galore,contrib_galore"
         what = [*what.split(), "--refresh-every", "8", "--out", "step.json"]
@@ -104,6 +106,7 @@ class TestStep:
         run(bench_step, monkeypatch, *what)
         assert json.loads(Path("step.json").read_text()) == results
 
+    @pytest.mark.slow
     def test_what_does_not_run_is_said(self, small, monkeypatch, capsys):
         def refuse(*settings):
             raise ValueError("not today:\nit is late")
@@ -118,6 +121,7 @@ class TestStep:
             run(bench_step, monkeypatch, "--methods", "adam")
         assert "no method 'adam': choose from natural_galore, galore" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_scaling_goes_on_where_it_was(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
             bench_step, "SCALING", {"width": [(32, 8, 2), (64, 8, 2)], "layers": [(32, 8, 3)]}
@@ -193,6 +197,7 @@ def test_offloading_moves_state_and_keeps_what_it_needs(small, monkeypatch):
     assert there["state_on_host"] == here["state_on_device"] - vectors
 
 
+@pytest.mark.slow
 def test_a_profile_names_the_operations_of_a_step(small, monkeypatch, capsys):
     run(profile_step, monkeypatch, "--tree", "tiny", "--method", "adamw", "--steps", "2")
     total, *rows = capsys.readouterr().out.splitlines()
@@ -202,6 +207,7 @@ def test_a_profile_names_the_operations_of_a_step(small, monkeypatch, capsys):
     assert any("fusion" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_matmul_errors_are_those_of_the_arithmetic(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_matmul, "SIZES", {"small": (32, 48, 8, 2)})
     run(bench_matmul, monkeypatch, "--sizes", "small", "--out", str(tmp_path / "out.json"))

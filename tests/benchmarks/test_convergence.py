@@ -105,6 +105,7 @@ class TestCorpus:
         with pytest.raises(TypeError):
             corpus.load("python", 300, tmp_path)
 
+    @pytest.mark.slow
     def test_reads_python_here_once_each(self):
         texts = corpus.installed(None, 50)
         assert len(texts) == 50
@@ -233,6 +234,7 @@ class TestTraining:
         assert layers["layers"][1]["mlp"]["up"]["kernel"].shape == (16, 24)
         jax.tree.map(np.testing.assert_array_equal, training.stacked(layers), params)
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("toy")
     @pytest.mark.parametrize(
         "name", [pytest.param("galore", marks=pytest.mark.slow), "contrib_galore"]
@@ -260,6 +262,7 @@ class TestTraining:
         rest = 2 * 64 * 16 + (2 * 2 + 1) * 16
         assert program.state_bytes == 8 * (numbers + rest) + 2 * 4
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("toy")
     def test_a_run_that_breaks_ends_there(self):
         program = training.compiled("adamw", SETTING)
@@ -355,6 +358,7 @@ class TestCommand:
         finally:
             jax.config.update("jax_compilation_cache_dir", cache)
 
+    @pytest.mark.slow
     def test_goes_on_where_it_was(self, monkeypatch, capsys):
         monkeypatch.setitem(bench_convergence.USUAL, "toy", (64, 4, 4, 16))
         monkeypatch.setattr(corpus, "load", lambda *of: text()._replace(about=ABOUT))

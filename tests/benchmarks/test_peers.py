@@ -334,6 +334,7 @@ def test_types(method):
     assert set(dtypes.values()) == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 def test_the_learning_rate_may_be_traced_or_a_schedule():
     grads, updates, _ = run("dion")
 

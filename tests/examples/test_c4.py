@@ -106,6 +106,7 @@ class TestPacking:
         tokenizer = c4.read_tokenizer(made)
         return lambda: Packed(read, lambda texts: c4.encode(tokenizer, texts), *self.SHAPE)
 
+    @pytest.mark.slow
     def test_batches_are_the_line_of_tokens_cut(self, packed, made, monkeypatch):
         expected = cut(line_of_tokens(made, "train"), *self.SHAPE)
         assert len(expected) > 20
@@ -345,6 +346,7 @@ def stop_at(monkeypatch, step: int, how) -> None:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_it_trains_on_tokens_and_writes_text(self, run, capsys, monkeypatch):
         assert run(*ADAMW, "--out", "here") == 0
         out = capsys.readouterr().out
@@ -378,6 +380,7 @@ class TestRun:
             generate.main()
         assert "no tokenizer at c4/tokenizer.json: hf download" in refused(capsys)
 
+    @pytest.mark.slow
     def test_a_stopped_run_goes_on_to_the_last_bit(self, run, monkeypatch):
         """It is stopped in the midst of a shard, and of a chunk, and reads all texts twice."""
         assert run(*ADAMW, "--out", "whole") == 0
@@ -402,6 +405,7 @@ class TestRun:
         assert run("--out", "crashed", "--resume") == 0
         assert_same_run("crashed", "whole")
 
+    @pytest.mark.slow
     def test_a_stream_of_the_hub_trains_and_goes_on_as_the_shards_do(self, hub, run, monkeypatch):
         assert run(*ADAMW, "--out", "whole") == 0
         begun = SETTINGS.replace("--data c4", "").split()

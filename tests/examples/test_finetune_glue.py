@@ -147,6 +147,7 @@ class TestRecords:
         with pytest.raises(ValueError, match="is empty"):
             in_words("sentence\tlabel\n", "train.tsv", tmp_path, "sst2")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("task", glue.TASKS)
     def test_each_tasks_own_format_is_read(self, tiny, task):
         about = glue.TASKS[task]
@@ -308,6 +309,7 @@ LEARNED = {"cola": 0.8, "sst2": 0.8, "stsb": 0.5, "mnli": 0.6}
 
 
 class TestGlue:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("model", "names"),
         [
@@ -366,6 +368,7 @@ class TestGlue:
         }
         assert min(metrics.values()) > LEARNED.get(task, 0.7), metrics
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "optimizer",
         ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in ("natural_galore", "galore"))],

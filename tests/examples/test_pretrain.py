@@ -418,6 +418,7 @@ class TestCommandLine:
         # A core's rounding over its smallest entries, by Adam, at 4 steps of 1e-2.
         chex.assert_trees_all_close(cores, trained(), atol=2e-4)
 
+    @pytest.mark.slow
     def test_a_residual_is_asked_for(self):
         """Or is there by default, and is not where gradients are cores."""
         of = lambda name, **rest: settings.Config(optimizer=name, lr=1e-2, rank=4, **rest)
@@ -437,6 +438,7 @@ class TestCommandLine:
             moved.append(float(jnp.linalg.matrix_rank(updates["mlp"]["up"]["kernel"])))
         assert moved == [8, 4, 8, 4, 4]
 
+    @pytest.mark.slow
     def test_a_run_is_not_overwritten_unasked(self, run, capsys):
         assert run("--optimizer", "adamw", "--out", "here") == 0
         header = report.read(Path("here/log.jsonl")).header
@@ -597,6 +599,7 @@ class TestResume:
         assert run("--out", "crashed", "--resume") == 0
         assert_same_run("crashed", "whole")
 
+    @pytest.mark.slow
     def test_a_full_disk_stops_it_with_one_line_and_it_goes_on(self, run, monkeypatch):
         arguments = ["--optimizer", "adamw", *self.SETTINGS.split()]
         assert run(*arguments, "--out", "whole") == 0
@@ -868,6 +871,7 @@ class TestCompare:
 
 
 class TestSample:
+    @pytest.mark.slow
     @pytest.mark.parametrize("given", [3, 8, 11], ids="{} bytes".format)
     def test_it_is_what_the_model_says_of_the_last_bytes(self, net, params, given):
         prompt = bytes(range(given))

@@ -61,6 +61,7 @@ def roberta_logits(config, params, tokens=SENTENCES, dropout=None):
 
 
 class TestLogits:
+    @pytest.mark.slow
     def test_llama_equals_numpy(self, llama_folder):
         config, params = hugging_face.read_llama(llama_folder)
         expected = [reference.llama_logits(LLAMA, reference.LLAMA_CONFIG, row) for row in TOKENS]
@@ -144,6 +145,7 @@ class TestRoberta:
         # Sums of the same terms in another order.
         np.testing.assert_allclose(short, roberta_logits(config, params)[1:], atol=ROUNDING)
 
+    @pytest.mark.slow
     def test_dropout_acts_with_keys_alone_and_where_it_is_set(self, roberta_folder):
         config, params = hugging_face.read_roberta(roberta_folder, LABELS)
         none = dict.fromkeys(("dropout", "attention_dropout", "classifier_dropout"), 0.0)

@@ -23,6 +23,7 @@ def without_context() -> float:
     return -(shares * np.log(shares)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example",
     [linen, pytest.param(nnx_optimizer, marks=pytest.mark.slow)],

@@ -219,6 +219,7 @@ class TestShards:
         params = llama.abstract_params(replace(llama.CONFIGS[size], **settings))
         return jax.tree.map(lambda s: s.spec, shards.param_shardings(mesh, params))
 
+    @pytest.mark.slow
     def test_the_rule(self):
         specs = self.specs("350m", (2, 2, 2))
         into, out = P("fsdp", "tensor"), P("tensor", "fsdp")

@@ -150,6 +150,7 @@ class TestWindowForm:
         # Where λ is the floor of 4 eps tr K, weights of 1/(4 eps) cancel: one digit is left.
         np.testing.assert_allclose(actual, float(unit) / (1e-3 + 4 * square), rtol=0.2)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("drift", [0.0, 1e-5, 1e-3], ids=lambda x: f"{x:.0e}")
     def test_nearly_parallel_large_cores_stay_finite(self, drift, key):
         """K of 20 such cores is indefinite in float32: rounding exceeds its small eigenvalues."""

@@ -164,6 +164,7 @@ def test_a_resumed_run_is_the_same_run(name, orbax, request):
     assert_same(go_on(tx, *restored, SAVED_AT, STEPS), go_on(tx, *at, SAVED_AT, STEPS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["core", pytest.param("window", marks=pytest.mark.slow)])
 def test_a_resumed_run_in_8_bits_is_the_same_run(fisher, standard):
     """Codes, scales, diagonals and the key of the rounding, through refreshes before and after."""
@@ -213,6 +214,7 @@ def test_a_resumed_nnx_optimizer_is_the_same(standard):
     assert_same(nnx.state(resumed), nnx.state(both))
 
 
+@pytest.mark.slow
 def test_weights_of_another_dtype_go_on_with_the_same_state(standard):
     """The state is float32 whatever the weights are, so it fits both."""
     tx = OPTIMIZERS["core"]
@@ -224,6 +226,7 @@ def test_weights_of_another_dtype_go_on_with_the_same_state(standard):
     assert types_after(tx, *restored) == types(restored)
 
 
+@pytest.mark.slow
 def test_float64_weights_take_a_float32_state_over_exactly(standard):
     tx = OPTIMIZERS["random bases, both sides"]
     weights, state = saved(tx, standard.save)

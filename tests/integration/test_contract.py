@@ -282,6 +282,7 @@ class TestVariants(chex.TestCase):
         chex.assert_trees_all_close(actual, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pmap_with_reduced_gradients_equals_one_device():
     tx = TRANSFORMS["natural_galore"]
     params = {"up": {"kernel": jnp.ones((12, 20))}}

@@ -58,6 +58,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [
@@ -109,6 +110,7 @@ def test_weights_of_out_by_in_are_projected_on_their_short_side():
     assert rows["embed/weight"].view == "an embedding"
 
 
+@pytest.mark.slow
 def test_updates_have_the_structure_of_the_module():
     tx = OPTIMIZERS["core"]
     params = eqx.filter(Model(jax.random.key(0)), eqx.is_inexact_array)

@@ -179,6 +179,7 @@ def test_nnx_optimizer_works_without_jit():
     assert_same_training(*runs)
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_one_stack():
     _, optimizer = trained("core", Stack)
     (basis,) = jax.tree.leaves(nnx.as_pure(optimizer.opt_state[0].basis))
@@ -215,6 +216,7 @@ def test_tree_mode_needs_no_graph():
     assert_same_training((model, optimizer), trained_dict("core"))
 
 
+@pytest.mark.slow
 def test_states_of_variables_are_read_as_those_of_arrays():
     tx = OPTIMIZERS["core"]
     model, optimizer = trained("core")
@@ -272,6 +274,7 @@ def test_names_of_axes_stay_with_whole_leaves_only():
         assert moment["up"]["kernel"]["kernel"].get_value() == P()
 
 
+@pytest.mark.slow
 def test_weights_with_names_of_axes_are_trained_on_a_mesh():
     with jax.set_mesh(mesh()):
         model, _ = trained("galore", named_mlp)
@@ -364,6 +367,7 @@ def test_linens_boxes_change_nothing(box):
     assert isinstance(mu["Dense_0"]["kernel"], Core)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
 def test_linens_boxes_say_where_a_state_is_created(box):
     rules = (("x", "x"), ("y", "y"))

@@ -132,6 +132,7 @@ def close_trees(a, b, **close):
     return all(map(functools.partial(jnp.allclose, **close), *map(jax.tree.leaves, (a, b))))
 
 
+@pytest.mark.slow
 def test_a_schedule_sets_what_is_injected():
     tx = inject("natural_galore", scale=optax.linear_schedule(1.0, 0.5, 2))
     plain = natgalore.natural_galore(**GIVEN["natural_galore"])
@@ -183,6 +184,7 @@ class TestBfloat16:
         with pytest.raises(ValueError, match=rf"`{argument}` must be at least 0.0 and below 1.0"):
             make(**{argument: 1.0})
 
+    @pytest.mark.slow
     def test_hyperparam_dtype_mends_it(self):
         make = functools.partial(
             optax.inject_hyperparams,

@@ -93,6 +93,7 @@ def test_a_tpu_is_given_small_factorisations_alone(settings):
         assert not re.search(r"\b(\d+x)*(f64|complex<f\d+>)>", text)
 
 
+@pytest.mark.slow
 def test_what_a_user_may_choose_is_seen():
     of_svd = decompositions(lowered(natgalore.galore(1e-2, R, basis="svd"))[1])
     assert ("Eigh", (M, M)) in of_svd

@@ -512,6 +512,7 @@ def test_follows_the_oracle_in_many_more_combinations(case):
         compare(case, *problem(case), atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fisher", "side", "tree"),
     [("core", "short", "mixed"), ("core", "both", "tall"), ("window_of_3", "short", "wide")],
@@ -559,6 +560,7 @@ def everything(tree, **changes):
     return SPELLINGS["wrapper"](both, **kwargs), *problem(case)
 
 
+@pytest.mark.slow
 def test_transport_is_idle_before_the_second_refresh():
     rotate, keep = (
         after(*everything("wide", transport=transport, refresh_every=STEPS))
@@ -581,6 +583,7 @@ def test_a_stack_is_its_layers():
         assert_close(apart[str(i)], jax.tree.map(lambda w, i=i: w[i], together), atol=1e-11)
 
 
+@pytest.mark.slow
 def test_leaves_do_not_see_each_other():
     tx, weights, gradients = everything("mixed")
     expected = after(tx, weights, gradients)["layers"]["0"]["mlp"]
@@ -598,6 +601,7 @@ def renamed(G, P, key):
     return P[:, order] * signs[None]
 
 
+@pytest.mark.slow
 def test_names_of_the_directions_do_not_matter():
     """At every refresh; and a function may be the basis."""
     for transport in ("rotate", "reset"):
@@ -613,6 +617,7 @@ def test_names_of_the_directions_do_not_matter():
     assert np.abs(kernel - other).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_each_matrix_side_and_refresh_draws_its_own_basis():
     weights = {
         "layers": {"mlp": {"kernel": np.ones((2, 12, 12))}, "norm": {"scale": np.ones((2, 12))}}
@@ -628,6 +633,7 @@ def test_each_matrix_side_and_refresh_draws_its_own_basis():
         assert np.abs(p - q).max() > 0.1  # entries are about 1/√12
 
 
+@pytest.mark.slow
 def test_a_linear_inner_at_full_rank_is_the_inner_itself():
     """P Pᵀ = I, and momentum rotated into the new basis is the same momentum."""
     _, weights, gradients = everything("mixed")
@@ -647,6 +653,7 @@ def test_galore_is_natural_galore_without_residual():
     )
 
 
+@pytest.mark.slow
 def test_mask_chooses_whose_weights_decay():
     _, weights, gradients = everything("mixed")
     weights, gradients = (x["layers"]["0"]["attention"] for x in (weights, gradients))

@@ -325,6 +325,7 @@ def llama_explained(config, tx):
     return natgalore.explain(loss, tx)(params, opt_state, abstract(8, 257, dtype=jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_llama_of_350m(scan):
     """All matrices of its layers are cores, and the table has a line for each kind of them."""

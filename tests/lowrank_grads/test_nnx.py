@@ -131,11 +131,13 @@ def test_without_jit():
     assert_same_training(*both_ways(ours, whole(), data=data, jit=lambda f: f))
 
 
+@pytest.mark.slow
 def test_stacked_layers_with_masks():
     ours = natgalore.nnx.value_and_grad(loss_fn, on_fallback="error")
     assert_same_training(*both_ways(ours, whole(), data=batches(3), model={"stacked": True}))
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_and_keywords():
     def loss(model, x, power):
         return loss_fn(model, x, power), {"mean": x.mean(), "calls": model.calls[...]}
@@ -147,6 +149,7 @@ def test_auxiliary_outputs_and_keywords():
     assert [int(aux["calls"]) for (_, aux), *_ in seen] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_what_the_optimizer_trains():
     """By its `wrt`: here kernels alone. A core is in a Variable of the weight's kind."""
     kernels = nnx.All(nnx.Param, nnx.PathContains("kernel"))
@@ -185,6 +188,7 @@ def test_names_of_axes_stay_with_whole_gradients():
     assert_same_training(ours, expected)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch():
     """Of a model without masks; its statistics are the means of theirs."""
     ours = natgalore.nnx.value_and_grad(loss_fn, micro_batches=4)
@@ -273,6 +277,7 @@ def test_the_library_does_not_need_flax():
     assert second == "module 'natgalore_jax' has no attribute 'other'"
 
 
+@pytest.mark.slow
 def test_adam_alone_is_optax():
     """Nothing is projected: the gradients are those of NNX."""
     model = Model(nnx.Rngs(0))

@@ -334,6 +334,7 @@ def test_cores_are_those_of_whole_gradients(name):
 # --- models and optimizers as people have them ---------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan", "remat"),
     [
@@ -462,6 +463,7 @@ def test_training_is_that_of_whole_gradients_through_refreshes(name):
     assert_same_training(*both_ways(OPTIMIZERS[name]()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["all_at_once", *(pytest.param(n, marks=pytest.mark.slow) for n in ("natural", "partition"))],
@@ -470,6 +472,7 @@ def test_so_is_that_with_bases_from_whole_gradients(name):
     assert_same_training(*both_ways(OPTIMIZERS[name](), refresh="gradient"))
 
 
+@pytest.mark.slow
 def test_a_refresh_takes_the_whole_gradient_if_asked():
     """With something due at each step there is no other rounding: the same to the bit."""
     ours, whole = both_ways(galore(refresh_every=1), refresh="gradient", steps=3)
@@ -572,6 +575,7 @@ def natgalore_state(opt_state):
     return next(x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x))
 
 
+@pytest.mark.slow
 def test_cores_that_are_not_finite_are_skipped():
     tx = galore(refresh_every=50, stagger=False)
     batch = batches(5)
@@ -583,6 +587,7 @@ def test_cores_that_are_not_finite_are_skipped():
     assert int(skipped(ours)["out"]["kernel"].value) == 1
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_and_keywords():
     tx = natural()
     params, x = PARAMS, batches(1)[0]
@@ -604,6 +609,7 @@ def test_auxiliary_outputs_and_keywords():
         assert len(cores(grads)) == 2
 
 
+@pytest.mark.slow
 def test_a_scaled_loss_is_unscaled_as_any_gradient_is():
     """As mixed precision does it: through a refresh, whose bases do not know of the scale."""
     tx, scale = galore(refresh_every=2, stagger=False), 2.0**10
@@ -647,6 +653,7 @@ def refreshed_at(place, refreshed, opt_state):
     return jax.tree.map(put, opt_state, is_leaf=is_state)
 
 
+@pytest.mark.slow
 def test_some_cores_among_whole_gradients():
     """Each matrix may come either way; those that come whole are refreshed as ever."""
     tx = galore(stagger=False, weight_decay=0.1)
@@ -704,6 +711,7 @@ def test_which_refreshes_are_passes(settings, passes, monkeypatch):
     assert made == ["turns" if passes else "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_neither_does_a_refresh(micro_batches):
     """The whole step, with products or sums of no more than r x n and r x m entries a matrix."""
@@ -732,6 +740,7 @@ def product_shapes(f, *args):
 DATA, FSDP = PartitionSpec(), PartitionSpec("d")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "weights", "refresh"),
     [
@@ -759,6 +768,7 @@ def test_on_a_mesh_training_is_the_same(kind, weights, refresh):
     assert_same_params(seen, whole)
 
 
+@pytest.mark.slow
 def test_a_hot_step_sums_cores_and_what_is_not_projected_alone():
     """Between data-parallel devices: nothing of a refresh has left its loop."""
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))

@@ -100,6 +100,7 @@ shape_lists = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     sizes=shape_lists,
@@ -163,6 +164,7 @@ def test_a_schedule_keeps_a_count():
     assert held(jax.eval_shape(tx.init, tree(128))) == planned.bytes["state"] + 4
 
 
+@pytest.mark.slow
 def test_bytes_by_dtype_and_what_is_reserved():
     planned = natgalore.plan(tree(128, dtype=BF16), "400kB", reserve="100kB")
     assert planned.dtypes["reserved"] == {"as asked": 100_000}
@@ -295,6 +297,7 @@ class TestEnergy:
         rounded = natgalore.plan(self.params, energy=0.9, grads=self.grads)
         assert [row.rank for row in rounded.rows] == [8, 16]
 
+    @pytest.mark.slow
     def test_what_it_promises_is_explained(self):
         """By the bases of an optimizer that has seen these gradients."""
         planned = natgalore.plan(
@@ -390,6 +393,7 @@ def test_what_a_step_does_not_donate_it_holds_twice():
     )
 
 
+@pytest.mark.slow
 def test_ranks_are_lower_where_the_step_needs_room():
     params, x = {"up": tree()["up"]}, jax.ShapeDtypeStruct((64, 64), F32)
     planning = functools.partial(natgalore.plan, params, bits=32, multiple=16)
@@ -426,6 +430,7 @@ def test_the_table_and_the_verdict():
     assert "layers/*/up/kernel (3)" in captured.get()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_and_what_helps():
     params = tree(128)
     planned = natgalore.plan(params, "100KiB", bits=32, low_rank_gradients=False)

@@ -214,6 +214,7 @@ def coded_arrays(state):
     return [x for x in jax.tree.leaves(state, is_leaf=is_quantized) if is_quantized(x)]
 
 
+@pytest.mark.slow
 @each
 def test_the_state_is_that_of_the_optimizer_with_moments_in_8_bits(name):
     tx = OPTIMIZERS[name](1e-2)
@@ -229,6 +230,7 @@ def test_the_state_is_that_of_the_optimizer_with_moments_in_8_bits(name):
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
 
 
+@pytest.mark.slow
 def test_other_roles_on_request():
     params = random(0)
     tx = natgalore.natural_galore(1e-2, rank=64, select=[("up|down", "auto"), ("", None)])
@@ -267,6 +269,7 @@ def run(tx, steps=121):
     return state, np.float64(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rank", "roles"),
     [
@@ -328,6 +331,7 @@ def steps(tx, params, state, first, last):
     return params, state
 
 
+@pytest.mark.slow
 @each
 def test_goes_on_to_the_same_bits_from_numpy(name):
     """Codes, scales and the key of the rounding are all there is; one program for all steps."""
@@ -358,6 +362,7 @@ def test_every_leaf_and_step_is_rounded_by_a_key_of_its_own():
         assert all((one != other).any() for other in found[:i])
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_stays_so_in_adamw_and_out_of_a_projection():
     params = random(0)
     bad = jax.tree.map(lambda g: g.at[..., 3].set(jnp.nan), random(1))
@@ -382,6 +387,7 @@ def test_what_is_not_finite_stays_so_in_adamw_and_out_of_a_projection():
         assert bool(np.isnan(mine["up"]["kernel"]).any()) == (name == "adamw")
 
 
+@pytest.mark.slow
 def test_around_and_inside_of_other_wrappers():
     params = {"up": {"kernel": random(0)["up"]["kernel"]}}
     grads = [{"up": {"kernel": random(i)["up"]["kernel"]}} for i in range(4)]
@@ -517,6 +523,7 @@ def test_sharded_as_the_arrays_are(name, kind, monkeypatch):
         np.testing.assert_allclose(x.scales, y.scales, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_scales_of_few_blocks_are_whole():
     mesh = jax.make_mesh((8,), ("fsdp",))
     lies = NamedSharding(mesh, P(None, "fsdp"))

@@ -86,6 +86,7 @@ def test_describe_knows_both_sides():
     assert rows["down/kernel"].state_bytes == 4 * (40 * 4 + 16 * 4 + 2 * 4 * 4) + 8
 
 
+@pytest.mark.slow
 def test_describe_shows_the_health_of_a_state():
     params = jax.tree.map(lambda x: jnp.ones(x.shape), ABSTRACT)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)

@@ -67,6 +67,7 @@ def test_explained_energy_is_the_share_of_the_squares(kwargs):
         np.testing.assert_allclose(energy[name], share, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_explained_energy_of_nothing_is_zero_and_of_any_size_the_same():
     (*_, state), grads = trained(fisher=None)
     kernel = grads["layers"]["up"]["kernel"].at[0].set(jnp.nan)
@@ -105,6 +106,7 @@ def test_condition_of_the_core_fisher():
     assert all((x == 1).all() for x in natgalore.fisher_condition(start).values())
 
 
+@pytest.mark.slow
 def test_condition_of_the_window_leaves_empty_slots_out():
     """Of K itself: gradients of very different sizes make it ill conditioned."""
     tx = natgalore.project(RANK, natgalore.scale_by_fisher(5), transport="keep")
@@ -121,6 +123,7 @@ def test_condition_of_the_window_leaves_empty_slots_out():
     assert actual > 1e3
 
 
+@pytest.mark.slow
 def test_a_condition_beyond_float32_is_said_to_be_that():
     tx = natgalore.project(RANK, natgalore.scale_by_fisher(3))
     g = random(0)

@@ -64,6 +64,7 @@ def test_the_same_steps_from_the_host(what, key):
     assert kinds <= {2, 3}  # vectors and numbers stay
 
 
+@pytest.mark.slow
 def test_donated_arrays_on_the_host_are_used_again(key):
     params, *gradients = [weights(k) for k in jax.random.split(key, 5)]
     expected, _ = steps(optimizer(), params, gradients, jax.jit(optimizer().update))

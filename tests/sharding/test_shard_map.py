@@ -85,6 +85,7 @@ def data_parallel(name, kind, jitted=True, **of_map):
     assert_close(actual, on_one_device(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_with_reduced_gradients_it_equals_one_device(kind):
     data_parallel("core", kind)

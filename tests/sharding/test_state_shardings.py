@@ -142,6 +142,7 @@ def test_every_kind_of_state_can_be_sharded(name, key):
     same_as_one_device(layout, AxisType.Explicit, OPTIMIZERS[name], True, key)
 
 
+@pytest.mark.slow
 def test_axes_of_both_kinds_may_mix(key):
     same_as_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), CORE, True, key)
 

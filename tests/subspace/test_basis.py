@@ -70,6 +70,7 @@ def test_equals_the_oracle(method, turns, key):
     np.testing.assert_allclose(actual, expected, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_a_first_basis_captures_what_the_best_one_does(key):
     """The reason for FIRST_ITERATIONS: from a random start, within 3 % of the best energy."""
     energies = []

@@ -91,6 +91,7 @@ class TestCalendar:
         calendar = due(np.arange(7)[:, None], np.arange(10)[None, :], 5, 7, False)
         np.testing.assert_array_equal(calendar, (np.arange(10) % 5 == 0)[None].repeat(7, 0))
 
+    @pytest.mark.slow
     def test_the_engine_keeps_it(self, key):
         """Bases change where the calendar says and nowhere else."""
         tx = natgalore.project(RANK, optax.identity(), refresh_every=3)
@@ -234,6 +235,7 @@ class TestState:
         assert types == [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(new_state)]
         assert {d for _, d, _ in types} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
+    @pytest.mark.slow
     def test_bfloat16_gradients_lose_no_more_than_their_rounding(self, key):
         params = tree(key)
         gradients = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -276,6 +278,7 @@ class TestRandomBasis:
             np.testing.assert_array_equal, a.update(params, state), b.update(params, state)
         )
 
+    @pytest.mark.slow
     def test_updates_lie_in_the_spaces_of_the_keys(self, key):
         """P Pᵀ G Q Qᵀ of the bases that `expand` gives, before a refresh and after."""
         gradients = tree(key)
@@ -295,6 +298,7 @@ class TestRandomBasis:
 
 
 class TestProgram:
+    @pytest.mark.slow
     @pytest.mark.parametrize("fisher", FISHERS)
     def test_donates_and_reuses_every_buffer(self, fisher, key):
         params = tree(key)
@@ -335,6 +339,7 @@ class TestProgram:
             updates, state = step(params, state, params)
             params = optax.apply_updates(params, updates)
 
+    @pytest.mark.slow
     def test_scans_over_steps(self, key):
         params = tree(key)
         tx = optimizer()
@@ -398,6 +403,7 @@ def test_scale_multiplies_projected_leaves_alone(key):
     np.testing.assert_array_equal(b["embed"]["embedding"], a["embed"]["embedding"])
 
 
+@pytest.mark.slow
 def test_inner_sees_one_tree(key):
     """One global norm over cores and other leaves together."""
     params = tree(key)

@@ -193,6 +193,7 @@ class TestIsotropic:
         *_, (updates, _) = run(tx, [jax.tree.map(jnp.zeros_like, g)] * 2)
         assert not any(x.any() for x in jax.tree.leaves(updates))
 
+    @pytest.mark.slow
     def test_remembers_nothing(self):
         """The state is that without a residual, or what is left of one with a limit."""
         make = lambda residual: natgalore.natural_galore(1e-2, R, residual=residual)
@@ -255,6 +256,7 @@ def test_a_bad_gradient_adds_nothing(residual, bad):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
+@pytest.mark.slow
 def test_without_a_limit_an_inner_that_does_nothing_returns_the_gradient():
     """φ = 1: what is kept and what is left out are all there is."""
     for residual in ("fira", lambda left, R, U: left):
@@ -267,6 +269,7 @@ def test_without_a_limit_an_inner_that_does_nothing_returns_the_gradient():
                 assert_close(updates, g, rtol=0, atol=1e-5 * size)  # 20 products in float32
 
 
+@pytest.mark.slow
 def test_at_full_rank_nothing_is_left_out():
     make = lambda residual: natgalore.natural_galore(1e-2, M, refresh_every=2, residual=residual)
     with jax.enable_x64(True):
@@ -341,6 +344,7 @@ def test_gradients_of_any_size_are_scaled(unit):
             assert_close(jax.tree.map(lambda x: x / unit, updates), g, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_bfloat16_get_the_same_rounded():
     tx = project(optax.scale_by_adam())
     g = tree(1, jnp.bfloat16)
@@ -366,6 +370,7 @@ def test_scale_multiplies_both_parts_and_not_the_norm():
 
 
 class TestFunction:
+    @pytest.mark.slow
     def test_gets_one_matrix_what_is_left_its_core_and_its_answer(self):
         seen = []
 
@@ -409,6 +414,7 @@ class TestState:
 
 
 class TestProgram:
+    @pytest.mark.slow
     def test_has_no_product_more(self):
         """And no array of m x n: of a bfloat16 weight the lift rounds, which is one beside."""
         params = {"up": {"kernel": jnp.zeros((64, 256))}}

@@ -123,6 +123,7 @@ def test_decay_asks_for_the_weights():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
+@pytest.mark.slow
 def test_costs_nothing_where_inner_does_not_decay():
     """No product with the weight in the program: as many bytes and flops as without params."""
     tx = natgalore.project(4, optax.scale_by_adam())

@@ -26,6 +26,7 @@ def test_what_is_due_runs_and_little_else(count, places):
     assert ran.sum() <= BRANCHES * due.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, BRANCHES, BRANCHES + 1, 3 * BRANCHES**2])
 def test_one_is_chosen(count):
     values = [lambda i=i: {"value": jnp.int32(i)} for i in range(count)]
