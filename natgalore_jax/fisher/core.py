@@ -14,7 +14,6 @@ arXiv:1802.09568; Gong et al., "Alice", arXiv:2502.07752.
 """
 
 import functools
-import operator
 from typing import NamedTuple
 
 import jax
@@ -25,10 +24,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..sharding.partitioning import with_auto_axes
 from ..tree.leaf_spec import core_arrays, replace_cores, subspace_only, zeros_at_cores
 from ..tree.state_roles import register_state
-from ..util.control_flow import when
+from ..util.control_flow import run_if_due
 from ..util.linalg import POWERS, eye_like, inverse_root, power_of_two, product
 from ..util.validation import Scalar, check_choice, check_decay, check_int, check_number
-from .stacks import alike, together
 
 
 class CoreFisherState(NamedTuple):
@@ -124,94 +122,97 @@ def scale_by_core_fisher(
         if not Rs:
             return updates, state._replace(count=count)
         in_turn = state.count % root_every == 0
-        arguments = (Rs, *map(core_arrays, state[1:]))
-        out, *fields = with_auto_axes(step, arguments, *arguments, in_turn)
+        leaves = list(zip(Rs, *map(core_arrays, state[1:]), strict=True))
+        results = with_auto_axes(step, leaves, leaves, in_turn)
+        U, *fields = zip(*results, strict=True)
         trees = [replace_cores(tree, x) for tree, x in zip(state[1:], fields, strict=True)]
-        return replace_cores(updates, out), CoreFisherState(count, *trees)
+        return replace_cores(updates, U), CoreFisherState(count, *trees)
 
-    def step(Rs, weight, scale, fisher, root, root_scale, in_turn):
-        """All of it on lists of arrays: the answers, and the fields of the state but its count."""
-        groups = alike(Rs)
-        (unit,) = together(
-            lambda R: (power_of_two(R),), groups, [jnp.abs(R).max(axis=(-2, -1)) for R in Rs]
-        )
-        rs = [R / by[..., None, None] for R, by in zip(Rs, unit, strict=True)]
-        # However r is rounded in a product with itself, the product is semidefinite.
-        squares = [product(r, r.mT) for r in rs]
-        traces = ([jnp.trace(L, axis1=-2, axis2=-1) for L in Ls] for Ls in (fisher, squares))
-        kept, added, weight, scale, due, accepted = together(
-            lambda *of: track(*of, decay, in_turn),
-            *(groups, unit, weight, scale, *traces, root_scale),
-        )
-        fisher = [
-            a[..., None, None] * L + b[..., None, None] * square
-            for a, L, b, square in zip(kept, fisher, added, squares, strict=True)
-        ]
+    def step(leaves, in_turn):
+        """Equations (1) and (2): for each leaf U, and the fields of the state after its count."""
+        new = [accumulate(*leaf, decay, in_turn) for leaf in leaves]
 
-        def renew(fisher, weight, scale, due, root, root_scale):
-            def compute(old):
-                Z = inverse_root(damped(fisher, weight, damping), power, least_damping)
-                return jnp.where(due[..., None, None], Z, old[0]), jnp.where(due, scale, old[1])
+        def renew(leaf: Accumulated, old: tuple[Array, Array]) -> tuple[Array, Array]:
+            Z = inverse_root(damped(leaf.fisher, leaf.weight, damping), power, least_damping)
+            return jnp.where(per_matrix(leaf.due), Z, old[0]), jnp.where(
+                leaf.due, leaf.scale, old[1]
+            )
 
-            return when(due.any(), compute, (root, root_scale))
-
-        any_due = functools.reduce(operator.or_, [d.any() for d in due])
-        root, root_scale = when(
-            any_due,
-            lambda old: together(renew, groups, fisher, weight, scale, due, *old),
-            [list(root), list(root_scale)],
+        roots = run_if_due(
+            [leaf.due.any() for leaf in new],
+            [functools.partial(renew, leaf) for leaf in new],
+            [tuple(leaf[-2:]) for leaf in leaves],
         )
-        (factor,) = together(
-            lambda *of: (answer_scale(*of, power),), groups, unit, accepted, root_scale
-        )
-        out = [
-            product(Z, r) * by[..., None, None] for Z, r, by in zip(root, rs, factor, strict=True)
-        ]
-        return out, *map(list, (weight, scale, fisher, root, root_scale))
+        out = []
+        for leaf, (root, root_scale) in zip(new, roots, strict=True):
+            factor = answer_scale(leaf.unit, leaf.accepted, root_scale, power)
+            U = product(root, leaf.r) * per_matrix(factor)  # (2)
+            out.append((U, leaf.weight, leaf.scale, leaf.fisher, root, root_scale))
+        return out
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def track(
-    unit: Float[Array, "*batch"],
+class Accumulated(NamedTuple):
+    """One leaf after equation (1).
+
+    Attributes:
+      r: the core in units of `unit`, (*batch, r, n).
+      unit: a power of two, (*batch).
+      accepted: whether the core was not zero, (*batch).
+      due: whether a new root is, (*batch).
+      weight, scale, fisher: see :class:`CoreFisherState`.
+    """
+
+    r: Float[Array, "*batch r n"]
+    unit: Float[Array, "*batch"]
+    accepted: Bool[Array, "*batch"]
+    due: Bool[Array, "*batch"]
+    weight: Float[Array, "*batch"]
+    scale: Float[Array, "*batch"]
+    fisher: Float[Array, "*batch r r"]
+
+
+def accumulate(
+    R: Float[Array, "*batch r n"],
     weight: Float[Array, "*batch"],
     scale: Float[Array, "*batch"],
-    fisher: Float[Array, "*batch"],
-    square: Float[Array, "*batch"],
+    fisher: Float[Array, "*batch r r"],
+    root: Float[Array, "*batch r r"],
     root_scale: Float[Array, "*batch"],
     decay: Scalar,
     in_turn: Bool[Array, ""],
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """The numbers of (1), for R = `unit` r and L in units of σ².
+) -> Accumulated:
+    """Equation (1) for one leaf, with L and R Rᵀ in units of powers of two.
 
     Args:
-      unit: a power of two.
-      weight: w.
-      scale: σ.
-      fisher: the trace of L / σ².
-      square: the trace of r rᵀ; zero where nothing comes in.
-      root_scale: σ at the time of the root.
+      R: the core.
+      weight, scale, fisher, root, root_scale: the old state.
       decay: β.
-      in_turn: whether all roots are.
-
-    Returns:
-      a and b of L / σ² ← a L / σ² + b r rᵀ, the new w and σ, which roots are due, and for which
-      matrices something came in.
+      in_turn: whether all roots are due by the calendar.
     """
+    del root
+    trace = lambda x: jnp.trace(x, axis1=-2, axis2=-1)
+    unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
+    r = R / per_matrix(unit)
+    square = product(r, r.mT)  # semidefinite however r is rounded within the product
+    accepted = trace(square) > 0
     beta = jnp.asarray(decay, fisher.dtype)
-    accepted = square > 0
     common = jnp.maximum(scale, unit)
     # Both ratios are powers of two of at most 1; where one underflows, its term is beyond rounding.
     a, b = beta * jnp.square(scale / common), (1 - beta) * jnp.square(unit / common)
-    growth = power_of_two(a * fisher + b * square, root=True)
+    growth = power_of_two(a * trace(fisher) + b * trace(square), root=True)
+    a = jnp.where(accepted, a, 1.0) / jnp.where(accepted, growth * growth, 1.0)
+    b = jnp.where(accepted, b, 0.0) / jnp.where(accepted, growth * growth, 1.0)
     scale = jnp.where(accepted, common * growth, scale)
-    return (
-        jnp.where(accepted, a, 1.0) / jnp.where(accepted, growth * growth, 1.0),
-        jnp.where(accepted, b, 0.0) / jnp.where(accepted, growth * growth, 1.0),
-        jnp.where(accepted, beta * weight + (1 - beta), weight),
-        scale,
-        accepted & (in_turn | (scale > OUTGROWN * root_scale)),
-        accepted,
+    return Accumulated(
+        r=r,
+        unit=unit,
+        accepted=accepted,
+        due=accepted & (in_turn | (scale > OUTGROWN * root_scale)),
+        weight=jnp.where(accepted, beta * weight + (1 - beta), weight),
+        scale=scale,
+        fisher=per_matrix(a) * fisher + per_matrix(b) * square,
     )
 
 
@@ -221,7 +222,7 @@ def answer_scale(
     root_scale: Float[Array, "*batch"],
     power: float,
 ) -> Float[Array, "*batch"]:
-    """What the product of a root and r lacks to be (2): both have units, so it cannot overflow."""
+    """Factor that turns (scaled root) @ r into equation (2) without overflow."""
     root_unit = jnp.where(accepted, root_scale, 1.0)
     return jnp.where(accepted, unit / root_unit * root_unit ** (1 - 2 * power), 0.0)
 
@@ -238,3 +239,8 @@ def damped(
     damping = jnp.maximum(jnp.asarray(damping, dtype), LEAST_DAMPING)  # a traced one is unchecked
     shift = damping * jnp.trace(L, axis1=-2, axis2=-1) / r
     return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)
+
+
+def per_matrix(x: Array) -> Array:
+    """One number for each matrix, with axes that broadcast over its rows and columns."""
+    return x[..., None, None]

@@ -27,7 +27,6 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..quantization.quantized_array import as_kept
 from ..sharding.partitioning import with_auto_axes
 from ..tree.leaf_spec import core_arrays, replace_cores, subspace_only, zeros_at_cores
 from ..tree.state_roles import register_state
@@ -78,8 +77,7 @@ def scale_by_fisher(
       power: p of (2), one of 1 (the inverse, as in the paper), ½ and ¼. Below 1 it takes an
         eigendecomposition of K a matrix and step.
       window_dtype: of the remembered cores, by default that of the cores. bfloat16 halves the
-        state; the answer is then that for cores so rounded, the newest too, and as exact. In
-        8 bits: `quantized(tx, roles=(..., "window"))`.
+        state; the answer is then exact for the rounded cores, the newest included.
 
     Returns:
       A transformation whose updates have the shapes of the cores.
@@ -155,7 +153,7 @@ def remember(
     size = window.shape[-3]
     slot = count % size
     unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
-    newest = as_kept(rounded(R / unit[..., None, None], window.dtype), window)
+    newest = rounded(R / unit[..., None, None], window.dtype)
     # F forgets the order of its terms, so a ring buffer needs no roll. A zero core may take the
     # slot too: its answer is zero, and it leaves the count, hence the slot to the next core.
     replace = lambda H, h, i: lax.dynamic_update_index_in_dim(H, h, i, 0)
