@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from ..selection.select import decisions
-from ..sharding.partitioning import mesh_context
+from ..sharding.partitioning import use_mesh_of
 from ..subspace.engine import SubspaceState
 from ..subspace.projection import core_dtype
 from ..tree.flax_boxes import unbox
@@ -173,7 +173,7 @@ def _rows(
     check_paths(states, params)
     bases = bases_of(states)
     flat = jax.tree_util.tree_leaves_with_path(unbox(params))
-    with mesh_context(params):
+    with use_mesh_of(params):
         program, form = program_of(loss_fn, params, args, kwargs)
         _check_loss(form[0] if has_aux else form)
         costs = costs_of(program, flat, bases)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ..sharding.partitioning import ParamPartitions, mesh_context, partitions_of
+from ..sharding.partitioning import ParamPartitions, use_mesh_of, partitions_of
 from ..subspace.engine import Engine, SubspaceState, finding
 from ..subspace.refresh import Refresh, groups, matrices
 from ..subspace.residual import ResidualState
@@ -116,7 +116,7 @@ def value_and_grad(
         states = [leaves[i] for i in places]
         refreshes = [engines[_key(state)][0].refresh for state in states]
         check_paths(states, params)
-        with mesh_context(params):
+        with use_mesh_of(params):
             if states:
                 run, fallbacks = backward(loss_fn, params, has_aux, args, kwargs, micro_batches)
                 jax.eval_shape(lambda: run(bases_of(states)))

@@ -197,7 +197,7 @@ def with_auto_axes(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyT
         return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
 
 
-def mesh_context(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
+def use_mesh_of(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
     """Within it, what is made anew lies on the mesh of `tree`, if that has Explicit axes.
 
     Under `jit` it does anyway. Where operations run one by one JAX asks for `jax.set_mesh`, and

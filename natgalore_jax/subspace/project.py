@@ -11,7 +11,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..selection.select import SIDES, Rank, Select, check_rank, select as select_leaves
-from ..sharding.partitioning import mesh_context
+from ..sharding.partitioning import use_mesh_of
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec
 from ..util.validation import Scalar, check_choice, check_int, check_number
@@ -159,11 +159,11 @@ def project(
             _warn_unprojected(reasons)
         if chosen and inner is None:
             _warn_full_size(params, chosen)
-        with mesh_context(params):
+        with use_mesh_of(params):
             return engine.init(params, specs)
 
     def update(updates: PyTree, state: State, params: PyTree = None, **extra_args: Any):
-        with mesh_context(updates):
+        with use_mesh_of(updates):
             return engine.update(updates, state, params, **extra_args)
 
     projection = Projection(init, update)
