@@ -26,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ..quantization.quantized_array import basis_of, closed, decoded, is_quantized, opened, recoded
-from ..sharding.partitioning import ParamPartitions, partition_of, with_auto_axes
+from ..sharding.partitioning import ParamPartitions, role_partition, with_auto_axes
 from ..subspace.basis import basis_key, expand, normalised
 from ..subspace.engine import SubspaceState
 from ..subspace.refresh import Refresh, order
@@ -150,7 +150,9 @@ def turn(
         carried = refresh.carry(roles, decoded(old.carried), [P], into, usable)
         return Turning(kept, old.times + (usable & first), recoded(carried, old.carried))
 
-    lies = {P.spec.path: partition_of("basis", P.spec, partitions.at(P.spec.path)) for P in bases}
+    lies = {
+        P.spec.path: role_partition("basis", P.spec, partitions.get(P.spec.path)) for P in bases
+    }
     leaves = [
         Leaf(
             *(of_products(P.spec), tuple(kinds), y, now, jnp.asarray(order(P.spec))),

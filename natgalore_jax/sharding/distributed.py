@@ -27,7 +27,7 @@ from .partitioning import ParamPartitions, by_axis, merged, mesh_axes, place, tr
 
 def batch_partition(spec: LeafSpec, partitions: ParamPartitions) -> PartitionSpec:
     """How the batch axes of a leaf are sharded; an empty one where they are whole."""
-    entry = by_axis(spec, partitions.at(spec.path))
+    entry = by_axis(spec, partitions.get(spec.path))
     return trimmed([entry[axis] for axis in spec.batch])
 
 
@@ -54,7 +54,7 @@ def over_shards(
     batch = batch_partition(spec, partitions)
     if not batch:
         return f(spec, G, which, state)
-    entry = by_axis(spec, partitions.at(spec.path))
+    entry = by_axis(spec, partitions.get(spec.path))
     names = {name for part in batch for name in mesh_axes(part)}
     context = get_abstract_mesh()
     mesh = partitions.mesh if context.empty else context
@@ -85,7 +85,7 @@ def on_whole_matrices(
     """
     context = get_abstract_mesh()
     mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else partitions.mesh
-    entry = by_axis(spec, partitions.at(spec.path))
+    entry = by_axis(spec, partitions.get(spec.path))
     sides = [merged(spec, axes, entry) for axes in (spec.rows, spec.cols)]
     batch = [[*mesh_axes(entry[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]

@@ -38,7 +38,7 @@ from ..tree.state_roles import Undeclared
 Entry = Any  # of a PartitionSpec: None, an axis of the mesh or several
 
 
-def partition_of(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
+def role_partition(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
     """How an array of `role` lies that belongs to a leaf which lies as `param`.
 
     Args:
@@ -61,13 +61,13 @@ def partition_of(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSp
     return trimmed([*batch, *rest])
 
 
-def partition_spec_of(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
+def state_partition(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
     """The same for an array that :func:`walk` met, whose role may be undeclared."""
     if x.shape[: len(spec.batch)] != spec.batch_shape:
         return PartitionSpec()
     if role is None or isinstance(role, Undeclared):
         role = "linear" if x.shape == spec.core_shape else "scalar"
-    entries = partition_of(role, spec, param)
+    entries = role_partition(role, spec, param)
     # One number that stands for what is not kept, as Adafactor's does, cannot be sharded.
     return trimmed([e if n > 1 else None for e, n in zip(entries, x.shape, strict=False)])
 

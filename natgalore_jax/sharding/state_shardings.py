@@ -18,7 +18,7 @@ from .partitioning import (
     fitting,
     known_partitions,
     mesh_axes,
-    partition_spec_of,
+    state_partition,
     place,
     trimmed,
 )
@@ -179,7 +179,7 @@ def _of_state(
             return x
         ndim = len(x.shape)
         divisible = [ndim - 1] if role in ("linear", "square", "window") else []
-        return named(x, partition_spec_of(x, role, spec, lies[spec.path]), divisible)
+        return named(x, state_partition(x, role, spec, lies[spec.path]), divisible)
 
     def other(path: tuple, x: Any) -> NamedSharding:
         if isinstance(x, NamedSharding):

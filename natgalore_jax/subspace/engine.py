@@ -28,8 +28,8 @@ from jaxtyping import Array, Int, PyTree
 
 from ..sharding.partitioning import (
     ParamPartitions,
-    partition_of,
-    partition_spec_of,
+    role_partition,
+    state_partition,
     partitions_of,
     with_auto_axes,
 )
@@ -127,7 +127,7 @@ class Engine:
             if spec is None:
                 return working(x)
             core = jnp.zeros_like(x, working_dtype(x), spec.core_shape)
-            entries = partition_of("linear", spec, partitions.at(spec.path))
+            entries = role_partition("linear", spec, partitions.get(spec.path))
             return Core(partitions.place(core, entries), spec)
 
         def basis(x, spec, side=0):
@@ -216,7 +216,9 @@ class Engine:
         answer = replace_cores(
             answer,
             [
-                partitions.hint(U.value, partition_of("linear", U.spec, partitions.at(U.spec.path)))
+                partitions.hint(
+                    U.value, role_partition("linear", U.spec, partitions.get(U.spec.path))
+                )
                 for U in cores(answer)
             ],
         )
@@ -264,8 +266,8 @@ def _as_leaves(updates: PyTree, params: PyTree) -> PyTree:
 def _lying(role: str, partitions: ParamPartitions, path: tuple, G: Array, P: Basis | None) -> Any:
     """How something of a gradient lies, or of a leaf that is not projected, which has no axes."""
     if P is None:
-        return partitions.at(path) if role == "linear" else PartitionSpec()
-    return Core(partition_of(role, P.spec, partitions.at(path)), P.spec)
+        return partitions.get(path) if role == "linear" else PartitionSpec()
+    return Core(role_partition(role, P.spec, partitions.get(path)), P.spec)
 
 
 def _placed(state: State, partitions: ParamPartitions) -> State:
@@ -273,7 +275,7 @@ def _placed(state: State, partitions: ParamPartitions) -> State:
 
     def at(x, role, spec):
         if spec is not None:
-            return partitions.place(x, partition_spec_of(x, role, spec, partitions.at(spec.path)))
+            return partitions.place(x, state_partition(x, role, spec, partitions.get(spec.path)))
         # An array of a leaf that is not projected is where inner made it.
         return partitions.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
 

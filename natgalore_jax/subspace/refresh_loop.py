@@ -76,7 +76,7 @@ def _likeness(leaf: Leaf, partitions: ParamPartitions) -> Hashable:
     pattern = re.sub(r"\d+", "#", leaf.spec.name)
     shape = dataclasses.replace(leaf.spec, path=(), index=0)
     types = tuple(jax.typeof(x) for x in (leaf.G, *jax.tree.leaves(leaf.state)))
-    return pattern, shape, leaf.kind, types, partitions.at(leaf.spec.path)
+    return pattern, shape, leaf.kind, types, partitions.get(leaf.spec.path)
 
 
 def _over_group(

@@ -17,7 +17,7 @@ import natgalore_jax as natgalore
 from examples.common import llama
 from examples.pretraining import shards
 from natgalore_jax.selection.select import MatrixView, select
-from natgalore_jax.sharding.partitioning import partition_of
+from natgalore_jax.sharding.partitioning import role_partition
 from tests.helpers.hlo import collectives
 
 
@@ -77,14 +77,14 @@ def test_the_table_is_the_rule(words, role, side):
     (spec,), _ = select([weight], 8, side, MatrixView(1, 2))
     while entries[-1] is None:
         entries.pop()
-    assert partition_of(role, spec, P("layers", "a", "c")) == P(*entries)
+    assert role_partition(role, spec, P("layers", "a", "c")) == P(*entries)
 
 
 def test_the_second_basis_lies_as_the_other_axis():
     assert '| second basis Q, of `side="both"` | (…, n, r) | (…batch, c, None) |' in PAGE
     weight = jax.ShapeDtypeStruct((2, 32, 48), "float32")
     (spec,), _ = select([weight], 8, "both", MatrixView(1, 2))
-    assert partition_of("basis", spec.transposed, P("layers", "a", "c")) == P("layers", "c")
+    assert role_partition("basis", spec.transposed, P("layers", "a", "c")) == P("layers", "c")
 
 
 def test_the_offloading_table_is_the_measured_one():
