@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import explicit_mesh, fitting, partition, with_auto_axes
+from ..sharding.partitioning import (
+    explicit_mesh,
+    divisible_partition,
+    array_partition,
+    with_auto_axes,
+)
 from ..tree.leaf_spec import Basis
 from ..util.linalg import matmul
 from .dynamic_8bit import LINEAR, Code, block_size, code_of, decode, encode
@@ -34,7 +39,7 @@ class QuantizedArray:
 
     def array(self) -> Array:
         """What it stands for."""
-        return with_auto_axes(decode, partition(self.codes), self.codes, self.scales)
+        return with_auto_axes(decode, array_partition(self.codes), self.codes, self.scales)
 
     def anew(self, x: Array) -> "QuantizedArray":
         """x in its place, to nearest."""
@@ -49,9 +54,9 @@ def coded(
     code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None
 ) -> QuantizedArray:
     """`encode`, the codes lying on a mesh as x does, and the scales as far as their number lets."""
-    mesh, lies = explicit_mesh(x), partition(x)
+    mesh, lies = explicit_mesh(x), array_partition(x)
     blocks = (*x.shape[:-1], x.shape[-1] // block)
-    scales = lies if mesh is None else fitting(lies, blocks, mesh)
+    scales = lies if mesh is None else divisible_partition(lies, blocks, mesh)
     encoded = lambda x, key: encode(code, x, block, key)
     return QuantizedArray(*with_auto_axes(encoded, (lies, scales), x, key))
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import partition, with_auto_axes
+from ..sharding.partitioning import array_partition, with_auto_axes
 from ..tree.leaf_spec import cores
 from ..tree.state_roles import register_state
 from ..util.validation import check_int
@@ -86,7 +86,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
         leaves, treedef = jax.tree.flatten(updates)
         weights = treedef.flatten_up_to(params)
         rounded = [
-            with_auto_axes(_to_neighbours, partition(w), u, w, jax.random.fold_in(now, i))
+            with_auto_axes(_to_neighbours, array_partition(w), u, w, jax.random.fold_in(now, i))
             if getattr(w, "dtype", None) == jnp.bfloat16
             else u
             for i, (u, w) in enumerate(zip(leaves, weights, strict=True))

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from ..sharding.partitioning import partition, with_auto_axes
+from ..sharding.partitioning import array_partition, with_auto_axes
 from .dynamic_8bit import wide
 from .quantized_array import QuantizedArray
 
@@ -49,7 +49,7 @@ class SymmetricArray(QuantizedArray):
     """
 
     def array(self) -> Float[Array, "*batch r r"]:
-        return with_auto_axes(decode, partition(self.codes), self.codes, self.scales)
+        return with_auto_axes(decode, array_partition(self.codes), self.codes, self.scales)
 
     def anew(self, x: Float[Array, "*batch r r"]) -> "SymmetricArray":
         return coded(x)
@@ -57,7 +57,7 @@ class SymmetricArray(QuantizedArray):
 
 def coded(x: Float[Array, "*batch r r"]) -> SymmetricArray:
     """`encode`, both results lying on a mesh as x does, whose last two axes are whole."""
-    return SymmetricArray(*with_auto_axes(encode, (partition(x), partition(x)), x))
+    return SymmetricArray(*with_auto_axes(encode, (array_partition(x), array_partition(x)), x))
 
 
 def encode(

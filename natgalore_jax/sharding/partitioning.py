@@ -79,7 +79,7 @@ def trimmed(entries: list[Entry]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def fitting(
+def divisible_partition(
     param: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """`param` where it divides the axes of an array of this shape, and None where it does not."""
@@ -157,7 +157,7 @@ def partitions_of(tree: PyTree) -> ParamPartitions:
     mesh = next(concrete, None) or explicit_mesh(tree)
     if mesh is None:
         return _known.get() or ParamPartitions(None, {})
-    return ParamPartitions(mesh, {path: partition(x) for path, x in leaves})
+    return ParamPartitions(mesh, {path: array_partition(x) for path, x in leaves})
 
 
 def explicit_mesh(tree: PyTree) -> Any:
@@ -172,7 +172,7 @@ def is_on_mesh(x: Any) -> bool:
     return not tracer and isinstance(getattr(x, "sharding", None), NamedSharding)
 
 
-def partition(x: Any) -> PartitionSpec:
+def array_partition(x: Any) -> PartitionSpec:
     """How an array lies, as far as it says: a concrete one does, else its type."""
     if not isinstance(x, jax.core.Tracer):
         return x.sharding.spec if is_on_mesh(x) else PartitionSpec()
@@ -191,7 +191,7 @@ def with_auto_axes(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyT
     if mesh is None:
         return f(*args)
     is_spec = lambda x: isinstance(x, PartitionSpec)
-    specs = jax.tree.map(lambda x: x if is_spec(x) else partition(x), like, is_leaf=is_spec)
+    specs = jax.tree.map(lambda x: x if is_spec(x) else array_partition(x), like, is_leaf=is_spec)
     shardings = jax.tree.map(lambda x: NamedSharding(mesh, x), specs, is_leaf=is_spec)
     with use_abstract_mesh(mesh):
         return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
