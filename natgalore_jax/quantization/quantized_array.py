@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..sharding.partitioning import (
-    explicit_mesh,
-    divisible_partition,
     array_partition,
+    divisible_partition,
+    explicit_mesh,
     with_auto_axes,
 )
 from ..tree.leaf_spec import Basis

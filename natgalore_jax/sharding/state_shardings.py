@@ -15,7 +15,7 @@ from ..tree.state_roles import owner, walk
 from ..util.validation import check_choice
 from .partitioning import (
     ParamPartitions,
-    fitting,
+    divisible_partition,
     known_partitions,
     mesh_axes,
     state_partition,
@@ -168,7 +168,7 @@ def _of_state(
     def named(x: Any, entries: PartitionSpec, divisible: Sequence[int]) -> NamedSharding:
         if x.shape and len(entries) == len(x.shape):
             # The last axis of scales is one of blocks, which may be few.
-            last = fitting(PartitionSpec(entries[-1]), x.shape[-1:], mesh)
+            last = divisible_partition(PartitionSpec(entries[-1]), x.shape[-1:], mesh)
             entries = trimmed([*entries[:-1], *last])
         for axis in zero_axes:
             entries = _over(axis, mesh, entries, x.shape, divisible)
