@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from ..sharding.distributed import batch_partition, over_shards
 from ..sharding.partitioning import ParamPartitions
 from ..tree.leaf_spec import LeafSpec
-from ..util.control_flow import chosen, run_if_due, when
+from ..util.control_flow import run_if_due, select_value, when
 
 
 class Leaf(NamedTuple):
@@ -97,7 +97,7 @@ def _over_group(
             for leaf, state in zip(leaves, states, strict=True)
         ]
         none = jax.tree.map(jnp.zeros_like, jax.eval_shape(cuts[0]))
-        part, old = chosen(here, cuts, none)
+        part, old = select_value(here, cuts, none)
         new = step(spec, kind, part, order[e], old)
 
         def put(is_here, state):

@@ -47,7 +47,7 @@ def run_if_due(
     return when(functools.reduce(operator.or_, due), run, states)
 
 
-def chosen(here: Sequence[Bool[Array, ""]], values: Sequence[Callable[[], T]], other: T) -> T:
+def select_value(here: Sequence[Bool[Array, ""]], values: Sequence[Callable[[], T]], other: T) -> T:
     """The value of which `here` holds, or `other`; also in a tree.
 
     `lax.switch` hands all that any branch needs to every branch, so that the program would grow
@@ -60,7 +60,7 @@ def chosen(here: Sequence[Bool[Array, ""]], values: Sequence[Callable[[], T]], o
                 other = jax.tree.map(functools.partial(jnp.where, is_here), value(), other)
             return other
         for part in _parts(here, values):
-            other = chosen(*part, other)
+            other = select_value(*part, other)
         return other
 
     return when(functools.reduce(operator.or_, here), run, other)

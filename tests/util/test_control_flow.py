@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from natgalore_jax.util.control_flow import BRANCHES, chosen, run_if_due, when
+from natgalore_jax.util.control_flow import BRANCHES, run_if_due, select_value, when
 
 
 @pytest.mark.parametrize("predicate", [False, True])
@@ -33,7 +33,9 @@ def test_one_is_chosen(count):
 
     @jax.jit
     def choose(which):
-        return chosen([which == i for i in range(count)], values, {"value": jnp.int32(-1)})["value"]
+        return select_value([which == i for i in range(count)], values, {"value": jnp.int32(-1)})[
+            "value"
+        ]
 
     for which in {-1, 0, count // 2, count - 1, count}:
         assert choose(which) == (which if 0 <= which < count else -1)
@@ -45,7 +47,7 @@ def test_programs_grow_as_what_they_choose_from():
 
         def choose(which, arrays):
             here = [which == i for i in range(count)]
-            return chosen(here, [lambda x=x: x for x in arrays], jnp.zeros(4))
+            return select_value(here, [lambda x=x: x for x in arrays], jnp.zeros(4))
 
         return len(jax.jit(choose).lower(0, arrays).as_text().splitlines())
 
