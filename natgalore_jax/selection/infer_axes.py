@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from ..tree.leaf_spec import path_name, unboxed
+from ..tree.leaf_spec import path_name, unboxed_path
 from .name_rules import (
     ATTENTION,
     BIAS,
@@ -67,7 +67,7 @@ def read(named_shapes: Sequence[tuple[tuple[Any, ...], tuple[int, ...]]]) -> lis
     Args:
       named_shapes: path, as `jax.tree_util` spells it, and shape of every leaf of a tree.
     """
-    paths = [unboxed(path) for path, _ in named_shapes]
+    paths = [unboxed_path(path) for path, _ in named_shapes]
     if {path_name(path[-1:]) for path in paths} in ({"value"}, {"array"}):
         paths = [path[:-1] for path in paths]  # boxes too, where all leaves have them
     leaves = [Leaf(path, shape) for path, (_, shape) in zip(paths, named_shapes, strict=True)]

@@ -34,7 +34,7 @@ from ..sharding.partitioning import (
     with_auto_axes,
 )
 from ..sharding.shard_map import check_reduced, varying_as
-from ..tree.flax_boxes import boxed, is_box, rebox, unbox
+from ..tree.flax_boxes import is_box, rebox, unbox, with_boxes
 from ..tree.leaf_spec import Basis, Core, LeafSpec, cores, is_core, replace_cores, subspace
 from ..tree.state_roles import is_per_leaf_scalar, register_state, slice_shape, walk
 from .basis import basis_key
@@ -120,7 +120,7 @@ class Engine:
 
     def init(self, params: PyTree, specs: PyTree) -> State:
         """The state for `params`, out of their boxes seen as `specs`: LeafSpecs, or None."""
-        inner, params = boxed(self.inner, params), unbox(params)
+        inner, params = with_boxes(self.inner, params), unbox(params)
         partitions = partitions_of(params)
 
         def proxy(x, spec):
@@ -183,7 +183,7 @@ class Engine:
                 "jax.value_and_grad, or residual=None."
             )
         boxes = _as_leaves(updates, params)
-        inner, leaves = boxed(self.inner, boxes), unbox(boxes)
+        inner, leaves = with_boxes(self.inner, boxes), unbox(boxes)
         updates, params = unbox(updates), unbox(params)
         walk(state, _refuse_misfit)
         state, norm = state if isinstance(state, ResidualState) else (state, None)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..sharding.partitioning import ParamPartitions
 from ..tree.leaf_spec import Basis, LeafSpec, cores, replace_cores
-from ..tree.state_roles import per_matrix, walk
+from ..tree.state_roles import is_per_matrix, walk
 from ..util.linalg import matmul, max_abs
 from .basis import Method, basis_key, expand, normalised, to_core
 from .refresh_loop import Leaf, map_due_matrices
@@ -177,7 +177,7 @@ class Refresh:
         arrays: dict[LeafSpec, list[Any]] = {P.spec: [] for P in bases}
 
         def collect(x, role, spec):
-            if spec in roles and per_matrix(x, role, spec):
+            if spec in roles and is_per_matrix(x, role, spec):
                 roles[spec].append(role)
                 arrays[spec].append(x)
             return x
@@ -191,7 +191,7 @@ class Refresh:
         left = {P.spec: iter(x) for P, x in zip(bases, arrays, strict=True)}
 
         def put(x, role, spec):
-            carried = self.transport is not None and spec in left and per_matrix(x, role, spec)
+            carried = self.transport is not None and spec in left and is_per_matrix(x, role, spec)
             return next(left[spec]) if carried else x
 
         return walk(state, put)

@@ -36,7 +36,7 @@ def rebox(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(put, like, tree, is_leaf=is_box)
 
 
-def boxed(
+def with_boxes(
     inner: optax.GradientTransformationExtraArgs, like: PyTree
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` on trees out of the boxes of `like`; it gets them back in them, but for Cores."""

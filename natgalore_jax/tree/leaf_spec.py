@@ -257,11 +257,11 @@ def subspace_only(name: str, params: PyTree) -> None:
         )
 
 
-def unboxed(path: tuple[Any, ...]) -> tuple[Any, ...]:
+def unboxed_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
     """The path without the `.value` in which Flax boxes an array."""
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """The path as people write it: `layers/0/attention/query/kernel`."""
-    return jax.tree_util.keystr(unboxed(path), simple=True, separator="/")
+    return jax.tree_util.keystr(unboxed_path(path), simple=True, separator="/")

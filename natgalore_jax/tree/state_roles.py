@@ -128,7 +128,7 @@ def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) ->
     return visit(state, None, None)
 
 
-def per_matrix(x: Any, role: Any, spec: LeafSpec) -> bool:
+def is_per_matrix(x: Any, role: Any, spec: LeafSpec) -> bool:
     """Whether x has a part for each matrix of its leaf, which another basis may change."""
     return not is_per_leaf_scalar(x, role) and x.shape[: len(spec.batch)] == spec.batch_shape
 
