@@ -158,7 +158,7 @@ def isotropic(
 ) -> Float[Array, "*batch 1 c"]:
     """φ of (1), for each column or the one of a matrix; `sides` are m, or m and n."""
     axes = (-2, -1) if len(sides) == 2 else (-2,)
-    of_R, of_G = norms(R, axes), norms(G, axes, like=R)
+    of_R, of_G = norms(R, axes), norms(G, axes, unit_from=R)
     left = math.prod(sides) - math.prod(R.shape[axis] for axis in axes)
     known = of_G > jnp.finfo(G.dtype).tiny
     of_G = jnp.where(known, of_G, 1.0)
@@ -178,7 +178,7 @@ def whitened(
     if directions == 0:  # all of G is in the core, and rounding is left
         return jnp.zeros_like(G)
     T = G - from_core(G.dtype, R, *bases)
-    of_T, of_G = norms(T, (-2, -1), like=G), norms(G, (-2, -1))
+    of_T, of_G = norms(T, (-2, -1), unit_from=G), norms(G, (-2, -1))
     known = of_G > jnp.finfo(G.dtype).tiny
     of_G = jnp.where(known, of_G, 1.0)
     unit = jnp.where(known, T / of_G / jnp.sqrt(jnp.square(of_T / of_G) + DAMPING), 0.0)
@@ -194,7 +194,7 @@ def fira(
     """φ of (3), for each column or the one of a matrix, and |S| by (6)."""
     axes = (-2, -1) if two_sided else (-2,)
     of_R, of_U = norms(R, axes), norms(U, axes)
-    of_G = norms(G, axes, like=R)
+    of_G = norms(G, axes, unit_from=R)
     known = of_R > RESOLUTION * jnp.finfo(R.dtype).eps * of_G
     phi = jnp.where(known, of_U / jnp.where(known, of_R, 1.0), 0.0)
     left = jnp.sqrt(jnp.maximum(of_G - of_R, 0.0)) * jnp.sqrt(of_G + of_R)

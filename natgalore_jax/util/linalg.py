@@ -228,13 +228,15 @@ def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
 
 
 def norms(
-    X: Float[Array, "*batch a b"], axes: tuple[int, ...], like: Array | None = None
+    X: Float[Array, "*batch a b"], axes: tuple[int, ...], unit_from: Array | None = None
 ) -> Float[Array, "*batch a_ b_"]:
     """Square roots of the sums of squares over `axes`, which are kept as ones.
 
-    In units of the largest entry there, of X or of `like`: squares of 1e25 are no float32.
+    In units of the largest entry there, of X or of `unit_from`: squares of 1e25 are no float32.
     """
-    unit = power_of_two(jnp.abs(X if like is None else like).max(axis=axes, keepdims=True))
+    unit = power_of_two(
+        jnp.abs(X if unit_from is None else unit_from).max(axis=axes, keepdims=True)
+    )
     return unit * jnp.sqrt(jnp.square(X / unit).sum(axis=axes, keepdims=True))
 
 
