@@ -51,9 +51,7 @@ def test_a_file_imports_its_own_folder_and_those_before_it(path):
     folder = folder_of(path.parts)
     allowed = {*FOLDERS} if folder in TOP else {*FOLDERS[: FOLDERS.index(folder) + 1]}
     for module, names in imports(path):
-        # The window form rounds as 8-bit windows are kept.
-        known = str(path) == "fisher/window.py" and module[0] == "quantization"
-        assert known or module[0] in allowed, f"{path} imports {'.'.join(module)}"
+        assert module[0] in allowed, f"{path} imports {'.'.join(module)}"
         assert not [name for name in names if name.startswith("_")]
 
 

@@ -96,10 +96,10 @@ def scale_by_core_fisher(
     Reference: Das, arXiv:2410.16029, section 3.2. Differs from it: g is the r x n core rather than
     its vec, so F is r x r, and p = ½ by default.
     """
-    check_decay("decay", decay)
-    check_number("damping", damping, above=LEAST_DAMPING, inclusive=True)
-    check_choice("power", power, POWERS)
-    check_int("root_every", root_every, minimum=1)
+    decay = check_decay("decay", decay)
+    damping = check_number("damping", damping, above=LEAST_DAMPING, inclusive=True)
+    power = check_choice("power", power, POWERS)
+    root_every = check_int("root_every", root_every, minimum=1)
     least_damping = LEAST_DAMPING if isinstance(damping, jax.core.Tracer) else float(damping)
 
     def init(params: PyTree) -> CoreFisherState:

@@ -96,10 +96,10 @@ def scale_by_fisher(
     Reference: Das, arXiv:2410.16029, section 3.4, equations for the Woodbury form. Relative damping
     and powers below 1 are ours.
     """
-    check_int("window", window, minimum=1)
-    check_number("damping", damping, above=0.0)
+    window = check_int("window", window, minimum=1)
+    damping = check_number("damping", damping, above=0.0)
     check_choice("relative", relative, (True, False))
-    check_choice("power", power, POWERS)
+    power = check_choice("power", power, POWERS)
     if window_dtype is not None and not jnp.issubdtype(window_dtype, jnp.floating):
         raise ValueError(f"`window_dtype` must be a floating dtype or None, got {window_dtype!r}.")
 

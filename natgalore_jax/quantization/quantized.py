@@ -11,9 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from ..fisher.window import gram
-from ..sharding.partitioning import with_auto_axes
-from ..tree.leaf_spec import LeafSpec, cores
+from ..tree.leaf_spec import cores
 from ..tree.state_roles import Undeclared, register_state, walk
 from ..util.validation import check_choice, check_int
 from .dynamic_8bit import GENERATOR, LINEAR, SQUARE, Code
@@ -24,13 +22,12 @@ from .quantized_array import (
     is_large,
     is_quantized,
     keep_codes_if_unchanged,
-    windows_in_8_bits,
 )
 from .staged_update import in_parts
 from .symmetric_16bit import coded as coded_symmetric
 
 
-CODES: dict[str, Code] = {"linear": LINEAR, "square": SQUARE, "basis": LINEAR, "window": LINEAR}
+CODES: dict[str, Code] = {"linear": LINEAR, "square": SQUARE, "basis": LINEAR}
 SYMMETRIC = ("fisher", "root")
 ROLES = (*CODES, *SYMMETRIC)
 AT_RANDOM = ("linear", "square", "basis")
@@ -89,19 +86,13 @@ def quantized(
           NaN; half of a symmetric matrix says nothing, and 16 bits of the other half take as
           much. At `damping=0.1` answers are right to 0.2 %, at the least, 1e-3, to 7 %. Of a state
           of your own both must be symmetric and semidefinite; what is not r x r stays as it is.
-        - `"window"`: cores of :func:`scale_by_fisher`. The newest enters as it is kept, and the
-          Gram matrix is anew that of what is kept, for s²/2m of what projecting costs. Rounding,
-          1 % of a core, counts as new in it: of 20 cores that are independent the answer is right
-          to 0.9 %, with cosines of 0.9 to 3 %, of 0.99 to 9 %, of 0.999 to 28 %. One that repeats
-          itself is right to 1 % until its basis turns, and all rounding for s steps from there.
-          bfloat16 (`window_dtype`) rounds to a fifth of that.
       stochastic: which of them are rounded to one of the two nearest values at random, so that the
         mean is right. Second moments should be: in a step they move by 0.1 %, less than the code
         resolves, so that to nearest they stay where they are relative to the largest of their
         block, and when it falls, after one gradient of 100 times the usual size, all fall with it:
         steps were 1.3 times too long 3000 steps after it, and to within 1 % right if rounded at
-        random. Momentum moves by 10 % and has less noise to nearest. Windows and Fishers are
-        rounded to nearest.
+        random. Momentum moves by 10 % and has less noise to nearest. Fishers are rounded
+        to nearest.
       seed: of that rounding.
 
     Returns:
@@ -125,7 +116,7 @@ def quantized(
     for name, given, known in (("roles", roles, ROLES), ("stochastic", stochastic, AT_RANDOM)):
         for role in (given,) if isinstance(given, str) else given:
             check_choice(name, role, known)
-    check_int("seed", seed, minimum=0)
+    seed = check_int("seed", seed, minimum=0)
     tx = optax.with_extra_args_support(tx)
     roles, stochastic = (
         {given} if isinstance(given, str) else set(given) for given in (roles, stochastic)
@@ -167,10 +158,7 @@ def quantized(
 
         def inner(arrays):
             before = treedef.unflatten(_with(leaves, in_codes, arrays))
-            if "window" in roles:
-                before = _with_grams(before)
-            with windows_in_8_bits("window" in roles):
-                moved, after = tx.update(updates, before, params, **extra_args)
+            moved, after = tx.update(updates, before, params, **extra_args)
             new = treedef.flatten_up_to(after)
             return (moved, new), [new[i] for i in in_codes]
 
@@ -221,25 +209,6 @@ def _not_folded(x: Any) -> Any:
 def _is_symmetric(x: Any) -> bool:
     """Whether x is r x r; what else has a role of the Fisher is small."""
     return x.ndim >= 2 and x.shape[-1] == x.shape[-2] and is_large(x)
-
-
-def _with_grams(state: PyTree) -> PyTree:
-    """The state with the Gram matrix of each window that is kept in 8 bits, of what it holds.
-
-    Whatever has rounded it since, this step's rounding or that of a refresh in the backward pass.
-    """
-    windows: dict[LeafSpec | None, Array] = {}
-
-    def one(x, role, spec):
-        if role == "window":
-            windows[spec] = x
-        if role != "gram" or block_of(windows[spec]) is None:
-            return x
-        # What was not finite stays so. (An array that is not read is not donated either.)
-        anew = lambda x, H: jnp.where(jnp.isfinite(x), gram(H.astype(x.dtype)), jnp.nan)
-        return with_auto_axes(anew, x, x, windows[spec])
-
-    return walk(state, one)
 
 
 def _split(key: Array | None) -> tuple[Array | None, Array | None]:

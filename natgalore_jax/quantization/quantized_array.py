@@ -1,9 +1,6 @@
 """Arrays of a state in 8 bits, in their places: made, read, and kept where nothing has changed."""
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +15,7 @@ from ..sharding.partitioning import (
 )
 from ..tree.leaf_spec import Basis
 from ..util.linalg import matmul
-from .dynamic_8bit import LINEAR, Code, block_size, code_of, decode, encode
+from .dynamic_8bit import Code, block_size, code_of, decode, encode
 
 
 SMALLEST = 4096  # numbers of an array that is worth it, as in 8-bit Adam
@@ -182,26 +179,3 @@ def block_of(x: Any) -> int | None:
 def is_large(x: Any) -> bool:
     """Whether an array is worth it."""
     return jnp.issubdtype(x.dtype, jnp.floating) and x.size >= SMALLEST
-
-
-_windows = contextvars.ContextVar("windows are kept in 8 bits", default=False)
-
-
-@contextlib.contextmanager
-def windows_in_8_bits(yes: bool) -> Iterator[None]:
-    """Within it :func:`as_kept` rounds, if `yes`."""
-    token = _windows.set(yes)
-    try:
-        yield
-    finally:
-        _windows.reset(token)
-
-
-def as_kept(x: Float[Array, "*axes n"], window: Any) -> Float[Array, "*axes n"]:
-    """x, which goes into `window`, as the state will keep it.
-
-    A core in full beside an equal one that was rounded is another: the inverse of their Fisher
-    would take the rounding, 1 %, for what is new in it.
-    """
-    block = block_of(window) if _windows.get() else None
-    return x if block is None else decode(*encode(LINEAR, x, block))

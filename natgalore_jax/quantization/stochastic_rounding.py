@@ -70,7 +70,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
       >>> round(float(moved.astype(jnp.float32).mean()), 4)
       0.999
     """
-    check_int("seed", seed, minimum=0)
+    seed = check_int("seed", seed, minimum=0)
 
     def init(params: PyTree) -> RoundingState:
         if cores(params):
