@@ -1,4 +1,3 @@
-import collections
 import dataclasses
 import gc
 import os
@@ -11,25 +10,12 @@ import jax
 import pytest
 
 from tests.helpers.compiling import QUICKLY
-from tests.seldom import FIRST_CASES
 
 
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
 jax.config.update("jax_num_cpu_devices", 8)  # before the first array: sharding tests
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(200_000, 20, 20)  # tracing makes many objects that stay: a twentieth of all time
-
-
-@pytest.hookimpl(tryfirst=True)  # before slow ones are left out
-def pytest_collection_modifyitems(items):
-    met = collections.Counter()
-    for item in items:
-        if item.get_closest_marker("slow"):
-            continue
-        name = item.nodeid.split("[")[0].removeprefix("tests/")
-        met[name] += 1
-        if met[name] > FIRST_CASES.get(name, met[name]):
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

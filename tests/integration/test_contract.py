@@ -19,6 +19,7 @@ from flax.training.train_state import TrainState
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.engine import SubspaceState
+from tests.helpers.cases import quick, slow
 
 
 project = functools.partial(natgalore.project, 4, refresh_every=3)
@@ -45,19 +46,8 @@ TRANSFORMS = {
     "quantized": natgalore.quantized(
         core(weight_decay=0.1), ("linear", "square", "basis", "fisher", "root")
     ),
-    "quantized, window": natgalore.quantized(core(fisher="window"), ("linear", "square", "window")),
     "adamw inside": natgalore.chain(project(), optax.adamw(1e-2, weight_decay=0.1)),
 }
-# Each kind of Fisher, basis, side and transport once, for tests that compile.
-QUICK = (
-    "natural_galore",
-    "natural_galore, core",
-    "project, svd",
-    "two-sided, random",
-    "scale_by_fisher, bfloat16",
-    "residual",
-    "adamw inside",
-)
 PARAMS = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}, "frozen": None}
 
 
@@ -66,7 +56,7 @@ def small_arrays_are_worth_8_bits(monkeypatch):
     monkeypatch.setattr("natgalore_jax.quantization.quantized_array.SMALLEST", 16)
 
 
-@pytest.fixture(params=TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.fixture(params=quick(["natural_galore"], TRANSFORMS))
 def tx(request):
     return request.param
 
@@ -110,6 +100,7 @@ def test_extra_arguments_are_accepted(tx):
     traced(tx, PARAMS, value=jnp.float32(1.0), unknown=None)
 
 
+@pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_protocols_parameter_names_are_kept(tx):
     assert list(inspect.signature(tx.update).parameters)[:3] == ["updates", "state", "params"]
     assert next(iter(inspect.signature(tx.init).parameters)) == "params"
@@ -142,7 +133,7 @@ def test_update_can_be_skipped_by_a_conditional(tx):
     assert types(state.inner_state) == types(jax.eval_shape(tx.init, PARAMS))
 
 
-@pytest.mark.parametrize("around", [optax.chain, natgalore.chain])
+@pytest.mark.parametrize("around", [optax.chain, *slow(natgalore.chain)])
 def test_extra_arguments_reach_inner(around):
     seen = {}
 
@@ -179,15 +170,6 @@ def is_subspace(x):
 
 class TestInFloat64:
     """Where rounding is no excuse."""
-
-    @pytest.fixture(
-        params=[
-            pytest.param(tx, id=name, marks=() if name in QUICK else pytest.mark.slow)
-            for name, tx in TRANSFORMS.items()
-        ]
-    )
-    def tx(self, request):
-        return request.param
 
     @pytest.fixture(autouse=True)
     def float64(self):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import natgalore_jax as natgalore
 from natgalore_jax.tree.leaf_spec import Basis, Core
+from tests.helpers.cases import quick
 
 
 STEPS = 4  # through two refreshes of each matrix
@@ -355,7 +356,7 @@ def trained_unboxed(name):
     return trained_linen(created(no_box, jax.random.key(0), name))
 
 
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+@pytest.mark.parametrize("box", quick(["with_partitioning"], BOXES))
 def test_linens_boxes_change_nothing(box):
     state, bare = trained_linen(created(box, jax.random.key(0))), trained_unboxed("core")
     assert isinstance(state.params["Dense_0"]["kernel"], linen.Partitioned)

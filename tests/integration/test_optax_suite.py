@@ -116,6 +116,7 @@ def suite(*names: str) -> types.ModuleType | None:
 
 
 QUICK = ("natgalore_core", "natgalore_window_stage")
+INJECTED = "test_optimizers_can_be_wrapped_in_inject_hyperparams"
 SUITES = [suite(*QUICK), suite(*(name for name in OURS if name not in QUICK))]
 if None in SUITES:
 
@@ -125,6 +126,8 @@ if None in SUITES:
 
 else:
     ContribTest = SUITES[0].ContribTest
+    for name in ("test_optimizers7", *(f"{INJECTED}{i}" for i in (0, 1))):
+        setattr(ContribTest, name, pytest.mark.slow(getattr(ContribTest, name)))
     ContribTestOfTheOthers = pytest.mark.slow(SUITES[1].ContribTest)
 
     @pytest.fixture(autouse=True)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import parity
+from tests.helpers.cases import quick
 
 
 ROWS = [(*parity.head(title, row), row) for title, rows in parity.TABLES.items() for row in rows()]
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, _, row in ROWS])
+@pytest.mark.parametrize("row", quick([ROWS[0][0]], {name: row for name, _, row in ROWS}))
 def test_is_as_close_as_allowed(row):
     for whose, error in row.measure().items():
         assert error <= row.allowed, whose

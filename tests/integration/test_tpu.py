@@ -17,6 +17,7 @@ from jax import lax
 from jax.extend import core as jax_core
 
 import natgalore_jax as natgalore
+from tests.helpers.cases import quick, slow
 
 
 R, M, N = 24, 48, 80  # the window of 20 is shorter than R
@@ -27,14 +28,9 @@ PRODUCT = [
     dict(zip(("fisher", "basis", "side", "transport"), values, strict=True))
     for values in itertools.product(FISHERS, BASES, SIDES, TRANSPORTS)
 ]
-QUICK = [
-    {"fisher": "core"},
-    {"fisher": "window"},
-    {"fisher": "core", "basis": "random", "side": "both", "transport": "reset"},
-]
 settings = pytest.mark.parametrize(
     "settings",
-    [*QUICK, *[pytest.param(x, marks=pytest.mark.slow) for x in PRODUCT]],
+    [PRODUCT[0], *slow(*PRODUCT[1:])],
     ids=lambda settings: ", ".join(f"{value}" for value in settings.values()),
 )
 OTHERS = {
@@ -125,7 +121,7 @@ def test_every_matmul_asks_for_digits(settings):
     digits_are_asked(natural_galore(**settings))
 
 
-@pytest.mark.parametrize("tx", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("tx", quick([next(iter(OTHERS))], OTHERS))
 def test_every_matmul_of_others_too(tx):
     digits_are_asked(tx)
 
@@ -229,7 +225,14 @@ def trained(tx, update):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [*QUICK, {"fisher": None}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"fisher": fisher} for fisher in FISHERS),
+        {"fisher": "core", "basis": "random", "side": "both", "transport": "reset"},
+    ],
+    ids=str,
+)
 def test_training_loses_no_digits_to_bfloat16(settings):
     tx = natural_galore(**settings)
     expected, _ = trained(tx, tx.update)

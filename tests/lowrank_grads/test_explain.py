@@ -23,6 +23,7 @@ from natgalore_jax.lowrank_grads.explain import Explanation
 from natgalore_jax.lowrank_grads.flops import projecting
 from natgalore_jax.lowrank_grads.loss import backward, bases_in, bases_of
 from natgalore_jax.util.text_tables import human_count
+from tests.helpers.cases import slow
 
 
 T, RANK, FLOAT = 10, 3, 4
@@ -282,13 +283,12 @@ def grouped(x, W, V):
     return jnp.sum(jnp.einsum("etf,efd->td", y, V) ** 2)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("side", ["left", *slow("right", "both")])
 @pytest.mark.parametrize(
     ("loss", "shapes", "select"),
     [
         (chain, [(5, 12, 12), (12, 2, 5)], [ROWS, VIEW(0, (1, 2))]),
-        (tied, [(30, 12)], ROWS),
-        (grouped, [(4, 12, 8), (4, 8, 12)], ROWS),
+        *slow((tied, [(30, 12)], ROWS), (grouped, [(4, 12, 8), (4, 8, 12)], ROWS)),
     ],
 )
 def test_what_is_saved_is_what_the_programs_differ_in(loss, shapes, select, side):

@@ -26,6 +26,7 @@ from natgalore_jax.subspace.basis import expand, to_core
 from natgalore_jax.subspace.engine import SubspaceState
 from natgalore_jax.tree.flax_boxes import unbox
 from natgalore_jax.tree.leaf_spec import Basis, Core, core_arrays, cores
+from tests.helpers.cases import slow
 from tests.helpers.compiling import AS_FOR_USERS
 from tests.helpers.hlo import collectives
 
@@ -479,7 +480,7 @@ def test_a_refresh_takes_the_whole_gradient_if_asked():
     chex.assert_trees_all_equal(ours[-1][1], whole[-1][1])
 
 
-@pytest.mark.parametrize("size", [1e-25, 1e25])
+@pytest.mark.parametrize("size", [1e-25, *slow(1e25)])
 def test_products_neither_vanish_nor_overflow(size):
     """A refresh from passes, of gradients whose squares are no float32."""
     tx = galore(refresh_every=2, stagger=False)
@@ -519,7 +520,7 @@ def test_staggered_passes_turn_what_is_due_alone():
     assert {int(n) for n in core_arrays(times(ours)[-2])[0]} == {2, 3}
 
 
-@pytest.mark.parametrize("refresh", ["passes", "gradient"])
+@pytest.mark.parametrize("refresh", ["passes", *slow("gradient")])
 def test_micro_batches_are_one_batch(refresh):
     """Four of two sequences, of which the last is not like the others, through refreshes."""
     tx = galore(refresh_every=3, stagger=False)
@@ -674,7 +675,7 @@ def test_some_cores_among_whole_gradients():
 # --- the program ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("side", ["left", *slow("right", "both")])
 def test_the_hot_step_forms_no_whole_gradient(side):
     """In what the compiler made of it: a product of m x n entries would be one."""
     tx = natural(side=side, stagger=False)

@@ -24,6 +24,7 @@ from natgalore_jax.planning.spectra import shares, smallest_rank
 from natgalore_jax.reporting.memory_report import nbytes
 from natgalore_jax.tree.leaf_spec import LeafSpec
 from natgalore_jax.util.validation import check_bytes
+from tests.helpers.cases import slow
 
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -85,7 +86,7 @@ def test_bytes_are_those_by_hand(dtype, bits):
 
 @pytest.mark.parametrize(
     ("budget", "rank"),
-    [(240_163, 1), (246_819, 1), (246_820, 2), ("450kB", 32), ("1MB", 64)],
+    [(240_163, 1), *slow((246_819, 1), (246_820, 2), ("450kB", 32), ("1MB", 64))],
 )
 def test_the_largest_fraction_that_fits_by_hand(budget, rank):
     """Of 64 candidates, each of which takes 6656 bytes more than the one before it."""
@@ -140,7 +141,7 @@ def test_a_plan_fits_and_the_next_candidate_does_not(sizes, share, bits, side, l
 
 
 @pytest.mark.parametrize(
-    ("recipe", "bits"), [(natgalore.galore, 8), (natgalore.natural_galore, 32)]
+    ("recipe", "bits"), [(natgalore.galore, 8), *slow((natgalore.natural_galore, 32))]
 )
 def test_bytes_are_those_of_the_arrays_of_a_step(recipe, bits):
     """Of the state that is made, and of the gradients that come."""

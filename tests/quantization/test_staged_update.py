@@ -8,6 +8,7 @@ from jax.extend import core as jax_core
 
 from natgalore_jax.quantization import staged_update as parts
 from natgalore_jax.quantization.staged_update import in_parts
+from tests.helpers.cases import quick
 
 
 SIZES = (40, 8, 24, 40)
@@ -64,7 +65,7 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(parts, "LEAST", 20)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", quick(list(FUNCTIONS)[:1], [*FUNCTIONS]))
 def test_is_the_function(small_parts, name):
     f = FUNCTIONS[name]
     rest, new = jax.jit(lambda x: in_parts(f, x, read, write))(held())

@@ -9,6 +9,7 @@ import pytest
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand
 from natgalore_jax.tree.leaf_spec import cores
+from tests.helpers.cases import slow
 
 
 RANK = 4
@@ -51,7 +52,7 @@ def bases(state, name):
 KINDS = [{}, {"side": "both"}, {"basis": "random"}, {"side": "long"}]
 
 
-@pytest.mark.parametrize("kwargs", KINDS, ids=str)
+@pytest.mark.parametrize("kwargs", [KINDS[0], *slow(*KINDS[1:])], ids=str)
 def test_explained_energy_is_the_share_of_the_squares(kwargs):
     (*_, state), grads = trained(**kwargs)
     energy = jax.jit(natgalore.explained_energy)(state, grads)
@@ -81,7 +82,7 @@ def test_explained_energy_of_nothing_is_zero_and_of_any_size_the_same():
     np.testing.assert_allclose(huge["down/kernel"], odd["down/kernel"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kwargs", KINDS, ids=str)
+@pytest.mark.parametrize("kwargs", [KINDS[0], *slow(*KINDS[1:])], ids=str)
 def test_drift_is_the_part_that_left_the_subspace(kwargs):
     states, _ = trained(**kwargs)
     drift = jax.jit(natgalore.basis_drift)(states[2], states[3])  # over the refresh at step 2

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgalore_jax as natgalore
+from tests.helpers.cases import quick, slow
 from tests.helpers.hlo import collectives
 
 
@@ -105,17 +106,17 @@ def same_as_one_device(layout, kind, settings, jitted, key):
         assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", quick(["rows"], [*LAYOUTS]))
 def test_sharded_equals_one_device(layout, key):
     same_as_one_device(layout, AxisType.Explicit, CORE, True, key)
 
 
-@pytest.mark.parametrize("layout", ["rows and columns", "layers"])
+@pytest.mark.parametrize("layout", ["rows and columns", *slow("layers")])
 def test_sharded_on_auto_axes_equals_one_device(layout, key):
     same_as_one_device(layout, AxisType.Auto, CORE, True, key)
 
 
-@pytest.mark.parametrize("layout", ["rows of layers", "columns"])
+@pytest.mark.parametrize("layout", ["rows of layers", *slow("columns")])
 def test_whitening_on_auto_axes_equals_one_device(layout, key):
     """Where layers are on_whole_matrices out for it, and where each device has the matrix."""
     same_as_one_device(layout, AxisType.Auto, {}, True, key)
@@ -127,16 +128,7 @@ def test_sharded_step_by_step_on_auto_axes(key):
     same_as_one_device("layers", AxisType.Auto, CORE, False, key)
 
 
-SELDOM = ("window", "random", "reset, long", "isotropic")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ())
-        for name in list(OPTIMIZERS)[1:]
-    ],
-)
+@pytest.mark.parametrize("name", quick(["default"], list(OPTIMIZERS)[1:]))
 def test_every_kind_of_state_can_be_sharded(name, key):
     layout = {"window": "layers", "random": "heads"}.get(name, "rows and columns")
     same_as_one_device(layout, AxisType.Explicit, OPTIMIZERS[name], True, key)
@@ -247,13 +239,9 @@ def test_little_travels(layout, kind):
     assert all(jax.tree.leaves(after))
 
 
-@pytest.mark.parametrize("layout", ["rows and columns", "columns of a stack"])
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
-    ids=KINDS,
-)
-@pytest.mark.parametrize("residual", ["isotropic", pytest.param("fira", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["rows and columns", *slow("columns of a stack")])
+@pytest.mark.parametrize("kind", [*slow(AxisType.Auto), AxisType.Explicit], ids=KINDS)
+@pytest.mark.parametrize("residual", ["isotropic", *slow("fira")])
 def test_a_residual_costs_reductions_of_columns(layout, kind, residual):
     """The lengths of columns and the norm; of what is left out nothing travels."""
     spec, shape = LARGE[layout]
@@ -367,13 +355,15 @@ class TestStateShardings:
         "wrap",
         [
             lambda tx: tx,
-            lambda tx: optax.chain(optax.clip(1.0), tx),
-            lambda tx: optax.masked(tx, {"layers": True, "embed": False}),
-            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
-            lambda tx: optax.chain(natgalore.project(5, optax.identity()), optax.adamw(1e-2)),
-            lambda tx: optax.inject_hyperparams(
-                natgalore.galore, static_args=natgalore.STATIC_ARGS["galore"]
-            )(1e-2, rank=5),
+            *slow(
+                lambda tx: optax.chain(optax.clip(1.0), tx),
+                lambda tx: optax.masked(tx, {"layers": True, "embed": False}),
+                lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+                lambda tx: optax.chain(natgalore.project(5, optax.identity()), optax.adamw(1e-2)),
+                lambda tx: optax.inject_hyperparams(
+                    natgalore.galore, static_args=natgalore.STATIC_ARGS["galore"]
+                )(1e-2, rank=5),
+            ),
         ],
         ids=["alone", "chain", "masked", "MultiSteps", "adamw outside", "inject_hyperparams"],
     )

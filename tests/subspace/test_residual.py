@@ -13,6 +13,7 @@ from natgalore_jax.subspace.lift import expanded
 from natgalore_jax.subspace.residual import DAMPING, GROWTH, ResidualState, added, fira, limited
 from natgalore_jax.tree.leaf_spec import cores
 from natgalore_jax.util.linalg import matmul
+from tests.helpers.cases import slow
 from tests.helpers.partners import INSIDE
 from tests.integration.test_partners import lines
 from tests.oracle import oracles
@@ -230,7 +231,7 @@ class TestWhitened:
         # 485 / √ρ times rounding of 1e-6 of the whole; undamped its entries would be 1.
         assert float(jnp.abs(left).max()) < 485 / DAMPING**0.5 * 1e-6
 
-    @pytest.mark.parametrize("unit", [0.0, 1e-25, 1e25])
+    @pytest.mark.parametrize("unit", [0.0, *slow(1e-25, 1e25)])
     def test_gradients_of_any_size(self, unit):
         tx = self.project(optax.scale_by_sign())  # whose answers have no size either
         g = jax.tree.map(lambda x: unit * x, tree(1))
@@ -242,8 +243,8 @@ class TestWhitened:
         assert any(x.any() for x in jax.tree.leaves(updates)) == bool(unit)
 
 
-@pytest.mark.parametrize("residual", ["isotropic", "whitened"])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("residual", ["isotropic", *slow("whitened")])
+@pytest.mark.parametrize("bad", [jnp.nan, *slow(jnp.inf)])
 def test_a_bad_gradient_adds_nothing(residual, bad):
     gradients = [tree(i) for i in range(3)]
     kernel = gradients[2]["layers"]["up"]["kernel"]

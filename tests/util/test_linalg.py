@@ -21,6 +21,7 @@ from natgalore_jax.util.linalg import (
     rounded,
     rounded_product,
 )
+from tests.helpers.cases import slow
 from tests.oracle import oracles
 
 
@@ -50,9 +51,9 @@ def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, 
     )
 
 
-@pytest.mark.parametrize("power", [0.5, 0.25, 1.0])
-@pytest.mark.parametrize("damping", [1.0, 4.0, 100.0])
-@pytest.mark.parametrize("r", [1, 3, 32])
+@pytest.mark.parametrize("power", [0.5, *slow(0.25, 1.0)])
+@pytest.mark.parametrize("damping", [1.0, *slow(4.0, 100.0)])
+@pytest.mark.parametrize("r", [1, *slow(3, 32)])
 def test_roots_are_accurate_where_damping_is_most_of_it(r, damping, power, key):
     X = jax.random.normal(key, (r, r))
     L = np.asarray(X @ X.T, np.float64)
@@ -120,7 +121,8 @@ def test_a_q_is_that_of_a_qr(factorise, sketch):
 
 
 @pytest.mark.parametrize(
-    "sketch", ["orthonormal", "huge", "long and short", "a turn from a warm basis", "columns alike"]
+    "sketch",
+    ["orthonormal", *slow("huge", "long and short", "a turn from a warm basis", "columns alike")],
 )
 def test_cholesky_qr_does_without_reflections(sketch, monkeypatch):
     monkeypatch.setattr(linalg, "householder_qr", lambda Y: jnp.nan * Y)
