@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ..sharding.partitioning import ParamPartitions, use_mesh_of, partitions_of
+from ..sharding.partitioning import ParamPartitions, partitions_of, use_mesh_of
 from ..subspace.engine import Engine, SubspaceState, finding
 from ..subspace.refresh import Refresh, groups, matrices
 from ..subspace.residual import ResidualState
@@ -103,7 +103,7 @@ def value_and_grad(
     """
     check_choice("on_fallback", on_fallback, FALLBACKS)
     check_choice("refresh", refresh, REFRESHES)
-    check_int("micro_batches", micro_batches, minimum=1)
+    micro_batches = check_int("micro_batches", micro_batches, minimum=1)
     both = loss_fn if has_aux else lambda *args, **kwargs: (loss_fn(*args, **kwargs), None)
     slopes = jax.value_and_grad(both, has_aux=True)
 

@@ -6,6 +6,7 @@ What the user says comes first; of the rest, `infer_axes.py` reads names, siblin
 import contextlib
 import contextvars
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax.contrib
 from jaxtyping import PyTree
 
 from ..tree.leaf_spec import LeafSpec, path_name
-from ..util.validation import INT32_MAX, check_int
+from ..util.validation import INT32_MAX, as_float, as_int, check_int
 from .infer_axes import Reading, read
 from .per_leaf import Argument
 
@@ -59,8 +60,10 @@ class MatrixView:
         for name in ("rows", "cols", "batch"):
             axes = getattr(self, name)
             if axes is not None:
-                object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
-        object.__setattr__(self, "blocks", tuple(sorted(blocks)))
+                axes = (axes,) if as_int(axes) is not None else axes
+                object.__setattr__(self, name, tuple(map(operator.index, axes)))
+        blocks = sorted((operator.index(axis), operator.index(k)) for axis, k in blocks)
+        object.__setattr__(self, "blocks", tuple(blocks))
 
 
 VIEWS = (MatrixView, optax.contrib.GaLoreDimensionNumbers, optax.contrib.MuonDimensionNumbers)
@@ -74,10 +77,16 @@ def _is_view(x: Any) -> bool:
     return x is None or isinstance(x, VIEWS) or (isinstance(x, str) and x == AUTO)
 
 
+def _as_rank(x: Any) -> int | float | None:
+    """`x` as an int of at least 1 or a fraction in (0, 1]; None if it is neither."""
+    integer, fraction = as_int(x), as_float(x)
+    if integer is not None:
+        return integer if 1 <= integer <= INT32_MAX else None
+    return fraction if isinstance(fraction, float) and 0 < fraction <= 1 else None
+
+
 def _is_rank(x: Any) -> bool:
-    if isinstance(x, float):
-        return 0 < x <= 1
-    return isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= INT32_MAX
+    return _as_rank(x) is not None
 
 
 SELECT = Argument(
@@ -90,12 +99,13 @@ SELECT = Argument(
 RANK = Argument("rank", _is_rank, "an int of at least 1 or a fraction in (0, 1]", default=None)
 
 
-def check_rank(rank: Any) -> None:
-    """Raises if `rank` is one number and out of range; the rest is checked against the params."""
-    if isinstance(rank, float):
-        RANK.checked(rank)
-    elif rank is None or (not callable(rank) and jax.tree_util.all_leaves([rank])):
-        check_int("rank", rank, minimum=1)
+def check_rank(rank: Any) -> Any:
+    """Returns one number as an int or float in range; rules and trees are checked at init."""
+    if as_int(rank) is None and isinstance(as_float(rank), float):
+        return as_float(RANK.checked(rank))
+    if rank is None or (not callable(rank) and jax.tree_util.all_leaves([rank])):
+        return check_int("rank", rank, minimum=1)
+    return rank
 
 
 def select(
@@ -229,6 +239,6 @@ def _oriented(spec: LeafSpec, rank: int | float | None, side: str, index: int) -
         )
     turn = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
     spec = spec.transposed if turn else spec
-    short = min(spec.m, spec.n)
+    short, rank = min(spec.m, spec.n), _as_rank(rank)
     rank = max(1, round(rank * short)) if isinstance(rank, float) else min(rank, short)
     return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")

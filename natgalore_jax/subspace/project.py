@@ -127,9 +127,9 @@ def project(
     References: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Chen et al., "Fira",
     arXiv:2410.01623, of that residual.
     """
-    check_rank(rank)
-    check_int("refresh_every", refresh_every, minimum=1)
-    check_number("scale", scale, above=0.0)
+    rank = check_rank(rank)
+    refresh_every = check_int("refresh_every", refresh_every, minimum=1)
+    scale = check_number("scale", scale, above=0.0)
     method = StoredBasis(basis) if callable(basis) else None
     if method is None:
         check_choice("basis", basis, METHODS, "a function (G, P, key) -> P")
@@ -140,7 +140,7 @@ def project(
         choices = (None, *RESIDUALS)
         check_choice("residual", residual, choices, "a function (G - P R, R, U) -> S")
     check_choice("stagger", stagger, (True, False))
-    check_int("seed", seed, minimum=0)
+    seed = check_int("seed", seed, minimum=0)
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     if inner is not None and not isinstance(inner, optax.GradientTransformation):

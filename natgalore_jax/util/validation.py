@@ -1,54 +1,85 @@
-"""Arguments are refused where they are given, in words that say what is allowed."""
+"""Checks of arguments. Each raises a message that names the argument and the values it may have."""
 
 import math
+import numbers
+import operator
 import re
 from collections.abc import Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
 INT32_MAX = 2**31 - 1
-Scalar = int | float | Float[Array, ""]  # an array where `optax.inject_hyperparams` gives it
+Scalar = int | float | Float[Array, ""]  # an array under `optax.inject_hyperparams`
+
+
+def as_int(value: Any) -> int | None:
+    """`value` as an int; None for a bool, a traced array or an object without `__index__`.
+
+    Example:
+      >>> as_int(np.int64(8)), as_int(jnp.int32(8)), as_int(8.0), as_int(True)
+      (8, 8, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a traced array's error is a TypeError too
+        return None
+
+
+def as_float(value: Any) -> Any:
+    """A real number of Python or NumPy as a float; any other object (JAX array, bool) unchanged.
+
+    Example:
+      >>> from fractions import Fraction
+      >>> as_float(Fraction(1, 4)), as_float(np.array(2)), as_float("2")
+      (0.25, 2.0, '2')
+    """
+    return float(value) if _is_real(value) and not isinstance(value, jax.Array) else value
 
 
 def check_int(name: str, value: Any, *, minimum: int) -> int:
-    """`value`, if it is an integer of at least `minimum` that an int32 can hold."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Returns `value` as an int in [minimum, 2³¹ − 1]."""
+    integer = as_int(value)
+    if integer is None:
         raise TypeError(
             f"`{name}` must be an int known when the transformation is built, got {value!r}."
             f"{_if_injected(value)}"
         )
-    if not minimum <= value <= INT32_MAX:
+    if not minimum <= integer <= INT32_MAX:
         raise ValueError(f"`{name}` must be in [{minimum}, {INT32_MAX}], got {value}.")
-    return value
+    return integer
 
 
 def check_number(
     name: str, value: Any, *, above: float, below: float = math.inf, inclusive: bool = False
 ) -> Any:
-    """`value`, if it is a number in (above, below), or [above, below) if `inclusive`.
+    """Returns `value`, a number in (above, below), or in [above, below) if `inclusive`.
 
-    A traced value passes: `optax.inject_hyperparams` may be the one who gives it.
+    Numbers of Python and NumPy are converted to float. A JAX scalar stays an array, and a traced
+    one passes unchecked: both come from `optax.inject_hyperparams`.
     """
     if isinstance(value, jax.core.Tracer):
         return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.") from None
+    if not _is_real(value):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    number = float(value)
     if not ((above <= number if inclusive else above < number) and number < below):
         bounds = f"{'at least' if inclusive else 'above'} {above}"
         bounds += f" and below {below}" if below < math.inf else " and finite"
         raise ValueError(f"`{name}` must be {bounds}, got {value}.")
-    return value
+    return as_float(value)
 
 
 def check_decay(name: str, value: Any) -> Any:
-    """`value`, if it is what a mean decays by: a number in [0, 1), not rounded to half precision.
+    """Returns `value`, the decay of a moving average in [0, 1), in float32 or wider.
 
-    `optax.inject_hyperparams` gives numbers the dtype of the params: in bfloat16, 0.999 is 1.
+    `optax.inject_hyperparams` casts numbers to the dtype of the params: in bfloat16, 0.999 is 1.
     """
     if isinstance(value, jax.Array) and value.dtype.itemsize < 4:
         raise TypeError(
@@ -59,11 +90,13 @@ def check_decay(name: str, value: Any) -> Any:
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any], *others: str) -> Any:
-    """`value`, if it is one of `choices`; `others` describes what else is allowed."""
-    if isinstance(value, jax.Array) or value not in list(choices):
-        allowed = ", ".join([*map(repr, choices), *others])
-        raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.{_if_injected(value)}")
-    return value
+    """Returns the one of `choices` that equals `value`; `others` describes other allowed values."""
+    if not isinstance(value, jax.Array):
+        for choice in choices:
+            if value == choice:
+                return choice
+    allowed = ", ".join([*map(repr, choices), *others])
+    raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.{_if_injected(value)}")
 
 
 UNITS = {"": 1, "b": 1} | {
@@ -74,30 +107,39 @@ UNITS = {"": 1, "b": 1} | {
 
 
 def check_bytes(name: str, value: Any) -> int:
-    """A number of bytes, whole or not, or a text such as `"22GiB"`, rounded down.
+    """Bytes from a number or a string such as `"22GiB"`, rounded down.
 
     Example:
       >>> check_bytes("budget", "1.5KiB"), check_bytes("budget", "24 GB"), check_bytes("budget", 7)
       (1536, 24000000000, 7)
     """
-    text = re.fullmatch(r"\s*([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*", str(value).lower())
+    number = value if isinstance(value, int) else as_float(value)
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)\s*", str(number).lower())
     try:
-        number, unit = text.groups() if text else ("", "")
-        found = float(number) * UNITS[unit]
+        digits, unit = match.groups() if match else ("", "")
+        count = float(digits) * UNITS[unit]
     except (ValueError, KeyError):
-        found = math.inf
-    if isinstance(value, bool) or not found < math.inf:
+        count = math.inf
+    if not count < math.inf:
         raise ValueError(
-            f"`{name}` must be a number of bytes or a text such as '22GiB' or '24GB', got "
+            f"`{name}` must be a number of bytes or a string such as '22GiB' or '24GB', got "
             f"{value!r}."
         )
-    return int(found)
+    return int(count)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether `value` is one real number of Python, NumPy or JAX, and no bool."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        real = (jnp.floating, jnp.integer)
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in real)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _if_injected(value: Any) -> str:
     if not isinstance(value, jax.Array):
         return ""
     return (
-        " What cannot change while training is listed for each function in "
-        "`natgalore.STATIC_ARGS`: pass that as `static_args` to optax.inject_hyperparams."
+        " `natgalore.STATIC_ARGS` lists, for each function, the arguments that cannot change "
+        "during training: pass that list as `static_args` to optax.inject_hyperparams."
     )
