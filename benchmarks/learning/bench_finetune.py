@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.environment import environment
-from examples.common import llama, report, roberta
-from examples.finetuning import finetune_function_calling, finetune_glue, finetuning
+from examples.common import llama, roberta, run_log
+from examples.finetuning import finetune_function_calling, finetune_glue, settings, training
 
 
 METHODS = ("adamw", "lora", "galore", "natural_galore", "window")
@@ -46,14 +46,14 @@ class Task(NamedTuple):
     Attributes:
       config: of the example, with its rank and batch.
       make_model: from scratch.
-      loss_fn: as `finetuning.make_functions` takes it.
+      loss_fn: as `training.make_functions` takes it.
       head: the module that LoRA trains whole.
       vocabulary: number of tokens.
       length: of a record, in tokens.
       targets: (tokens) -> what the loss takes beside them.
     """
 
-    config: finetuning.Config
+    config: settings.Config
     make_model: Callable[[nnx.Rngs], nnx.Module]
     loss_fn: Callable[..., Any]
     head: str
@@ -98,7 +98,7 @@ TASKS = {
 }
 
 
-def config_of(task: Task, method: str, args: argparse.Namespace) -> finetuning.Config:
+def config_of(task: Task, method: str, args: argparse.Namespace) -> settings.Config:
     """The example's settings for a method."""
     window = method == "window"
     settings: dict[str, Any] = {"optimizer": "natural_galore" if window else method}
@@ -124,7 +124,7 @@ def measure(task: Task, args: argparse.Namespace, found: dict[str, Any], save) -
     for method in args.methods:
         if time.time() > args.until:
             break
-        functions = finetuning.make_functions(
+        functions = training.make_functions(
             config_of(task, method, args), task.make_model, weights, task.loss_fn, task.head
         )
         abstract = jax.eval_shape(functions.init, jax.random.key(0))
@@ -135,8 +135,8 @@ def measure(task: Task, args: argparse.Namespace, found: dict[str, Any], save) -
         trained = abstract.params["trained"]
         methods[method] = {
             "trained_parameters": sum(x.size for x in jax.tree.leaves(trained)),
-            "weights_bytes": report.nbytes(abstract.params),
-            "state_bytes": report.nbytes(abstract.opt_state),
+            "weights_bytes": run_log.nbytes(abstract.params),
+            "state_bytes": run_log.nbytes(abstract.opt_state),
             "temp_bytes": memory.temp_size_in_bytes,
             "total_bytes": memory.temp_size_in_bytes
             + memory.argument_size_in_bytes

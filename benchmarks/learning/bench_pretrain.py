@@ -14,11 +14,12 @@ import pathlib
 import subprocess
 import sys
 
-from examples.common import report
+from examples.common import run_display, run_log
+from examples.pretraining import pretrain
 
 
 OPTIMIZERS = ("natural_galore", "galore", "adamw", "contrib_galore")
-PRETRAIN = pathlib.Path(report.__file__).with_name("pretrain.py")
+PRETRAIN = pathlib.Path(pretrain.__file__)
 
 
 def main():
@@ -36,7 +37,7 @@ def main():
     subprocess.run(
         [sys.executable, PRETRAIN, "--out", args.runs, *what, *args.settings], check=True
     )
-    runs = [report.read(args.runs / optimizer / "log.jsonl") for optimizer in OPTIMIZERS]
+    runs = [run_log.read(args.runs / optimizer / "log.jsonl") for optimizer in OPTIMIZERS]
 
     results = {
         "environment": runs[0].header["environment"],
@@ -55,7 +56,7 @@ def main():
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     if args.figure:
-        report.plot(runs).savefig(args.figure, dpi=150)
+        run_display.plot(runs).savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

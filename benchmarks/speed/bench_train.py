@@ -50,7 +50,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.hlo import collectives
 from benchmarks.common.methods import CORES, METHODS, RANKS, REFERENCE, UNROLLED_ONLY
 from examples.common import llama
-from examples.pretraining import shards
+from examples.pretraining import llama_sharding
 
 
 LAYOUTS = {  # mesh, and the axis over which state is sharded that would be the same along it
@@ -87,7 +87,7 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
         scan=not is_unrolled(method),
         remat=args.remat,
         dtype=jnp.dtype(args.dtype),
-        activations=NamedSharding(mesh, shards.BATCH),
+        activations=NamedSharding(mesh, llama_sharding.BATCH),
     )
     structure = llama.structure(config)
 
@@ -95,7 +95,7 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
         return nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(key)), nnx.Param))
 
     params = jax.eval_shape(weights, jax.random.key(0))
-    lies = shards.param_shardings(mesh, params)
+    lies = llama_sharding.param_shardings(mesh, params)
     tx = make_optimizer(method, args.rank, args.refresh_every)
     tx = natgalore.sharded(tx, lies, zero_axis=zero_axis)
 
@@ -164,7 +164,11 @@ def batch_shape(mesh: jax.sharding.Mesh, args) -> tuple[int, ...]:
 
 
 def batch_spec(args) -> PartitionSpec:
-    return shards.BATCH if args.micro_batches == 1 else PartitionSpec(None, *shards.BATCH)
+    return (
+        llama_sharding.BATCH
+        if args.micro_batches == 1
+        else PartitionSpec(None, *llama_sharding.BATCH)
+    )
 
 
 def count(program: str) -> dict[str, dict[str, dict[str, int]]]:
@@ -193,7 +197,7 @@ def bytes_in_use() -> int:
 def measure(name: str, args, results: dict[str, Any], save) -> None:
     """One layout: compiles all methods, runs step 0 of each, then lets them take turns."""
     shape, zero_axis = LAYOUTS.get(name, (args.mesh, "fsdp"))
-    mesh = shards.make_mesh([int(n) for n in shape.split(",")])
+    mesh = llama_sharding.make_mesh([int(n) for n in shape.split(",")])
     results["mesh"], results["zero_axis"] = dict(mesh.shape), zero_axis
     methods = results.setdefault("methods", {})
     programs = {}

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 import optax
 import tyro
 
-from examples.common import report
+from examples.common import run_log
 
 
 def one_of(names) -> Any:
@@ -158,7 +158,7 @@ def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 def begun_with(folder: Path, kind: type[Kind]) -> Kind:
     """The config that the run in `folder` began with, from its log."""
     try:
-        settings = report.read_header(folder / "log.jsonl")["config"]
+        settings = run_log.read_header(folder / "log.jsonl")["config"]
         paths = {k: settings[k] and Path(settings[k]) for k in kind.PATHS}
         return kind(**settings | paths | {"out": folder})
     except OSError as error:

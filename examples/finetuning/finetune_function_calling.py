@@ -29,22 +29,30 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
-from examples.common import command_line, hugging_face, llama, loop, pretrained, report
+from examples.common import (
+    command_line,
+    hugging_face,
+    llama,
+    pretrained,
+    run_display,
+    run_log,
+    training_loop,
+)
 from examples.common.command_line import one_of
-from examples.finetuning import finetuning, plans
+from examples.finetuning import settings, tinyagent, training
 from examples.finetuning.records import Records
 from examples.pretraining import generate
 
 
-OPTIMIZERS = finetuning.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5)
+OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5)
 
 
 @dataclass(frozen=True)
-class Config(finetuning.Config):
+class Config(settings.Config):
     """Fine-tune a Llama to plan function calls."""
 
     OPTIMIZERS: ClassVar = OPTIMIZERS
-    COUNTS: ClassVar = (*finetuning.Config.COUNTS, "judged")
+    COUNTS: ClassVar = (*settings.Config.COUNTS, "judged")
 
     optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
     """Which optimizer. Default: natural_galore."""
@@ -106,14 +114,14 @@ class Inputs(NamedTuple):
     summary: dict[str, Any]
 
 
-def prompt(example: plans.Example) -> str:
+def prompt(example: tinyagent.Example) -> str:
     """The instructions as TinyLlama's chat model has them."""
     return (
         "".join(f"<|{role}|>\n{text}</s>\n" for role, text in example.messages) + "<|assistant|>\n"
     )
 
 
-def tokenized(tokenizer: Tokenizer, examples: Sequence[plans.Example], longest: int) -> Split:
+def tokenized(tokenizer: Tokenizer, examples: Sequence[tinyagent.Example], longest: int) -> Split:
     """Those that are not too long, as the model takes them.
 
     Raises:
@@ -126,7 +134,7 @@ def tokenized(tokenizer: Tokenizer, examples: Sequence[plans.Example], longest: 
     if not kept:
         raise ValueError(f"all records are longer than --max-length {longest}")
     length = -(-max(len(before) + len(plan) for before, plan, _ in kept) // 8) * 8
-    tokens = finetuning.padded([before + plan for before, plan, _ in kept], end, length)
+    tokens = training.padded([before + plan for before, plan, _ in kept], end, length)
     of_plan = np.zeros(tokens.shape, bool)
     for row, (before, plan, _) in zip(of_plan, kept, strict=True):
         row[len(before) : len(before) + len(plan)] = True
@@ -152,16 +160,18 @@ def read(config: Config) -> Inputs:
     shape = replace(shape, dtype=jnp.dtype(config.dtype), remat=config.remat)
     tokenizer = hugging_face.read_tokenizer(config.model, shape.vocabulary)
     tokenizer.no_truncation()
-    sets: dict[str, Records[plans.Example]] = {
-        name: plans.read(config.data / f"{name}_data.json", skip=config.skip_malformed)
+    sets: dict[str, Records[tinyagent.Example]] = {
+        name: tinyagent.read(config.data / f"{name}_data.json", skip=config.skip_malformed)
         for name in ("training", "testing")
     }
     split = {name: tokenized(tokenizer, s.records, config.max_length) for name, s in sets.items()}
     for name, s in sets.items():
         if s.skipped:
-            report.say(f"skipped {len(s.skipped)} records, the first one: {s.skipped[0]}")
+            run_display.say(f"skipped {len(s.skipped)} records, the first one: {s.skipped[0]}")
         if long := len(s.records) - len(split[name].plans):
-            report.say(f"left out {long} {name} records longer than {config.max_length} tokens")
+            run_display.say(
+                f"left out {long} {name} records longer than {config.max_length} tokens"
+            )
     digests = "".join(s.sha256 for s in sets.values())
     summary = {
         "records": {name: len(s.plans) for name, s in split.items()},
@@ -170,9 +180,9 @@ def read(config: Config) -> Inputs:
     return Inputs(shape, weights, tokenizer, split["training"], split["testing"], summary)
 
 
-def make_job(config: Config, inputs: Inputs) -> loop.Job:
+def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
     """A run on these inputs."""
-    functions = finetuning.make_functions(
+    functions = training.make_functions(
         config,
         partial(llama.Llama, inputs.shape),
         inputs.weights,
@@ -180,13 +190,13 @@ def make_job(config: Config, inputs: Inputs) -> loop.Job:
         head="head",
     )
     structure = llama.structure(inputs.shape)
-    plain = jax.jit(finetuning.plain_params)
+    plain = jax.jit(training.plain_params)
     test_loss = jax.jit(lambda params, *batch: plan_loss(nnx.merge(structure, params), *batch))
     end = inputs.tokenizer.token_to_id("</s>")
 
     def batch(step: int):
         train = inputs.train
-        rows = finetuning.epoch_rows(len(train.plans), config.batch_size, config.seed, step)
+        rows = training.epoch_rows(len(train.plans), config.batch_size, config.seed, step)
         return np.int32(step), train.tokens[rows], train.of_plan[rows]
 
     def written(params, i: int) -> str:
@@ -205,11 +215,11 @@ def make_job(config: Config, inputs: Inputs) -> loop.Job:
             np.arange(len(judged)), (-(-len(judged) // config.batch_size), config.batch_size)
         )
         losses = [float(test_loss(params, test.tokens[row], test.of_plan[row])) for row in rows]
-        scores = [plans.judge(written(params, i), test.plans[i]) for i in judged]
+        scores = [tinyagent.judge(written(params, i), test.plans[i]) for i in judged]
         metrics = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
         return {"validation_loss": float(np.mean(losses)), "metrics": metrics}
 
-    return loop.Job(
+    return training_loop.Job(
         steps=config.steps,
         tokens_per_step=config.batch_size * inputs.train.tokens.shape[1],
         init=functions.init,
@@ -228,25 +238,25 @@ def make_job(config: Config, inputs: Inputs) -> loop.Job:
 def prepare(config: Config):
     """Reads everything and makes the folders; returns the config and what trains."""
     inputs = read(config)
-    config = replace(config, steps=finetuning.steps_of(config, len(inputs.train.plans)))
-    config = loop.claim(config, f"plans-{'-'.join(config.optimizers)}", inputs.summary)
+    config = replace(config, steps=training.steps_of(config, len(inputs.train.plans)))
+    config = training_loop.claim(config, f"plans-{'-'.join(config.optimizers)}", inputs.summary)
 
-    def train_one(one: Config, interrupts: loop.Interrupts) -> None:
-        state = loop.train(one, make_job(one, inputs), interrupts)
-        weights = jax.tree.map(np.asarray, finetuning.plain_params(state.params))
+    def train_one(one: Config, interrupts: training_loop.Interrupts) -> None:
+        state = training_loop.train(one, make_job(one, inputs), interrupts)
+        weights = jax.tree.map(np.asarray, training.plain_params(state.params))
         hugging_face.save_llama(one.out / "model", inputs.shape, weights)
         shutil.copy(one.model / "tokenizer.json", one.out / "model")
 
     return config, train_one
 
 
-def conclude(config: Config, results: Sequence[report.Run]) -> None:
-    report.show_table(results)
+def conclude(config: Config, results: Sequence[run_log.Run]) -> None:
+    run_display.show_table(results)
     print(f"log, checkpoint and model are in {config.out}")
 
 
 def main() -> None:
-    loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
+    training_loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ A run leaves a log, a checkpoint, and in `model` the tuned weights as Hugging Fa
 saves and ends it; `--resume` goes on to the same bits.
 
 To tune your own model: load its weights by a table of names (`hugging_face.py`), hand the model and
-its loss to `finetuning.make_functions`, and `natgalore.natural_galore` stands where AdamW stood.
+its loss to `training.make_functions`, and `natgalore.natural_galore` stands where AdamW stood.
 """
 
 import hashlib
@@ -31,16 +31,24 @@ import optax
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
-from examples.common import command_line, hugging_face, loop, pretrained, report, roberta
+from examples.common import (
+    command_line,
+    hugging_face,
+    pretrained,
+    roberta,
+    run_display,
+    run_log,
+    training_loop,
+)
 from examples.common.command_line import one_of
-from examples.finetuning import finetuning, glue
+from examples.finetuning import glue, settings, training
 
 
-OPTIMIZERS = finetuning.optimizers(natural_galore=3e-5, galore=3e-5, adamw=2e-5, lora=4e-4)
+OPTIMIZERS = settings.optimizers(natural_galore=3e-5, galore=3e-5, adamw=2e-5, lora=4e-4)
 
 
 @dataclass(frozen=True)
-class Config(finetuning.Config):
+class Config(settings.Config):
     """Fine-tune RoBERTa on a task of GLUE."""
 
     OPTIMIZERS: ClassVar = OPTIMIZERS
@@ -105,7 +113,7 @@ def tokenized(
     rows = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
     length = -(-max(map(len, rows)) // 8) * 8
     labels = np.array([e.label for e in examples])
-    tokens = finetuning.padded(rows, shape.padding, min(length, shape.longest))
+    tokens = training.padded(rows, shape.padding, min(length, shape.longest))
     return Split(tokens, labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32))
 
 
@@ -121,7 +129,7 @@ def read(config: Config) -> Inputs:
     found = glue.load(config.task, config.data, skip=config.skip_malformed)
     sets = {"train": found.train, **found.validation}
     for skipped in (s.skipped for s in sets.values() if s.skipped):
-        report.say(f"skipped {len(skipped)} records, the first one: {skipped[0]}")
+        run_display.say(f"skipped {len(skipped)} records, the first one: {skipped[0]}")
     split = {
         name: tokenized(tokenizer, shape, s.records, config.max_length) for name, s in sets.items()
     }
@@ -142,9 +150,9 @@ def losses(logits: Float[Array, "n outputs"], labels: Array) -> Float[Array, " n
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def make_job(config: Config, inputs: Inputs) -> loop.Job:
+def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
     """A run on these inputs."""
-    functions = finetuning.make_functions(
+    functions = training.make_functions(
         config,
         partial(roberta.Roberta, inputs.shape),
         inputs.weights,
@@ -155,7 +163,7 @@ def make_job(config: Config, inputs: Inputs) -> loop.Job:
 
     def batch(step: int):
         train = inputs.train
-        rows = finetuning.epoch_rows(len(train.labels), config.batch_size, config.seed, step)
+        rows = training.epoch_rows(len(train.labels), config.batch_size, config.seed, step)
         return np.int32(step), train.tokens[rows], train.labels[rows]
 
     def logits(params, tokens: Int[np.ndarray, "n length"]) -> Float[np.ndarray, "n outputs"]:
@@ -173,7 +181,7 @@ def make_job(config: Config, inputs: Inputs) -> loop.Job:
             measured |= glue.measure(config.task, split.labels, guesses, of=name)
         return {"validation_loss": float(np.concatenate(found).mean()), "metrics": measured}
 
-    return loop.Job(
+    return training_loop.Job(
         steps=config.steps,
         tokens_per_step=config.batch_size * inputs.train.tokens.shape[1],
         init=functions.init,
@@ -192,28 +200,28 @@ def make_job(config: Config, inputs: Inputs) -> loop.Job:
 def prepare(config: Config):
     """Reads everything and makes the folders; returns the config and what trains."""
     inputs = read(config)
-    config = replace(config, steps=finetuning.steps_of(config, len(inputs.train.labels)))
+    config = replace(config, steps=training.steps_of(config, len(inputs.train.labels)))
     name = f"{config.task}-{'-'.join(config.optimizers)}"
-    config = loop.claim(config, name, inputs.summary)
+    config = training_loop.claim(config, name, inputs.summary)
     if lost := pretrained.missing(inputs.weights):
-        report.say(f"not in {config.model}, so they begin at random: {', '.join(lost)}")
+        run_display.say(f"not in {config.model}, so they begin at random: {', '.join(lost)}")
 
-    def train_one(one: Config, interrupts: loop.Interrupts) -> None:
-        state = loop.train(one, make_job(one, inputs), interrupts)
-        weights = jax.tree.map(np.asarray, finetuning.plain_params(state.params))
+    def train_one(one: Config, interrupts: training_loop.Interrupts) -> None:
+        state = training_loop.train(one, make_job(one, inputs), interrupts)
+        weights = jax.tree.map(np.asarray, training.plain_params(state.params))
         hugging_face.save_roberta(one.out / "model", inputs.shape, weights)
         shutil.copy(one.model / "tokenizer.json", one.out / "model")
 
     return config, train_one
 
 
-def conclude(config: Config, results: Sequence[report.Run]) -> None:
-    report.show_table(results)
+def conclude(config: Config, results: Sequence[run_log.Run]) -> None:
+    run_display.show_table(results)
     print(f"log, checkpoint and model are in {config.out}")
 
 
 def main() -> None:
-    loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
+    training_loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 A folder of pretrain.py or sharded.py is read by its log and checkpoint, and writes bytes, or after
 C4 by the tokenizer that the run was given; one with config.json, model.safetensors and
 tokenizer.json, as Hugging Face has them and fine-tuning leaves them in `model`, writes by its own.
-Each token is computed alone, from the keys and values of those before it (`cache.py`), and given
+Each token is computed alone, from the keys and values of those before it (`kv_cache.py`), and given
 all of them: prompt and answer fill no window that slides.
 """
 
@@ -26,15 +26,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from examples.common import (
-    cache,
     checkpoint,
     command_line,
     data,
     hugging_face,
+    kv_cache,
     llama,
-    loop,
-    report,
+    run_log,
     sample,
+    training_loop,
 )
 from examples.pretraining import c4, pretrain, settings, seven_billion, sharded
 
@@ -92,7 +92,7 @@ def of_a_run(folder: Path) -> Writer:
     Raises:
         ValueError, OSError: it holds no checkpoint, or a damaged one, or its tokenizer is gone.
     """
-    header = report.read_header(folder / "log.jsonl")
+    header = run_log.read_header(folder / "log.jsonl")
     own = {"mesh": sharded.Config, "limit": seven_billion.Config}  # settings that others lack
     began_with = header.get("config", {})
     kind = next((k for name, k in own.items() if name in began_with), settings.Config)
@@ -150,10 +150,10 @@ def extend(
     config: llama.LlamaConfig,
     params: Any,
     tokens: Int[Array, "1 new"],
-    past: cache.Past,
+    past: kv_cache.Past,
     start: Int[Array, ""],
-) -> tuple[Float[Array, "1 new vocabulary"], cache.Past]:
-    return cache.extend(nnx.merge(llama.structure(config), params), tokens, past, start)
+) -> tuple[Float[Array, "1 new vocabulary"], kv_cache.Past]:
+    return kv_cache.extend(nnx.merge(llama.structure(config), params), tokens, past, start)
 
 
 @jax.jit
@@ -185,7 +185,7 @@ def generate(
     ceiling = lambda n: 1 << (n - 1).bit_length()
     filled = np.zeros((1, ceiling(len(prompt))), np.int32)
     filled[0, : len(prompt)] = prompt
-    past = cache.empty(config, 1, ceiling(max(filled.shape[1], len(prompt) + count)))
+    past = kv_cache.empty(config, 1, ceiling(max(filled.shape[1], len(prompt) + count)))
     logits, past = extend(config, params, filled, past, np.int32(0))
     logits = logits[0, len(prompt) - 1]
     for i, key in enumerate(jax.random.split(jax.random.key(seed), count)):
@@ -200,7 +200,7 @@ def generate(
 
 
 def main() -> None:
-    with loop.one_line_errors():
+    with training_loop.one_line_errors():
         config = command_line.parse(Config)
         config.check()
         writer = read(config.folder)

@@ -5,7 +5,7 @@
     python examples/pretraining/pretrain.py --compare galore,adamw  several in turn, one picture
     python examples/pretraining/pretrain.py --out runs/mine --resume    go on where it was stopped
     python examples/pretraining/pretrain.py --dataset c4 --preset 60m --tokenizer t5-base
-                                                            the paper's run (c4.py, presets.py)
+                                                               the paper's run (paper_presets.py)
     python examples/pretraining/pretrain.py --help                      everything else
 
 It leaves a log (`log.jsonl`), a checkpoint, a figure (`loss.png`) and a sample of what the model
@@ -28,8 +28,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 import natgalore_jax as natgalore
-from examples.common import command_line, data, llama, loop, report, sample
-from examples.common.loop import TrainState
+from examples.common import command_line, data, llama, run_display, run_log, sample, training_loop
+from examples.common.training_loop import TrainState
 from examples.pretraining import c4, settings
 
 
@@ -135,7 +135,9 @@ def open_source(config: settings.Config) -> data.Source:
     return source
 
 
-def make_job(config: settings.Config, source: data.Source, functions: Functions) -> loop.Job:
+def make_job(
+    config: settings.Config, source: data.Source, functions: Functions
+) -> training_loop.Job:
     """A run of these functions on what the source has."""
     batches = source.training()
 
@@ -148,7 +150,7 @@ def make_job(config: settings.Config, source: data.Source, functions: Functions)
         perplexity = {"metrics": {"perplexity": math.exp(loss)}}
         return {"validation_loss": loss} | (perplexity if config.dataset == "c4" else {})
 
-    return loop.Job(
+    return training_loop.Job(
         steps=config.steps,
         tokens_per_step=config.batch_size * config.seq_len,
         init=functions.init,
@@ -190,20 +192,20 @@ def run(
         room = config.vocabulary or -(-source.coding.size // 128) * 128
         config = replace(config, vocabulary=room)
         name = f"{config.size}-{'-'.join(config.optimizers)}"
-        config = loop.claim(config, name, source.summary)
+        config = training_loop.claim(config, name, source.summary)
 
-        def train_one(one: settings.Config, interrupts: loop.Interrupts) -> None:
+        def train_one(one: settings.Config, interrupts: training_loop.Interrupts) -> None:
             job = make_job(one, source, make_functions(one))
-            write_sample(one, source.coding, loop.train(one, job, interrupts).params)
+            write_sample(one, source.coding, training_loop.train(one, job, interrupts).params)
 
         return config, train_one
 
-    def conclude(config: settings.Config, results: Sequence[report.Run]) -> None:
-        report.plot(results).savefig(config.out / "loss.png", dpi=150)
-        report.show_table(results)
+    def conclude(config: settings.Config, results: Sequence[run_log.Run]) -> None:
+        run_display.plot(results).savefig(config.out / "loss.png", dpi=150)
+        run_display.show_table(results)
         print(f"log, checkpoint, figure and sample are in {config.out}")
 
-    loop.run(prepare, conclude)
+    training_loop.run(prepare, conclude)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import optax
 import natgalore_jax as natgalore
 from examples.common import command_line, data, llama
 from examples.common.command_line import flag, one_of
-from examples.pretraining import presets
+from examples.pretraining import paper_presets
 
 
 class Recipe(NamedTuple):
@@ -103,7 +103,7 @@ class Config(command_line.Run):
         "vocabulary",
     )
 
-    preset: Annotated[str | None, one_of(presets.PRESETS)] = None
+    preset: Annotated[str | None, one_of(paper_presets.PRESETS)] = None
     """The paper's numbers for this size, in place of the defaults: every flag but --dataset, --data
     and --tokenizer; what is given beside it counts. Natural GaLore is in the paper's form then."""
     dataset: Literal["text", "c4"] = "text"
@@ -161,7 +161,7 @@ class Config(command_line.Run):
     def check(self) -> None:
         """Raises a ValueError that names the first argument that makes no sense."""
         for name, known in (
-            ("preset", presets.PRESETS),
+            ("preset", paper_presets.PRESETS),
             ("size", llama.CONFIGS),
             ("fisher", FISHERS),
             ("residual", RESIDUALS),
@@ -205,14 +205,14 @@ class Config(command_line.Run):
 
     def fill(self, name: str) -> dict[str, Any]:
         rank = self.model.hidden // 4 if self.rank is None else self.rank
-        published = presets.OPTIMIZERS.get(name, {}) if self.preset else {}
+        published = paper_presets.OPTIMIZERS.get(name, {}) if self.preset else {}
         unsaid = {k: v for k, v in published.items() if getattr(self, k) is None}
         prompt = PROMPTS[self.dataset] if self.prompt is None else self.prompt
         return super().fill(name) | {"rank": rank, "prompt": prompt} | unsaid
 
     def defaults(self) -> Self | None:
         """The numbers of the preset, for what the command line does not say."""
-        numbers = presets.PRESETS.get(self.preset or "")
+        numbers = paper_presets.PRESETS.get(self.preset or "")
         return numbers and type(self)(**numbers)
 
     def make_optimizer(self) -> optax.GradientTransformation:

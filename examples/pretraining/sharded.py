@@ -25,9 +25,9 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
-from examples.common import command_line, report
-from examples.common.loop import TrainState
-from examples.pretraining import pretrain, settings, shards
+from examples.common import command_line, run_display
+from examples.common.training_loop import TrainState
+from examples.pretraining import llama_sharding, pretrain, settings
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config(settings.Config):
             raise ValueError(f"--devices must be at least 1 and below 2**10, got {self.devices}")
         sizes = self.mesh.split(",")
         whole = [n for n in sizes if n.isdecimal() and int(n) > 0]
-        if len(sizes) != len(shards.AXES) or len(whole) + sizes.count("-1") != len(sizes):
+        if len(sizes) != len(llama_sharding.AXES) or len(whole) + sizes.count("-1") != len(sizes):
             raise ValueError(f"--mesh must be three sizes, as in 2,2,2 or 1,-1,1, got {self.mesh}")
         if sizes.count("-1") > 1:
             raise ValueError(f"--mesh can have one -1, got {self.mesh}")
@@ -63,7 +63,7 @@ class Config(settings.Config):
         Raises:
             ValueError: it does not fit them, or the batch does not fit it.
         """
-        mesh = shards.make_mesh([int(n) for n in self.mesh.split(",")])
+        mesh = llama_sharding.make_mesh([int(n) for n in self.mesh.split(",")])
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
         if self.batch_size % parts:
             raise ValueError(
@@ -99,10 +99,10 @@ def from_command_line() -> Config:
 def make_functions(config: Config) -> pretrain.Functions:
     """The functions of a run, with their arrays sharded."""
     mesh = config.make_mesh()
-    whole, batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), shards.BATCH))
+    whole, batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), llama_sharding.BATCH))
     functions = pretrain.make_functions(config, activations=batch)
     abstract = jax.eval_shape(functions.init, jax.random.key(config.seed))
-    params = shards.param_shardings(mesh, abstract.params)
+    params = llama_sharding.param_shardings(mesh, abstract.params)
     opt_state = natgalore.state_shardings(
         config.make_optimizer(),
         abstract.params,
@@ -126,8 +126,8 @@ def make_functions(config: Config) -> pretrain.Functions:
         # Each process draws the whole batch and keeps the rows of its devices.
         place=lambda tokens: jax.make_array_from_process_local_data(batch, tokens, tokens.shape),
         about=(
-            f", {sizes}: a device holds {report.megabytes(mine.params)} of weights "
-            f"and {report.megabytes(mine.opt_state)} of optimizer state"
+            f", {sizes}: a device holds {run_display.megabytes(mine.params)} of weights "
+            f"and {run_display.megabytes(mine.opt_state)} of optimizer state"
         ),
     )
 

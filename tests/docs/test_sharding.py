@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgalore_jax as natgalore
 from examples.common import llama
-from examples.pretraining import shards
+from examples.pretraining import llama_sharding
 from natgalore_jax.selection.select import MatrixView, select
 from natgalore_jax.sharding.partitioning import role_partition
 from tests.helpers.hlo import collectives
@@ -139,7 +139,7 @@ def test_what_a_residual_moves_is_what_is_said(label, spec, shape):
 
 def test_the_state_of_a_device_under_fsdp_is_what_is_said():
     params = llama.abstract_params(dataclasses.replace(llama.CONFIGS["350m"], scan=True))
-    lies = shards.param_shardings(shards.make_mesh((1, 8, 1)), params)
+    lies = llama_sharding.param_shardings(llama_sharding.make_mesh((1, 8, 1)), params)
 
     def megabytes(tx, zero_axis=None):
         where = natgalore.state_shardings(tx, params, lies, zero_axis=zero_axis)

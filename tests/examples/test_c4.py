@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from examples.common import command_line, llama, loop, report
+from examples.common import command_line, llama, run_display, run_log, training_loop
 from examples.finetuning import tiny_assets
-from examples.pretraining import c4, generate, packing, presets, pretrain, settings, sharded
+from examples.pretraining import c4, generate, packing, paper_presets, pretrain, settings, sharded
 from examples.pretraining.packing import Packed
 from tests.examples.test_pretrain import (
     Killed,
@@ -207,7 +207,7 @@ class TestPresets:
 
     def test_the_docs_have_the_same_table(self):
         text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
-        for name, numbers in presets.PRESETS.items():
+        for name, numbers in paper_presets.PRESETS.items():
             row = [f"{numbers[key]:,}" for key in ("rank", "steps", "micro_batches")]
             assert f"| {' | '.join([name, *row])} |\n" in text
 
@@ -246,7 +246,10 @@ class TestPresets:
         (run,) = parsed(monkeypatch, f"{words} --no-scan --preset 350m").runs()
         assert {name: getattr(run, name) for name in said} == said
         assert not run.scan
-        assert {*presets.PRESETS["350m"], *presets.OPTIMIZERS["natural_galore"]} == {*said, "scan"}
+        assert {*paper_presets.PRESETS["350m"], *paper_presets.OPTIMIZERS["natural_galore"]} == {
+            *said,
+            "scan",
+        }
         (run,) = parsed(monkeypatch, "--preset 350m --lr 0.0025").runs()  # as it is by default
         assert run.lr == 0.0025
         (run,) = parsed(monkeypatch, "--preset 350m --steps 700 --dtype float32").runs()
@@ -314,7 +317,7 @@ make_once = Functions(pretrain.make_functions)
 def run(monkeypatch, small, made):
     """Runs the command line of an example on small shards, and returns its exit status."""
     shutil.copytree(made, "c4")
-    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    monkeypatch.setattr(training_loop, "LOG_EVERY", 2)
     monkeypatch.setattr(packing, "CHUNK", 3)
     monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 9)
     monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 2)
@@ -366,7 +369,7 @@ class TestRun:
         text = Path("here/sample.txt").read_text()
         assert text.startswith("the")
         assert text in out
-        (axes,) = report.plot([report.read(Path("here/log.jsonl"))]).axes
+        (axes,) = run_display.plot([run_log.read(Path("here/log.jsonl"))]).axes
         assert axes.get_xlabel() == "tokens"
         assert axes.get_ylabel() == "loss (nats per token)"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.common import data, hugging_face, llama, report
-from examples.finetuning import finetune_function_calling as calling, plans, tiny_assets
+from examples.common import data, hugging_face, llama, run_log
+from examples.finetuning import finetune_function_calling as calling, tiny_assets, tinyagent
 from examples.pretraining import generate
 from tests.examples.test_pretrain import contents, refused
 
@@ -21,20 +21,20 @@ MAIL = '1. find("Sid")\n2. find("Lu")\n3. mail(["$1", "$2"], "Lunch", 12)'
 
 
 def equal(one: str, other: str, with_arguments: bool = True) -> bool:
-    pair = plans.parse(one + END), plans.parse(other + END)
-    answers = {plans.same_graph(*p, with_arguments=with_arguments) for p in (pair, pair[::-1])}
+    pair = tinyagent.parse(one + END), tinyagent.parse(other + END)
+    answers = {tinyagent.same_graph(*p, with_arguments=with_arguments) for p in (pair, pair[::-1])}
     (answer,) = answers  # whichever comes first
     return answer
 
 
 class TestPlans:
     def test_a_plan_is_its_calls(self):
-        assert plans.parse(MAIL + END) == [
+        assert tinyagent.parse(MAIL + END) == [
             (1, "find", ["Sid"]),
             (2, "find", ["Lu"]),
             (3, "mail", [["$1", "$2"], "Lunch", 12]),
         ]
-        assert plans.parse("1. now()\n2. say(${1}, x)\n3. join()\n4. no call") == [
+        assert tinyagent.parse("1. now()\n2. say(${1}, x)\n3. join()\n4. no call") == [
             (1, "now", []),
             (2, "say", "${1}, x"),  # no Python: as it is written
         ]
@@ -50,7 +50,7 @@ class TestPlans:
     )
     def test_what_is_no_plan_is_refused(self, text, message):
         with pytest.raises(ValueError, match=r".") as error:
-            plans.parse(text)
+            tinyagent.parse(text)
         assert message in str(error.value)
 
     @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ class TestPlans:
 
     def test_what_is_written_is_judged(self):
         wrong = MAIL.replace("Lunch", "Dinner") + END
-        assert plans.judge(MAIL + END, MAIL + END) == {
+        assert tinyagent.judge(MAIL + END, MAIL + END) == {
             "success": 1,
             "success without arguments": 1,
         }
-        assert plans.judge(wrong, MAIL + END) == {"success": 0, "success without arguments": 1}
-        assert plans.judge("1. find(", MAIL + END) == {
+        assert tinyagent.judge(wrong, MAIL + END) == {"success": 0, "success without arguments": 1}
+        assert tinyagent.judge("1. find(", MAIL + END) == {
             "success": 0,
             "success without arguments": 0,
         }
@@ -125,7 +125,7 @@ class TestFunctionCalling:
     @pytest.mark.slow
     def test_a_few_steps_leave_a_model_that_generate_reads(self, run, capsys, tiny):
         assert run("--steps", "3", "--judged", "2", "--out", "here") == 0
-        first, *_, last = report.read(Path("here/log.jsonl")).records
+        first, *_, last = run_log.read(Path("here/log.jsonl")).records
         assert first["metrics"] == {"success": 0, "success without arguments": 0}
         assert last["step"] == 3
         assert last["validation_loss"] < first["validation_loss"]
@@ -141,14 +141,14 @@ class TestFunctionCalling:
     @pytest.mark.parametrize("optimizer", ["natural_galore", "adamw", "lora"])
     def test_plans_are_learned(self, run, tiny, optimizer):
         assert run("--optimizer", optimizer, "--epochs", "60", "--out", "here") == 0
-        first, *_, last = report.read(Path("here/log.jsonl")).records
+        first, *_, last = run_log.read(Path("here/log.jsonl")).records
         assert first["metrics"]["success"] == 0
         assert last["metrics"]["success"] > 0.8
 
         # generate.py goes on from what is left, and plans what it was not taught.
         writer = generate.read(Path("here"))
         record = json.loads((tiny / "plans/testing_data.json").read_text())
-        told = plans.example(next(iter(record.values())))
+        told = tinyagent.example(next(iter(record.values())))
         tokens = [0, *writer.encode(calling.prompt(told))]
         written = generate.generate(
             writer.config, writer.params, tokens, count=80, temperature=0.0, seed=0, end=writer.end
@@ -158,7 +158,7 @@ class TestFunctionCalling:
     def test_the_loss_is_on_the_plan_and_its_end_alone(self, tiny):
         config, params = hugging_face.read_llama(tiny / "llama")
         tokenizer = hugging_face.read_tokenizer(tiny / "llama", config.vocabulary)
-        found = plans.read(tiny / "plans/testing_data.json").records
+        found = tinyagent.read(tiny / "plans/testing_data.json").records
         split = calling.tokenized(tokenizer, found, 100)
         for row, of_plan, before, example in zip(
             split.tokens, split.of_plan, split.prompts, found, strict=True
@@ -179,15 +179,15 @@ class TestFunctionCalling:
         assert float(loss) == pytest.approx(np.mean(expected), rel=1e-5)
 
     def test_instructions_are_told_as_in_a_chat(self):
-        example = plans.Example((("system", "Plan."), ("user", "Hi")), "")
+        example = tinyagent.Example((("system", "Plan."), ("user", "Hi")), "")
         assert calling.prompt(example) == (
             "<|system|>\nPlan.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
         )
 
     def test_records_that_are_too_long_are_left_out(self, tiny):
         tokenizer = hugging_face.read_tokenizer(tiny / "llama", 1000)
-        short = plans.Example((("user", "a"),), "1. join()")
-        long = plans.Example((("user", "a " * 90),), "1. join()")
+        short = tinyagent.Example((("user", "a"),), "1. join()")
+        long = tinyagent.Example((("user", "a " * 90),), "1. join()")
         assert calling.tokenized(tokenizer, [short, long], 60).plans == [short.plan]
         with pytest.raises(ValueError, match="all records are longer than --max-length 60"):
             calling.tokenized(tokenizer, [long], 60)
@@ -218,7 +218,7 @@ class TestFunctionCalling:
         assert message in refused(capsys)
         assert contents() == before
         if isinstance(change(found), dict):
-            read = plans.read(file, skip=True)
+            read = tinyagent.read(file, skip=True)
             assert len(read.records) == len(found)
             assert len(read.skipped) == 1
 

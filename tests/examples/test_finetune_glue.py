@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.common import command_line, data, hugging_face, loop, report, roberta
-from examples.finetuning import finetune_glue, finetuning, glue, records, tiny_assets
+from examples.common import command_line, data, hugging_face, roberta, run_log, training_loop
+from examples.finetuning import finetune_glue, glue, records, settings, tiny_assets, training
 from tests.examples.test_pretrain import (
     contents,
     interrupt,
@@ -22,6 +22,7 @@ from tests.examples.test_pretrain import (
     saved_state,
 )
 from tests.examples.test_sharded import CompiledOnce
+from tests.helpers.cases import slow
 
 
 @pytest.fixture(scope="module")
@@ -165,22 +166,22 @@ class TestRecords:
 
 class TestBatches:
     def test_an_epoch_has_each_record_once(self):
-        steps = [finetuning.epoch_rows(10, 3, 0, step) for step in range(1, 10)]
+        steps = [training.epoch_rows(10, 3, 0, step) for step in range(1, 10)]
         for epoch in range(3):
             assert len(set(np.concatenate(steps[3 * epoch : 3 * epoch + 3]))) == 9
         assert not np.array_equal(steps[0], steps[3])
-        np.testing.assert_array_equal(steps[4], finetuning.epoch_rows(10, 3, 0, 5))
-        assert not np.array_equal(steps[0], finetuning.epoch_rows(10, 3, 1, 1))
+        np.testing.assert_array_equal(steps[4], training.epoch_rows(10, 3, 0, 5))
+        assert not np.array_equal(steps[0], training.epoch_rows(10, 3, 1, 1))
 
     def test_steps_are_epochs_of_whole_batches(self):
-        config = finetuning.Config(batch_size=3, epochs=2)
-        assert finetuning.steps_of(config, 10) == 6
-        assert finetuning.steps_of(dataclasses.replace(config, steps=5), 10) == 5
+        config = settings.Config(batch_size=3, epochs=2)
+        assert training.steps_of(config, 10) == 6
+        assert training.steps_of(dataclasses.replace(config, steps=5), 10) == 5
         with pytest.raises(ValueError, match="2 records are fewer than --batch-size 3"):
-            finetuning.steps_of(config, 2)
+            training.steps_of(config, 2)
 
     def test_rates_rise_and_fall_in_lines(self):
-        rate = finetuning.Config(lr=1.0, steps=100).schedule()
+        rate = settings.Config(lr=1.0, steps=100).schedule()
         np.testing.assert_allclose(
             [rate(t) for t in (0, 3, 6, 53, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6
         )
@@ -192,11 +193,11 @@ SHAPE = roberta.RobertaConfig(
 TOKENS = np.random.default_rng(0).integers(4, 20, size=(2, 8)).astype(np.int32)
 
 
-def functions(optimizer: str) -> finetuning.Functions:
+def functions(optimizer: str) -> training.Functions:
     recipe = finetune_glue.OPTIMIZERS[optimizer]
     config = finetune_glue.Config(optimizer=optimizer, lr=1e-2, rank=3, steps=3)
     assert recipe.learning_rate > 0
-    return finetuning.make_functions(
+    return training.make_functions(
         config,
         lambda rngs: roberta.Roberta(SHAPE, rngs),
         roberta.abstract_params(SHAPE),
@@ -241,12 +242,12 @@ class TestMethods:
         ):
             assert np.any(leaf != at_first)
 
-        sums = {"trained": finetuning.plain_params(state.params), "frozen": {}}
+        sums = {"trained": training.plain_params(state.params), "frozen": {}}
         assert np.abs(logits(state.params) - before).max() > 1e-3
         # x W + (x A) B and x (W + A B), in float32.
         np.testing.assert_allclose(plain(sums), logits(state.params), atol=1e-5)
 
-    @pytest.mark.parametrize("optimizer", ["natural_galore", "galore"])
+    @pytest.mark.parametrize("optimizer", ["natural_galore", *slow("galore")])
     def test_the_layers_matrices_are_projected_and_nothing_else(self, optimizer):
         config = finetune_glue.Config(optimizer=optimizer, lr=1e-2, rank=3, scale=4.0, steps=2)
         params = jax.tree.map(
@@ -326,12 +327,12 @@ class TestGlue:
         assert "begin at random: classifier/dense/bias" in out
         (table,) = (line for line in out.splitlines() if "Matthews" in line and "│" in line)
         for name in names:
-            logged = report.read(Path("here", name, "log.jsonl"))
+            logged = run_log.read(Path("here", name, "log.jsonl"))
             assert logged.records[0]["metrics"] == {"Matthews": 0}
             assert logged.metrics()["Matthews"] > 0.8
             assert f"{logged.metrics()['Matthews']:.3f}" in table
             assert logged.records[-1]["step"] == 4 * 640 // 16
-        headers = [report.read(Path("here", name, "log.jsonl")).header for name in names]
+        headers = [run_log.read(Path("here", name, "log.jsonl")).header for name in names]
         sizes = [header["state_bytes"] for header in headers]
         assert sizes[0] < headers[0]["adamw_state_bytes"]
         assert len(names) == 1 or sizes[-1] < sizes[0]  # LoRA's is the smallest
@@ -347,7 +348,7 @@ class TestGlue:
                 weights,
             )
             logits = np.asarray(jax.jit(lambda tokens, model=model: model(tokens))(split.tokens))
-            logged = report.read(Path("here", name, "log.jsonl")).metrics()
+            logged = run_log.read(Path("here", name, "log.jsonl")).metrics()
             assert glue.measure("cola", split.labels, logits) == pytest.approx(logged, abs=0.03)
 
     @pytest.mark.slow
@@ -360,7 +361,7 @@ class TestGlue:
         epochs = "20" if optimizer == "lora" else "10"
         arguments = ["--optimizer", optimizer, "--lr", rate, "--epochs", epochs, "--out", "here"]
         assert run(task, *arguments) == 0
-        metrics = report.read(Path("here/log.jsonl")).metrics()
+        metrics = run_log.read(Path("here/log.jsonl")).metrics()
         assert set(metrics) == {
             f"{name} {of}".strip()
             for name in glue.TASKS[task].metrics
@@ -380,7 +381,7 @@ class TestGlue:
         config = json.loads(Path("model/config.json").read_text())
         config |= {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
         Path("model/config.json").write_text(json.dumps(config))
-        make, made = finetuning.make_functions, []
+        make, made = training.make_functions, []
 
         def make_once(*args, **kwargs):
             if not made:
@@ -389,19 +390,19 @@ class TestGlue:
                 made.append(functions._replace(train_step=step))
             return made[0]
 
-        monkeypatch.setattr(finetuning, "make_functions", make_once)
+        monkeypatch.setattr(training, "make_functions", make_once)
         arguments = ["--optimizer", optimizer, "--model", "model", "--steps", "6"]
         arguments += ["--refresh-every", "2", "--save-every", "100", "--batch-size", "4"]
-        monkeypatch.setattr(loop, "LOG_EVERY", 2)
+        monkeypatch.setattr(training_loop, "LOG_EVERY", 2)
         assert run("rte", *arguments, "--out", "whole") == 0
-        rows, left = finetuning.epoch_rows, [interrupt]
+        rows, left = training.epoch_rows, [interrupt]
 
         def stopping(*args):
             if args[-1] == 3 and left:
                 left.pop()()
             return rows(*args)
 
-        monkeypatch.setattr(finetuning, "epoch_rows", stopping)
+        monkeypatch.setattr(training, "epoch_rows", stopping)
         assert run("rte", *arguments, "--out", "parts") == 130
         assert "to go on: python finetune_glue.py --out parts --resume" in capsys.readouterr().err
         assert saved_state("parts")[0] == 3
@@ -412,7 +413,7 @@ class TestGlue:
         assert log_without_times("parts")[1:] == log_without_times("whole")[1:]
         name = "model/model.safetensors"
         assert Path("parts", name).read_bytes() == Path("whole", name).read_bytes()
-        losses = report.read(Path("whole/log.jsonl")).losses("train_loss")[1]
+        losses = run_log.read(Path("whole/log.jsonl")).losses("train_loss")[1]
         assert len(set(losses)) == len(losses)
 
     @pytest.mark.parametrize(

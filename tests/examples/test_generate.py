@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.common import cache, llama, sample
+from examples.common import kv_cache, llama, sample
 from examples.finetuning import tiny_assets
 from examples.pretraining import generate, pretrain, settings
 from tests.examples.test_pretrain import refused
+from tests.helpers.cases import slow
 
 
 SMALL = llama.LlamaConfig(
@@ -27,13 +28,13 @@ def model(config):
 
 
 class TestCache:
-    @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+    @pytest.mark.parametrize("scan", [False, *slow(True)], ids=["unrolled", "scanned"])
     def test_extending_equals_computing_all_anew(self, scan):
         net = model(replace(SMALL, scan=scan))
         tokens = np.random.default_rng(0).integers(50, size=(2, 9)).astype(np.int32)
         whole = jax.jit(lambda tokens: net(tokens))(tokens)
-        extend = jax.jit(lambda tokens, past, start: cache.extend(net, tokens, past, start))
-        past, logits = cache.empty(net.config, 2, 12), []
+        extend = jax.jit(lambda tokens, past, start: kv_cache.extend(net, tokens, past, start))
+        past, logits = kv_cache.empty(net.config, 2, 12), []
         for start, end in ((0, 5), (5, 6), (6, 9)):
             new, past = extend(tokens[:, start:end], past, jnp.int32(start))
             logits.append(new)
@@ -71,7 +72,8 @@ def written(net, prompt, count, temperature=0.0, seed=0, end=None) -> list[int]:
 
 class TestGenerate:
     @pytest.mark.parametrize(
-        "prompt", [[7], [1, 2, 3, 4], [9, 8, 7, 6, 5], [3, 41, 7], [31, 4, 15, 9, 26]]
+        "prompt",
+        [[7], *slow([1, 2, 3, 4], [9, 8, 7, 6, 5], [3, 41, 7], [31, 4, 15, 9, 26])],
     )
     def test_the_likeliest_tokens_are_those_without_a_cache(self, prompt):
         net = model(SMALL)

@@ -26,8 +26,18 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from examples.common import checkpoint, command_line, data, llama, loop, report, sample
+from examples.common import (
+    checkpoint,
+    command_line,
+    data,
+    llama,
+    run_display,
+    run_log,
+    sample,
+    training_loop,
+)
 from examples.pretraining import pretrain, settings
+from tests.helpers.cases import slow
 
 
 SMALL = llama.LlamaConfig(hidden=16, intermediate=44, heads=2, layers=2, vocabulary=50)
@@ -84,7 +94,7 @@ def reference(net, params, tokens):
 class TestLlama:
     @pytest.mark.parametrize(
         "flags",
-        [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}],
+        [{"scan": True}, *slow({"remat": True}, {"scan": True, "remat": True})],
         ids=" ".join,
     )
     def test_scan_and_remat_leave_the_function_and_its_gradient_alone(
@@ -108,7 +118,7 @@ class TestLlama:
 
     @pytest.mark.parametrize(
         ("name", "millions"),
-        [("60m", 58), ("130m", 134), ("350m", 368), ("1b", 1339), ("7b", 6738)],
+        [("60m", 58), ("130m", 134), *slow(("350m", 368), ("1b", 1339), ("7b", 6738))],
     )
     def test_named_sizes_have_the_parameters_of_the_paper(self, name, millions):
         config = llama.CONFIGS[name]
@@ -122,7 +132,7 @@ class TestLlama:
         assert scanned["layers"]["mlp"]["down"]["kernel"].shape == (layers, i, h)
         assert unrolled["layers"][layers - 1]["mlp"]["gate"]["kernel"].shape == (h, i)
 
-    @pytest.mark.parametrize("hidden", [32, 256])
+    @pytest.mark.parametrize("hidden", [32, *slow(256)])
     def test_training_starts_at_the_loss_of_a_uniform_guess(self, hidden):
         config = replace(SMALL, hidden=hidden, layers=1, vocabulary=256)
         tokens = np.random.default_rng(0).integers(256, size=(8, 33)).astype(np.int32)
@@ -284,7 +294,7 @@ def run(monkeypatch, tmp_path):
     Path("text").write_text(TEXT)
     tiny = replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
     monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
-    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    monkeypatch.setattr(training_loop, "LOG_EVERY", 2)
     monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 20)
     monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 2)
     monkeypatch.setattr(pretrain, "make_functions", make_functions_once)
@@ -441,7 +451,7 @@ class TestCommandLine:
     @pytest.mark.slow
     def test_a_run_is_not_overwritten_unasked(self, run, capsys):
         assert run("--optimizer", "adamw", "--out", "here") == 0
-        header = report.read(Path("here/log.jsonl")).header
+        header = run_log.read(Path("here/log.jsonl")).header
         # The difference is the step count of the learning-rate schedule.
         assert header["state_bytes"] == header["adamw_state_bytes"] + 4
         before = contents()
@@ -518,7 +528,7 @@ class TestCommandLine:
 
     def test_a_loss_that_is_not_finite_ends_the_run_unsaved(self, run, monkeypatch):
         def functions(config):
-            state = loop.TrainState({"w": jnp.zeros(2)}, ())
+            state = training_loop.TrainState({"w": jnp.zeros(2)}, ())
             step = jax.jit(lambda state, tokens: (state, jnp.nan))
             return pretrain.Functions(lambda key: state, step, lambda params, tokens: 5.5)
 
@@ -526,7 +536,7 @@ class TestCommandLine:
         assert run("--out", "here", "--save-every", "1") == (
             "stopped: the loss is not finite at step 1: try a lower --lr; the log so far is in here"
         )
-        assert len(report.read(Path("here/log.jsonl")).records) == 1
+        assert len(run_log.read(Path("here/log.jsonl")).records) == 1
         assert list(Path("here/checkpoints").iterdir()) == []
 
     def test_letters_that_the_output_lacks_do_not_end_it(self, run, monkeypatch):
@@ -626,7 +636,7 @@ class TestResume:
         def show(display, record):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(report.Display, "show", show)
+        monkeypatch.setattr(run_display.Display, "show", show)
         assert run("--out", "here") == (
             "stopped: No space left on device; the log so far is in here"
         )
@@ -737,14 +747,14 @@ class TestResume:
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         handler = signal.getsignal(signal.SIGINT)
-        with loop.Interrupts() as interrupts:
+        with training_loop.Interrupts() as interrupts:
             assert not interrupts.signal
             interrupt()
             assert interrupts.signal == signal.SIGINT
             assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         assert signal.getsignal(signal.SIGINT) is handler
-        with loop.Interrupts() as interrupts:
+        with training_loop.Interrupts() as interrupts:
             signal.raise_signal(signal.SIGTERM)
             assert interrupts.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -853,10 +863,10 @@ class TestCompare:
             {"step": 2, "tokens": 4096, "train_loss": 4.0, "validation_loss": 4.5},
         ]
         runs = [
-            report.Run(header | {"config": {"size": "tiny", "optimizer": name}}, records)
+            run_log.Run(header | {"config": {"size": "tiny", "optimizer": name}}, records)
             for name in ("galore", "adamw")
         ]
-        (axes,) = report.plot(runs).axes
+        (axes,) = run_display.plot(runs).axes
         assert axes.get_xlabel() == "tokens (bytes of text)"
         assert axes.get_ylabel() == "loss (nats per byte)"
         train, validation, *other = axes.lines
@@ -894,7 +904,7 @@ class TestSample:
 
     def test_nothing_in_it_steers_the_terminal(self):
         assert doctest.testmod(sample).failed == 0
-        assert doctest.testmod(report).failed == 0
+        assert doctest.testmod(run_display).failed == 0
         escaped = sample.printable(b"a\tb\nc\r\x00\xe2\x80\xae\xc2\x9b")
         assert escaped == "a\tb\nc\\r\\x00\\u202e\\x9b"
         assert sample.printable("naïve 日本".encode()) == "naïve 日本"
@@ -919,8 +929,8 @@ class TestReport:
             {"step": 14, "tokens": 140, "train_loss": 3.0, "tokens_per_second": 10.0},
         ]
         # 100 tokens took 1 s and 30 took 3 s.
-        assert report.Run({}, records).tokens_per_second() == pytest.approx(130 / 4)
-        assert report.Run({}, records[:2]).tokens_per_second() == 1.0
+        assert run_log.Run({}, records).tokens_per_second() == pytest.approx(130 / 4)
+        assert run_log.Run({}, records[:2]).tokens_per_second() == 1.0
 
     PARTS = ("loss 2.500", "validation 2.750", "12,346 tokens/s", "optimizer state 1.50 MB")
 
@@ -929,7 +939,7 @@ class TestReport:
         terminal = {"COLUMNS": str(columns), "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"}
         for name, value in terminal.items():
             monkeypatch.setenv(name, value)
-        with report.Display(0, 100, 1_500_000) as display:
+        with run_display.Display(0, 100, 1_500_000) as display:
             display.advance(50)
             display.show(RECORD)
             display.live.refresh()
@@ -938,15 +948,15 @@ class TestReport:
         for part in self.PARTS:
             assert part in out  # in one piece
 
-        filled = report.fill(self.PARTS, columns).splitlines()
+        filled = run_display.fill(self.PARTS, columns).splitlines()
         assert max(map(len, filled)) <= columns
         assert len(filled) == lines
 
     def test_the_time_left_counts_steps_alone(self, monkeypatch, capsys):
         clock = iter([0.0, 30.0, 35.0, 50.0])
-        monkeypatch.setattr(report.time, "perf_counter", lambda: next(clock))
+        monkeypatch.setattr(run_display.time, "perf_counter", lambda: next(clock))
         before_any = {k: v for k, v in RECORD.items() if k != "train_loss"}
-        with report.Display(0, 100, 1_500_000) as display:
+        with run_display.Display(0, 100, 1_500_000) as display:
             display.show(before_any | {"step": 0})
             display.show(RECORD | {"step": 1})
             display.show(RECORD | {"step": 10})
@@ -959,7 +969,7 @@ class TestReport:
 
     def test_no_terminal_gets_plain_lines(self, monkeypatch, capsys):
         monkeypatch.setenv("COLUMNS", "40")
-        with report.Display(0, 100, 1_500_000) as display:
+        with run_display.Display(0, 100, 1_500_000) as display:
             display.advance(50)
             display.show(RECORD)
         (line,) = capsys.readouterr().out.splitlines()
@@ -971,8 +981,8 @@ class TestReport:
         monkeypatch.setenv("COLUMNS", str(columns))
         header = {"state_bytes": 1_500_000, "adamw_state_bytes": 2_000_000}
         names = ("natural_galore", "galore", "adamw", "contrib_galore")
-        report.show_table(
-            [report.Run(header | {"config": {"optimizer": name}}, [RECORD]) for name in names]
+        run_display.show_table(
+            [run_log.Run(header | {"config": {"optimizer": name}}, [RECORD]) for name in names]
         )
         out = capsys.readouterr().out
         assert max(map(len, out.splitlines())) <= columns

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from examples.common import hugging_face, llama, pretrained, roberta
 from tests.helpers import reference_models as reference
+from tests.helpers.cases import slow
 
 
 STORED = Path(__file__).parents[1] / "data" / "logits.npz"
@@ -83,7 +84,7 @@ class TestLogits:
         assert np.abs(expected).max() > 1
         np.testing.assert_allclose(roberta_logits(config, params), expected, atol=ROUNDING)
 
-    @pytest.mark.parametrize("kind", ["llama", "roberta"])
+    @pytest.mark.parametrize("kind", ["llama", *slow("roberta")])
     def test_they_are_those_stored(self, kind, tmp_path):
         """Made once by the NumPy models, tensors and all: see data/README.md."""
         stored = np.load(STORED)

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import natgalore_jax as natgalore
-from examples.common import llama, loop, report
+from examples.common import llama, run_log, training_loop
 from examples.pretraining import pretrain, seven_billion
 from tests.examples.test_pretrain import (
     TEXT,
@@ -38,7 +38,7 @@ def run(monkeypatch, tmp_path):
     tiny = dataclasses.replace(llama.CONFIGS["tiny"], hidden=128, intermediate=160, layers=2)
     monkeypatch.setitem(llama.CONFIGS, "tiny", tiny)
     monkeypatch.setattr(seven_billion, "LAYERS_IN_A_STACK", 2)
-    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    monkeypatch.setattr(training_loop, "LOG_EVERY", 2)
     monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 20)
     monkeypatch.setattr(pretrain, "VALIDATION_BATCHES", 2)
 
@@ -188,6 +188,6 @@ def test_the_peak_is_in_the_log_where_the_allocator_tells(monkeypatch):
             return {"peak_bytes_in_use": 20, "bytes_limit": 24, "num_allocs": 3}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert report.peak_bytes() == {"peak_bytes_in_use": 20, "bytes_limit": 24}
+    assert run_log.peak_bytes() == {"peak_bytes_in_use": 20, "bytes_limit": 24}
     Device.memory_stats = lambda self: None
-    assert report.peak_bytes() == {}
+    assert run_log.peak_bytes() == {}

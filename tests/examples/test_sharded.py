@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from examples.common import llama, loop
-from examples.pretraining import pretrain, sharded, shards
+from examples.common import llama, training_loop
+from examples.pretraining import llama_sharding, pretrain, sharded
 from tests.examples.test_pretrain import (
     TEXT,
     assert_same_run,
@@ -55,7 +55,7 @@ def run(monkeypatch, small):
     `run.made` holds the functions of each config of sharded.py.
     """
     Path("text").write_text(TEXT)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(training_loop, "LOG_EVERY", 1)
     for name, value in {"SAMPLE_TOKENS": 20, "VALIDATION_BATCHES": 1}.items():
         monkeypatch.setattr(pretrain, name, value)
     make = sharded.make_functions
@@ -215,9 +215,9 @@ def test_bad_input_ends_with_one_line(run, capsys, arguments, message):
 
 class TestShards:
     def specs(self, size, shape, **settings):
-        mesh = shards.make_mesh(shape)
+        mesh = llama_sharding.make_mesh(shape)
         params = llama.abstract_params(replace(llama.CONFIGS[size], **settings))
-        return jax.tree.map(lambda s: s.spec, shards.param_shardings(mesh, params))
+        return jax.tree.map(lambda s: s.spec, llama_sharding.param_shardings(mesh, params))
 
     @pytest.mark.slow
     def test_the_rule(self):
@@ -248,5 +248,5 @@ class TestShards:
         assert mlp["down"]["kernel"] == P(None, "fsdp")
 
     def test_what_is_left_of_the_devices(self):
-        assert tuple(shards.make_mesh((2, -1, 2)).shape.values()) == (2, 2, 2)
-        assert shards.make_mesh((-1, 1, 1)).axis_names == ("data", "fsdp", "tensor")
+        assert tuple(llama_sharding.make_mesh((2, -1, 2)).shape.values()) == (2, 2, 2)
+        assert llama_sharding.make_mesh((-1, 1, 1)).axis_names == ("data", "fsdp", "tensor")

@@ -9,11 +9,9 @@ All are compared at one rank. A model's `trained` weights are what the optimizer
 are carried along, so that a checkpoint holds the whole model.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,122 +19,9 @@ import optax
 from flax import nnx, traverse_util
 from jaxtyping import Array, Int
 
-import natgalore_jax as natgalore
-from examples.common import command_line, pretrained
-from examples.common.command_line import flag
-from examples.common.loop import TrainState
-
-
-@dataclass(frozen=True)
-class Config(command_line.Run):
-    """Fine-tune a model."""
-
-    CHANGEABLE: ClassVar = (*command_line.Run.CHANGEABLE, "model", "data")
-    PATHS: ClassVar = ("model", "data")
-    COUNTS: ClassVar = (*command_line.Run.COUNTS, "epochs", "steps", "max_length")
-
-    model: Path | None = None
-    """Folder with config.json, model.safetensors and tokenizer.json."""
-    data: Path | None = None
-    """Folder with the records."""
-    skip_malformed: bool = False
-    """Leave out records that cannot be read, instead of refusing them."""
-    rank: int | None = 4
-    """Rank of the projected gradients, and of LoRA."""
-    scale: float = 4.0
-    """Of the projected weights' updates."""
-    fisher: Literal["core", "window", "none"] = "core"
-    """Natural GaLore's Fisher: core, or window as in the paper."""
-    epochs: int = 30
-    """Times that each record is seen."""
-    steps: int | None = None
-    """Training steps, in place of --epochs."""
-    max_length: int = 512
-    """Tokens of a record at most; what is longer is cut off."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and matmuls; the weights are float32."""
-
-    def check(self) -> None:
-        super().check()
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"--scale must be above 0 and finite, got {self.scale}")
-        for name in ("model", "data"):
-            path = getattr(self, name)
-            if path is None and not self.resume:  # which knows it
-                raise ValueError(f"{flag(name)} is needed: {getattr(self, f'get_{name}')()}")
-
-    def make_optimizer(self) -> optax.GradientTransformation:
-        return self.OPTIMIZERS[self.optimizer].make(self.schedule(), self)
-
-    def schedule(self) -> optax.Schedule:
-        """Up within 6 % of the steps, as for RoBERTa, and down to zero, both in a line."""
-        steps = self.steps or 100
-        warmup = max(1, steps * 6 // 100)
-        up = optax.linear_schedule(0.0, self.lr, warmup)
-        return optax.join_schedules(
-            [up, optax.linear_schedule(self.lr, 0.0, steps - warmup)], [warmup]
-        )
-
-
-class Recipe(NamedTuple):
-    """An optimizer as a function of its schedule and the config, and its usual learning rate."""
-
-    learning_rate: float
-    make: Callable[[optax.Schedule, Any], optax.GradientTransformation]
-
-
-def low_rank(schedule: optax.Schedule, config: Config, **settings: Any):
-    return natgalore.natural_galore(
-        schedule,
-        rank=config.rank,
-        scale=config.scale,
-        refresh_every=config.refresh_every,
-        weight_decay=config.weight_decay,
-        residual=None,
-        seed=config.seed,
-        **settings,
-    )
-
-
-def natural(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
-    fisher = None if config.fisher == "none" else config.fisher
-    return low_rank(schedule, config, fisher=fisher)
-
-
-def adamw(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
-
-
-def optimizers(**learning_rates: float) -> dict[str, Recipe]:
-    """The four, at these learning rates."""
-    makers = {
-        "natural_galore": natural,
-        "galore": partial(low_rank, fisher=None),
-        "adamw": adamw,
-        "lora": adamw,
-    }
-    return {name: Recipe(learning_rates[name], make) for name, make in makers.items()}
-
-
-def with_adapters(model: nnx.Module, rank: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The model with a LoRA beside each linear of its layers: x W + (x A) B, B zero at first."""
-    for _, module in list(nnx.iter_modules(model.layers)):
-        for name, child in list(vars(module).items()):
-            if isinstance(child, nnx.Linear):
-                m, n = child.in_features, child.out_features
-                lora = nnx.LoRA(m, rank, n, base_module=child, dtype=child.dtype, rngs=rngs)
-                setattr(module, name, lora)
-    return model
-
-
-def without_adapters(params: Any) -> Any:
-    """Plain weights: each sum of a kernel and its LoRA is one kernel."""
-    if not isinstance(params, Mapping):
-        return params
-    if "base_module" in params:
-        base = dict(params["base_module"])
-        return base | {"kernel": base["kernel"] + params["lora_a"] @ params["lora_b"]}
-    return {name: without_adapters(part) for name, part in params.items()}
+from examples.common import pretrained
+from examples.common.training_loop import TrainState
+from examples.finetuning import lora, settings
 
 
 def joined(*parts: pretrained.Params) -> pretrained.Params:
@@ -160,7 +45,7 @@ class Functions(NamedTuple):
 
 
 def make_functions(
-    config: Config,
+    config: settings.Config,
     make_model: Callable[[nnx.Rngs], nnx.Module],
     weights: pretrained.Params,
     loss_fn: Callable[..., Array],
@@ -176,12 +61,12 @@ def make_functions(
         head: the module that LoRA trains whole.
     """
     tx = config.make_optimizer()
-    lora = config.optimizer == "lora"
+    use_lora = config.optimizer == "lora"
 
-    learning = nnx.Any(nnx.LoRAParam, nnx.PathContains(head)) if lora else nnx.Param
+    learning = nnx.Any(nnx.LoRAParam, nnx.PathContains(head)) if use_lora else nnx.Param
 
     def extended(model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
-        return with_adapters(model, config.rank, rngs) if lora else model
+        return lora.with_adapters(model, config.rank, rngs) if use_lora else model
 
     given = nnx.split(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))[0]
     structure = nnx.split(nnx.eval_shape(lambda: extended(make_model(nnx.Rngs(0)), nnx.Rngs(0))))[0]
@@ -238,7 +123,7 @@ def completed(
 
 def plain_params(params: dict[str, Any]) -> pretrained.Params:
     """Of a TrainState's params: all weights, adapters summed up, as the model had them."""
-    return without_adapters(joined(params["trained"], params["frozen"]))
+    return lora.without_adapters(joined(params["trained"], params["frozen"]))
 
 
 def epoch_rows(records: int, batch_size: int, seed: int, step: int) -> Int[np.ndarray, " batch"]:
@@ -251,7 +136,7 @@ def epoch_rows(records: int, batch_size: int, seed: int, step: int) -> Int[np.nd
     return order[place * batch_size :][:batch_size]
 
 
-def steps_of(config: Config, records: int) -> int:
+def steps_of(config: settings.Config, records: int) -> int:
     """Steps in all.
 
     Raises:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from examples.common import checkpoint, command_line, report
+from examples.common import checkpoint, command_line, run_display, run_log
 
 
 LOG_EVERY = 10  # steps
@@ -70,11 +70,11 @@ def header(config: command_line.Run, data: dict[str, Any], state: TrainState) ->
     """The first line of the log: what is run, where, on which data, and how large it is."""
     return {
         "config": config.saved(),
-        "environment": report.environment(),
+        "environment": run_log.environment(),
         "data": data,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "state_bytes": report.nbytes(state.opt_state),
-        "adamw_state_bytes": report.nbytes(jax.eval_shape(optax.adamw(1e-3).init, state.params)),
+        "state_bytes": run_log.nbytes(state.opt_state),
+        "adamw_state_bytes": run_log.nbytes(jax.eval_shape(optax.adamw(1e-3).init, state.params)),
     }
 
 
@@ -147,14 +147,14 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
             if restored:
                 job.seek(progress.position)
             log = stack.enter_context(checkpoints.open_log(progress))
-        report.say(job.about(first) + (f", from step {progress.step} on" if restored else ""))
+        run_display.say(job.about(first) + (f", from step {progress.step} on" if restored else ""))
         started = time.perf_counter() - progress.seconds
         train_step = job.train_step
         if progress.step < job.steps:  # compiled first, so that no step's speed has it in it
-            report.say("compiling ...")
+            run_display.say("compiling ...")
             train_step = train_step.lower(abstract, job.like).compile()
         display = stack.enter_context(
-            report.Display(progress.step, job.steps, first["state_bytes"])
+            run_display.Display(progress.step, job.steps, first["state_bytes"])
         )
         if not restored:
             log.write(json.dumps(first) + "\n")
@@ -182,7 +182,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
                 measured = {
                     "train_loss": float(np.mean(losses)),
                     "tokens_per_second": round(speed, 1),
-                    **report.peak_bytes(),
+                    **run_log.peak_bytes(),
                 }
                 if validating:
                     measured |= job.validate(state.params)
@@ -244,7 +244,7 @@ def claim(config: Kind, name: str, data: dict[str, Any]) -> Kind:
 
 def run(
     prepare: Callable[[], tuple[Kind, Callable[[Kind, Interrupts], None]]],
-    conclude: Callable[[Kind, Sequence[report.Run]], None],
+    conclude: Callable[[Kind, Sequence[run_log.Run]], None],
 ) -> None:
     """The whole program.
 
@@ -282,4 +282,4 @@ def run(
         sys.exit(128 + interrupts.signal)
 
     if jax.process_index() == 0:
-        conclude(config, [report.read(one.out / "log.jsonl") for one in config.runs()])
+        conclude(config, [run_log.read(one.out / "log.jsonl") for one in config.runs()])
