@@ -1,4 +1,4 @@
-"""natural_galore() and galore(): the algorithm, in one call, in place of `optax.adamw`."""
+"""natural_galore() and galore(): complete optimizers, used in place of `optax.adamw`."""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .selection.select import Rank, Select
 from .subspace.basis import BasisUpdate
 from .subspace.project import project
 from .subspace.residual import Residual
-from .util.validation import Scalar, check_choice, check_decay
+from .util.validation import Scalar, as_float, check_choice, check_decay
 
 
 FISHERS = {"core": scale_by_core_fisher, "window": scale_by_fisher, None: optax.identity}
@@ -38,40 +38,44 @@ def natural_galore(
     stagger: bool = True,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Natural GaLore: AdamW in a low-rank subspace of each gradient, natural gradients beyond it.
+    """Natural GaLore: AdamW in a low-rank subspace, plus the orthogonalised rest of each gradient.
 
-    Project, Adam, project back; what the projection left out is added as the inverse root of its
-    own Fisher makes it; then decay and learning rate on whole weights. Embeddings, heads, norms and
-    biases get plain AdamW. The defaults are what has learned best (`docs/convergence.md`); the
-    paper's algorithm, which preconditions by the Fisher within the subspace and leaves out the
-    rest, is `fisher="window", residual=None, b2=0.999, refresh_every=200`.
+    By default this is GaLore's projection with Adam, plus a residual: the part G − P R that the
+    projection discards, orthogonalised by Muon's Newton-Schulz iteration. The residual has no
+    state. The paper's Fisher stage is off by default; `fisher="window"` or `fisher="core"` adds it
+    before Adam. The paper's algorithm is
+    `fisher="window", residual=None, b2=0.999, refresh_every=200`; the defaults here learned better
+    (`docs/convergence.md`).
+
+    Weight decay and learning rate act on the full weights. Embeddings, heads, norms and biases get
+    plain AdamW.
 
     Args:
-      learning_rate: a number or a schedule. One rate serves all leaves; see the README for how to
-        choose it coming from AdamW or GaLore.
+      learning_rate: a number or a schedule. One rate serves all leaves; the README says how to
+        convert a rate of AdamW or GaLore.
       rank: r of the subspace, see :func:`project`.
-      fisher: before Adam in the subspace, where singular vectors are axes and Adam's second moments
-        are a Fisher already: nothing (None), `"core"` (:func:`scale_by_core_fisher`, r x r),
-        `"window"` (:func:`scale_by_fisher`, the paper's form, more state than AdamW), or a
-        transformation of your own on cores. Neither was better than None beside the whitened
-        residual (three seeds each).
-      residual: what becomes of the rest of a gradient. `"whitened"` costs products of m x m and
-        m x n on every step, which a batch of many tokens hides; `"isotropic"` costs none; None,
-        GaLore's, is what :func:`natgalore_jax.value_and_grad` needs. See :func:`project`.
-      refresh_every: T, steps between new bases of a matrix. 50 ended 0.005 nats below GaLore's 200
+      fisher: the stage before Adam in the subspace: None, `"core"` (:func:`scale_by_core_fisher`,
+        r x r), `"window"` (:func:`scale_by_fisher`, the paper's form, more state than AdamW), or a
+        transformation on cores. Beside the `"whitened"` residual neither was better than None
+        (three seeds each).
+      residual: the treatment of G − P R. `"whitened"` orthogonalises it, at the cost of products of
+        m x m and m x n on every step, small in a batch of many tokens. `"isotropic"` needs no
+        product. None, as in GaLore, is required by :func:`natgalore_jax.value_and_grad`. See
+        :func:`project`.
+      refresh_every: T, steps between refreshes of a basis. 50 ended 0.005 nats below GaLore's 200
         (each of three seeds), and 0.04 below in a run of 500 steps, for about 2 % of the time of
-        Llama 350m's steps of 8,192 tokens. On every step is much worse.
+        Llama 350m's steps of 8,192 tokens. T = 1 is much worse.
       scale, basis, side, transport, select, stagger, seed: see :func:`project`.
-      b1, b2, eps: Adam's, of all leaves. b2 is that of most language models: 0.999 was 0.010 nats
-        worse (three seeds).
-      weight_decay: decoupled, on the whole weight, as in `optax.adamw`.
-      mask: a tree or callable as in `optax.add_decayed_weights`: which leaves decay.
+      b1, b2, eps: of Adam, for all leaves. b2 = 0.95 is common for language models; 0.999 was 0.010
+        nats worse (three seeds).
+      weight_decay: decoupled, on the full weight, as in `optax.adamw`.
+      mask: a tree or callable as in `optax.add_decayed_weights`: the leaves that decay.
 
     Returns:
-      A transformation to use as `optax.adamw(learning_rate)` is. To change numbers while training
+      A transformation, used like `optax.adamw(learning_rate)`. To change numbers during training
       build it with `optax.inject_hyperparams(natgalore.natural_galore,
-      static_args=natgalore.STATIC_ARGS["natural_galore"])`; for bfloat16 params give that
-      `hyperparam_dtype=jnp.float32` too, or b2 = 0.999 would be 1 (refused).
+      static_args=natgalore.STATIC_ARGS["natural_galore"])`; for bfloat16 params add
+      `hyperparam_dtype=jnp.float32`, because in bfloat16 b2 = 0.999 is 1 (refused).
 
     Raises:
       TypeError, ValueError: if an argument is out of range; the message names it.
@@ -86,8 +90,8 @@ def natural_galore(
 
     Reference: Das, "Natural GaLore", arXiv:2410.16029, algorithm 1.
     """
-    check_decay("b1", b1)
-    check_decay("b2", b2)
+    b1, b2 = check_decay("b1", b1), check_decay("b2", b2)
+    learning_rate, eps, weight_decay = map(as_float, (learning_rate, eps, weight_decay))
     if isinstance(fisher, optax.GradientTransformation):
         precondition = fisher
     else:
@@ -131,10 +135,10 @@ def galore(
     stagger: bool = True,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """GaLore: :func:`natural_galore` without a residual; it takes the same arguments but `fisher`.
+    """GaLore: :func:`natural_galore` without a residual. Same arguments except `fisher`.
 
-    New bases every 200 steps and b2 = 0.999 are as published. With the defaults the basis is
-    tracked by power iteration and Adam's moments turn with it; the algorithm as published is
+    `refresh_every=200` and `b2=0.999` are the published values. By default power iteration tracks
+    the basis and a refresh rotates Adam's moments into the new basis; the published algorithm is
     `basis="svd", transport="keep", stagger=False`.
 
     Example:
@@ -164,7 +168,7 @@ def galore(
     )
 
 
-# What cannot change while training, by function: the rest is annotated as a number.
+# The arguments of each function that cannot change during training: those not annotated as numbers.
 #     optax.inject_hyperparams(natgalore.galore, static_args=natgalore.STATIC_ARGS["galore"])
 STATIC_ARGS: dict[str, tuple[str, ...]] = {
     function.__name__: tuple(
