@@ -18,7 +18,7 @@ from ..subspace.engine import SubspaceState
 from ..subspace.projection import core_dtype
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec, path_name
-from ..util.text_tables import alike, human_bytes, human_count, rich_table, table
+from ..util.text_tables import group_similar, human_bytes, human_count, rich_table, table
 from .flops import Cost, costs_of, projecting
 from .loss import bases_of, program_of
 from .value_and_grad import check_paths, engines_of
@@ -84,7 +84,7 @@ class Explanation:
         of = lambda row: (row.shape, *said(row))
         lines = [
             (name, *said(rows[0]), *sums(rows))
-            for name, rows in alike(self.rows, lambda row: row.path, of)
+            for name, rows in group_similar(self.rows, lambda row: row.path, of)
         ]
         head = ("weight", "used by", "gradient", *SUMS)
         return [head, *lines, ("total", "", "", *sums(self.rows))]

@@ -8,7 +8,7 @@ import optax
 
 from ..quantization.quantized import quantized
 from ..selection.select import Rank
-from ..util.text_tables import alike, human_bytes, rich_table, table
+from ..util.text_tables import group_similar, human_bytes, rich_table, table
 from .byte_counts import ByteCount, Row
 
 
@@ -78,7 +78,7 @@ class Plan(ByteCount):
         sums = lambda rows: [human_bytes(sum(getattr(row, kind) for row in rows)) for kind in KINDS]
         body = [
             (name, *said(rows[0]), _energy(rows), *sums(rows))
-            for name, rows in alike(self.rows, lambda row: row.path, said)
+            for name, rows in group_similar(self.rows, lambda row: row.path, said)
         ]
         head = ("leaf", "shape", "rank, or why not projected", "energy", *KINDS)
         cells = [head, *body, ("total", "", "", "", *sums(self.rows))]

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from ..selection.select import decisions
 from ..subspace.engine import SubspaceState
 from ..tree.leaf_spec import LeafSpec, path_name
-from ..util.text_tables import alike, human_bytes, rich_table, table
+from ..util.text_tables import group_similar, human_bytes, rich_table, table
 from .diagnostics import explained_energy, fisher_condition, skipped_steps
 from .memory_report import bytes_by_leaf
 
@@ -91,7 +91,7 @@ class Description:
                 human_bytes(sum(row.state_bytes for row in rows)),
                 *(_measured(rows, name) for name in MEASURED),
             )
-            for name, rows in alike(self.rows, lambda row: row.path, said)
+            for name, rows in group_similar(self.rows, lambda row: row.path, said)
         ]
         before, after = (
             sum(getattr(row, f) for row in self.rows) for f in ("adamw_bytes", "state_bytes")

@@ -1,4 +1,4 @@
-"""How reports are laid out: as plain text or rich tables, leaves that are alike on one line."""
+"""Tables of reports, as plain text or for rich; leaves that differ by a number share a line."""
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -6,16 +6,16 @@ from typing import Any, TypeVar
 
 
 T = TypeVar("T")
-Cells = Sequence[tuple[str, ...]]  # the head, the lines, and that of totals
+Cells = Sequence[tuple[str, ...]]  # the head, the lines, the line of totals
 
 
 def table(rows: Cells, numbers: int) -> str:
-    """Plain text in columns, the last `numbers` of them flush right."""
+    """Plain text in columns; the last `numbers` columns are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    flush = len(widths) - numbers
+    first_number = len(widths) - numbers
     lines = [
         "  ".join(
-            cell.rjust(width) if i >= flush else cell.ljust(width)
+            cell.rjust(width) if i >= first_number else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -26,40 +26,42 @@ def table(rows: Cells, numbers: int) -> str:
 def rich_table(
     rows: Cells, numbers: int, wrapped: Iterable[int], dim: Callable[[tuple[str, ...]], bool]
 ) -> Any:
-    """The same for `rich.print` and its consoles, where rich is installed.
+    """The table of :func:`table` for `rich.print`. Needs rich.
 
     Args:
       rows: cells.
-      numbers: of columns, the last ones, that are flush right.
-      wrapped: the columns that may break, to fit the screen.
-      dim: whether a line is.
+      numbers: count of right-aligned columns, the last ones.
+      wrapped: indices of columns whose cells may wrap to fit the screen.
+      dim: predicate of the lines shown dim.
     """
     from rich import box
     from rich.table import Table
 
     head, *body, total = rows
-    shown = Table(box=box.SIMPLE, show_footer=True, padding=0)
-    for i, (name, sum_of) in enumerate(zip(head, total, strict=True)):
-        numeric = "right" if i >= len(head) - numbers else "left"
+    rendered = Table(box=box.SIMPLE, show_footer=True, padding=0)
+    for i, (name, footer) in enumerate(zip(head, total, strict=True)):
+        justify = "right" if i >= len(head) - numbers else "left"
         no_wrap = i not in {*wrapped}
-        shown.add_column(name, sum_of, justify=numeric, overflow="fold", no_wrap=no_wrap)
+        rendered.add_column(name, footer, justify=justify, overflow="fold", no_wrap=no_wrap)
     for row in body:
-        shown.add_row(*row, style="dim" if dim(row) else None)
-    return shown
+        rendered.add_row(*row, style="dim" if dim(row) else None)
+    return rendered
 
 
-def alike(rows: Iterable[T], name: Callable[[T], str], of: Callable[[T], Hashable]) -> Any:
-    """Rows that share a line: their names differ by a number alone, and `of` is one.
+def group_similar(
+    rows: Iterable[T], name: Callable[[T], str], key: Callable[[T], Hashable]
+) -> list[tuple[str, list[T]]]:
+    """Groups rows that share a line: equal keys, and names that differ by numbers alone.
 
     Returns:
-      Pairs of what the line is called, `layers/*/mlp/up/kernel (24)`, and its rows.
+      Pairs of the line's label, such as `layers/*/mlp/up/kernel (24)`, and its rows.
     """
-    found: dict[Hashable, list[T]] = {}
+    groups: dict[Hashable, list[T]] = {}
     for row in rows:
-        found.setdefault((re.sub(r"\d+", "*", name(row)), of(row)), []).append(row)
+        groups.setdefault((re.sub(r"\d+", "*", name(row)), key(row)), []).append(row)
     return [
-        (name(same[0]) if len(same) == 1 else f"{pattern} ({len(same)})", same)
-        for (pattern, _), same in found.items()
+        (name(group[0]) if len(group) == 1 else f"{pattern} ({len(group)})", group)
+        for (pattern, _), group in groups.items()
     ]
 
 
