@@ -1,7 +1,7 @@
-"""Work on whole matrices that lie on several devices: each where it is, or on_whole_matrices out.
+"""Operations on the matrices of a leaf that is sharded over devices.
 
-over_shards    a loop over the matrices of a stack, on each device over its own
-on_whole_matrices          products of matrices with themselves, each on a device that has all of it
+over_shards         a loop over the matrices of a stack, on each device over its own matrices
+on_whole_matrices   products of a matrix with itself, on devices that hold the whole matrix
 """
 
 import dataclasses
@@ -22,13 +22,20 @@ from jax.sharding import (
 from jaxtyping import Array, PyTree
 
 from ..tree.leaf_spec import LeafSpec
-from .partitioning import ParamPartitions, by_axis, merged, mesh_axes, place, trimmed
+from .partitioning import (
+    ParamPartitions,
+    axis_entries,
+    merged_entry,
+    mesh_axes,
+    place,
+    trim_partition,
+)
 
 
 def batch_partition(spec: LeafSpec, partitions: ParamPartitions) -> PartitionSpec:
-    """How the batch axes of a leaf are sharded; an empty one where they are whole."""
-    entry = by_axis(spec, partitions.get(spec.path))
-    return trimmed([entry[axis] for axis in spec.batch])
+    """The partition of the batch axes of a leaf; P() if they are not sharded."""
+    entries = axis_entries(spec, partitions.get(spec.path))
+    return trim_partition([entries[axis] for axis in spec.batch])
 
 
 def over_shards(
@@ -36,69 +43,71 @@ def over_shards(
     spec: LeafSpec,
     partitions: ParamPartitions,
     G: Array,
-    which: PyTree,
+    inputs: PyTree,
     state: PyTree,
 ) -> PyTree:
-    """`f(spec, G, which, state)` on each device's own matrices, where batch axes are sharded.
+    """`f(spec, G, inputs, state)`, on each device with its own matrices if batch axes are sharded.
 
-    A loop over the matrices of a stack would gather it whole to cut one out.
+    Without `shard_map`, a loop over the matrices of a sharded stack would gather the whole stack to
+    slice one matrix out.
 
     Args:
-      f: from a leaf's spec, G, and arrays whose batch axes come first, to new ones of the last.
+      f: a function of a LeafSpec and arrays, which returns the new `state`.
       spec: of the leaf.
       partitions: of the gradients.
-      G: in the leaf's shape.
-      which: arrays that are not returned.
-      state: those that are.
+      G: the gradient, in the leaf's shape.
+      inputs: arrays whose batch axes come first, not returned.
+      state: arrays whose batch axes come first, returned.
     """
     batch = batch_partition(spec, partitions)
     if not batch:
-        return f(spec, G, which, state)
-    entry = by_axis(spec, partitions.get(spec.path))
-    names = {name for part in batch for name in mesh_axes(part)}
+        return f(spec, G, inputs, state)
+    entries = axis_entries(spec, partitions.get(spec.path))
+    names = {name for entry in batch for name in mesh_axes(entry)}
     context = get_abstract_mesh()
     mesh = partitions.mesh if context.empty else context
-    sizes = [
-        size // math.prod(mesh.shape[name] for name in mesh_axes(entry[axis]) if axis in spec.batch)
+    local_sizes = [
+        size
+        // math.prod(mesh.shape[name] for name in mesh_axes(entries[axis]) if axis in spec.batch)
         for axis, size in enumerate(spec.sizes)
     ]
-    own = dataclasses.replace(spec, shape=tuple(sizes), split=())
-    stacked = PartitionSpec(*[x if a in spec.batch else None for a, x in enumerate(entry)])
+    local_spec = dataclasses.replace(spec, shape=tuple(local_sizes), split=())
+    G_partition = PartitionSpec(*[e if a in spec.batch else None for a, e in enumerate(entries)])
     return jax.shard_map(
-        functools.partial(f, own),
+        functools.partial(f, local_spec),
         mesh=mesh,
-        in_specs=(stacked, batch, batch),
+        in_specs=(G_partition, batch, batch),
         out_specs=batch,
         axis_names=names,
         check_vma=False,
-    )(G.reshape(spec.sizes), which, state)
+    )(G.reshape(spec.sizes), inputs, state)
 
 
 def on_whole_matrices(
     f: Callable[[Array], Array], spec: LeafSpec, partitions: ParamPartitions, x: Array
 ) -> Array:
-    """`f(x)` of the matrices of a leaf, (*batch, m, n), each of which it meets whole on a device.
+    """`f(x)` for the matrices of a leaf, (*batch, m, n), each matrix whole on some device.
 
-    For products of a matrix with itself, for each of which shards would be gathered. The matrices
-    of a stack are on_whole_matrices out over the devices that share each of them; where their
-    number does not allow that, each of these devices works on all.
+    For products of a matrix with itself, each of which would gather the shards. The matrices of a
+    stack are distributed over the devices that share each of them; where their number is not
+    divisible, each of these devices computes all matrices.
     """
     context = get_abstract_mesh()
     mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else partitions.mesh
-    entry = by_axis(spec, partitions.get(spec.path))
-    sides = [merged(spec, axes, entry) for axes in (spec.rows, spec.cols)]
-    batch = [[*mesh_axes(entry[axis])] for axis in spec.batch]
+    entries = axis_entries(spec, partitions.get(spec.path))
+    sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
+    batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]
     if mesh is None or not shared or not _are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x)
-    lies = PartitionSpec(*[entry[axis] for axis in spec.batch], *sides)
+    sharding = NamedSharding(mesh, PartitionSpec(*[entries[axis] for axis in spec.batch], *sides))
     for name in shared:
         for names, size in zip(batch, spec.batch_shape, strict=True):
             if size % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
                 names.append(name)
                 break
-    whole = NamedSharding(mesh, trimmed([tuple(names) or None for names in batch]))
-    return place(place(f(place(x, whole)), whole), NamedSharding(mesh, lies))
+    whole = NamedSharding(mesh, trim_partition([tuple(names) or None for names in batch]))
+    return place(place(f(place(x, whole)), whole), sharding)
 
 
 def _are_auto(mesh: Mesh | AbstractMesh, names: Collection[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Keeping part of a state in the host's memory, and streaming it through each step."""
+"""Storage of optimizer state in host memory between steps."""
 
 from typing import Any
 
@@ -10,31 +10,32 @@ from ..tree.state_roles import SQUARES, walk
 from ..util.validation import check_choice
 
 
-# Roles by what may be offloaded; None: whatever it is.
-WHAT = {"all": None, "moments": ("linear", *SQUARES), "window": ("window",)}
+OFFLOADED_ROLES = {"all": None, "moments": ("linear", *SQUARES), "window": ("window",)}
 
 
 def offload(
     tx: optax.GradientTransformation, what: str = "all"
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` with part of its state in the host's memory (`pinned_host`) between steps.
+    """Keeps part of the state of `tx` in host memory (`pinned_host`) between steps.
 
-    Each update copies that part to the device, and back. The steps are the same, bit by bit. What
-    it costs and saves on one GPU is in `docs/sharding.md`.
+    Each update copies that part to the device and back. The results are the same, bit by bit.
+    `docs/sharding.md` has the cost and the saving on one GPU.
 
-    A `jax.jit` that donates the state must know where each of its results goes, since JAX matches
-    them with the donated arrays by shape otherwise, on the host or not, and may crash: give it
-    `out_shardings`, that of the state from :func:`state_shardings`, of a mesh of one device if need
-    be, all others with `memory_kind="device"`.
+    A `jax.jit` that donates the state needs `out_shardings`: JAX otherwise matches donated arrays
+    to results by shape, whether on the host or not, and may crash. Use those of
+    :func:`state_shardings` for the state, with a mesh of one device on a single device, and
+    shardings with `memory_kind="device"` for all other results.
 
     Args:
-      tx: any optimizer, of this library's transformations and Optax's.
-      what: `"window"`, the gradients of the window Fisher, s cores a matrix; `"moments"`, what is
-        linear in gradients or their square, of all leaves; or `"all"` arrays of the state. Vectors
-        and numbers stay on the device: they are small, and each copy takes its time.
+      tx: any optimizer made of this library's and Optax's transformations.
+      what: the part to offload. `"window"`: the s cores per matrix of the window Fisher.
+        `"moments"`: arrays linear in the gradient or its square, of all leaves. `"all"`: all
+        arrays. Vectors and scalars stay on the device: they are small, and each copy has a fixed
+        cost.
 
     Returns:
-      A transformation with the state of `tx`. Around :func:`sharded`, if both are used.
+      A transformation with the state of `tx`. To combine it with :func:`sharded`, wrap the
+      sharded transformation.
 
     Raises:
       ValueError: if `what` is none of these.
@@ -48,24 +49,23 @@ def offload(
 
     Reference: Ren et al., "ZeRO-Offload", arXiv:2101.06840.
     """
-    check_choice("what", what, WHAT)
-    roles = WHAT[what]
+    check_choice("what", what, OFFLOADED_ROLES)
+    roles = OFFLOADED_ROLES[what]
     tx = optax.with_extra_args_support(tx)
 
-    def to(space: jax.memory.Space, state: PyTree) -> PyTree:
+    def move_to(space: jax.memory.Space, state: PyTree) -> PyTree:
         def move(x, role, spec):
-            chosen = x.ndim > 1 and (roles is None or role in roles)
-            return jax.device_put(x, space) if chosen else x
+            offloaded = x.ndim > 1 and (roles is None or role in roles)
+            return jax.device_put(x, space) if offloaded else x
 
         return walk(state, move)
 
     def init(params: PyTree) -> PyTree:
-        return to(jax.memory.Space.Host, tx.init(params))
+        return move_to(jax.memory.Space.Host, tx.init(params))
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
-        updates, state = tx.update(
-            updates, to(jax.memory.Space.Device, state), params, **extra_args
-        )
-        return updates, to(jax.memory.Space.Host, state)
+        on_device = move_to(jax.memory.Space.Device, state)
+        updates, state = tx.update(updates, on_device, params, **extra_args)
+        return updates, move_to(jax.memory.Space.Host, state)
 
     return optax.GradientTransformationExtraArgs(init, update)

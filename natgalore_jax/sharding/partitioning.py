@@ -1,15 +1,14 @@
-"""How the arrays of a state lie on a mesh, and linear algebra on arrays that do.
+"""PartitionSpecs of optimizer state, and linear algebra on sharded arrays.
 
-A weight of axes (…batch, a, c), seen as m x n matrices with m on a and n on c, gives what is kept
-of it their shardings: the basis P (m x r) lies as a does, cores and all that has their shape
-(r x n) as c, and what is r x r, s x s or a number lies on every device, but for the batch axes,
-which lie as the weight's. The ranks r and s are never sharded, so any rank will do on any mesh.
+A weight with partition P(…batch, a, c), seen as m x n matrices with m sharded over mesh axis a and
+n over c, determines the partitions of its state: the basis P (m x r) has P(…batch, a), cores and
+moments (r x n) have P(…batch, None, c), and r x r, s x s and scalar arrays are sharded over the
+batch axes only. The ranks r and s are never sharded, so any rank works on any mesh.
 
-On a mesh with Explicit axes every array's type says how it lies, and JAX refuses a QR of a sharded
-matrix, or a product whose contracted axis is. :func:`with_auto_axes` hands such work to the
-compiler, as on
-meshes with Auto axes, and states how the results lie. On Auto axes a concrete array says how it
-lies, and under `jit` none does, unless the user has said it, for :func:`known_partitions`.
+On Explicit mesh axes every array's type contains its partition, and JAX refuses a QR of a sharded
+matrix and a product over a sharded axis. :func:`with_auto_axes` leaves such operations to the
+compiler, as on Auto axes, and fixes the partitions of their results. On Auto axes only a concrete
+array has a known partition; under `jit` it comes from the user, through :func:`use_partitions`.
 """
 
 import contextlib
@@ -35,45 +34,71 @@ from ..tree.leaf_spec import LeafSpec
 from ..tree.state_roles import Undeclared
 
 
-Entry = Any  # of a PartitionSpec: None, an axis of the mesh or several
+Entry = Any  # of a PartitionSpec: None, one mesh axis or a tuple of several
+
+
+class ParamPartitions(NamedTuple):
+    """The PartitionSpec of each parameter, and the mesh.
+
+    Attributes:
+      mesh: None if no leaf is on a known mesh.
+      partitions: the PartitionSpec of each leaf, by its path; a missing leaf is replicated.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    partitions: Mapping[tuple, PartitionSpec]
+
+    def get(self, path: tuple) -> PartitionSpec:
+        """The PartitionSpec of the leaf at `path`."""
+        return self.partitions.get(path, PartitionSpec())
+
+    def place(self, x: Array, partition: PartitionSpec) -> Array:
+        """`x` with `partition` on the mesh; unchanged without a mesh."""
+        return x if self.mesh is None else place(x, NamedSharding(self.mesh, partition))
+
+    def hint(self, x: Array, partition: PartitionSpec) -> Array:
+        """`place` for arrays without a partition of their own: under `jit` on Auto axes."""
+        typed = self.mesh is None or AxisType.Explicit in self.mesh.axis_types
+        return x if typed or not isinstance(x, jax.core.Tracer) else self.place(x, partition)
 
 
 def role_partition(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
-    """How an array of `role` lies that belongs to a leaf which lies as `param`.
+    """The partition of a state array.
 
     Args:
-      role: as :func:`walk` tells it; of one that says nothing of axes, only batch axes are sharded.
-      spec: the leaf's, or for a basis of the other side that turned.
-      param: of the leaf.
+      role: of the array, see :func:`register_state`. For a role without a matrix axis of the leaf,
+        only the batch axes are sharded.
+      spec: of the leaf, or `spec.transposed` for the basis Q of the n side.
+      param: the partition of the leaf.
     """
-    entry = by_axis(spec, param)
-    batch = [entry[axis] for axis in spec.batch]
-    rows, cols = merged(spec, spec.rows, entry), merged(spec, spec.cols, entry)
+    entries = axis_entries(spec, param)
+    batch = [entries[axis] for axis in spec.batch]
+    rows, cols = merged_entry(spec, spec.rows, entries), merged_entry(spec, spec.cols, entries)
     if spec.both and role != "basis":
         cols = None  # r wide
-    rest: list[Entry] = {
+    matrix: list[Entry] = {
         "basis": [rows, None],
         "linear": [None, cols],
         "square": [None, cols],
         "square_cols": [cols],
         "window": [None, None, cols],
     }.get(role, [])
-    return trimmed([*batch, *rest])
+    return trim_partition([*batch, *matrix])
 
 
 def state_partition(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
-    """The same for an array that :func:`walk` met, whose role may be undeclared."""
+    """`role_partition` of an array that :func:`walk` visits, whose role may be undeclared."""
     if x.shape[: len(spec.batch)] != spec.batch_shape:
         return PartitionSpec()
     if role is None or isinstance(role, Undeclared):
         role = "linear" if x.shape == spec.core_shape else "scalar"
     entries = role_partition(role, spec, param)
-    # One number that stands for what is not kept, as Adafactor's does, cannot be sharded.
-    return trimmed([e if n > 1 else None for e, n in zip(entries, x.shape, strict=False)])
+    # Placeholders of size 1, as in Adafactor's state, cannot be sharded.
+    return trim_partition([e if n > 1 else None for e, n in zip(entries, x.shape, strict=False)])
 
 
-def trimmed(entries: list[Entry]) -> PartitionSpec:
-    """A PartitionSpec without trailing Nones, which JAX writes so: one spelling compiles once."""
+def trim_partition(entries: list[Entry]) -> PartitionSpec:
+    """The PartitionSpec without trailing Nones, JAX's own spelling: equal ones compile once."""
     while entries and entries[-1] is None:
         entries = entries[:-1]
     return PartitionSpec(*entries)
@@ -82,55 +107,36 @@ def trimmed(entries: list[Entry]) -> PartitionSpec:
 def divisible_partition(
     param: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """`param` where it divides the axes of an array of this shape, and None where it does not."""
+    """`param` with None for every axis of `shape` that the mesh axes do not divide."""
 
-    def fits(entry, size):
+    def divides(entry, size):
         return size % math.prod(mesh.shape[name] for name in mesh_axes(entry)) == 0
 
-    return trimmed([e if fits(e, n) else None for e, n in zip(param, shape, strict=False)])
+    return trim_partition(
+        [e if divides(e, n) else None for e, n in zip(param, shape, strict=False)]
+    )
 
 
-def by_axis(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
-    """The entries of `param` for the axes that `spec` speaks of."""
-    left = iter([*param, *[None] * (len(spec.shape) - len(param))])
-    cuts = len(spec.sizes) - len(spec.shape)
-    blocks = spec.batch[len(spec.batch) - cuts :]  # the axes that cuts made, see `select`
-    out: list[Entry] = []
-    for axis in range(len(spec.sizes)):
-        entry = None if axis in blocks else next(left)
-        # Of an axis that is cut the shards do not end where blocks do.
-        out.append(None if axis - 1 in blocks else entry)
-    return out
+def axis_entries(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
+    """The entries of `param` for the axes in `spec.sizes`.
 
-
-def merged(spec: LeafSpec, axes: tuple[int, ...], entry: list[Entry]) -> Entry:
-    """How axes that are merged into one lie: as the first, where the others are whole."""
-    first, *others = [entry[axis] for axis in axes if spec.sizes[axis] > 1] or [None]
-    return None if any(other is not None for other in others) else first
-
-
-class ParamPartitions(NamedTuple):
-    """How the leaves of a tree lie on a mesh.
-
-    Attributes:
-      mesh: None where nothing is known of it.
-      lies: the PartitionSpec of each leaf, by its path.
+    An axis that is split into (blocks, size) gets None for both: its shards need not end where the
+    blocks do.
     """
+    remaining = iter([*param, *[None] * (len(spec.shape) - len(param))])
+    splits = len(spec.sizes) - len(spec.shape)
+    block_axes = spec.batch[len(spec.batch) - splits :]
+    entries: list[Entry] = []
+    for axis in range(len(spec.sizes)):
+        entry = None if axis in block_axes else next(remaining)
+        entries.append(None if axis - 1 in block_axes else entry)
+    return entries
 
-    mesh: Mesh | AbstractMesh | None
-    lies: Mapping[tuple, PartitionSpec]
 
-    def at(self, path: tuple) -> PartitionSpec:
-        return self.lies.get(path, PartitionSpec())
-
-    def place(self, x: Array, entries: PartitionSpec) -> Array:
-        """`x` on the mesh, lying as `entries` say."""
-        return x if self.mesh is None else place(x, NamedSharding(self.mesh, entries))
-
-    def hint(self, x: Array, entries: PartitionSpec) -> Array:
-        """The same where types do not say it: under `jit`, on Auto axes."""
-        typed = self.mesh is None or AxisType.Explicit in self.mesh.axis_types
-        return x if typed or not isinstance(x, jax.core.Tracer) else self.place(x, entries)
+def merged_entry(spec: LeafSpec, axes: tuple[int, ...], entries: list[Entry]) -> Entry:
+    """The entry of several axes reshaped to one: the first's, if the others are not sharded."""
+    first, *others = [entries[axis] for axis in axes if spec.sizes[axis] > 1] or [None]
+    return None if any(other is not None for other in others) else first
 
 
 _known: contextvars.ContextVar[ParamPartitions | None] = contextvars.ContextVar(
@@ -139,10 +145,8 @@ _known: contextvars.ContextVar[ParamPartitions | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def known_partitions(partitions: ParamPartitions) -> Iterator[None]:
-    """Within it :func:`partitions_of` answers `partitions` for arrays that cannot say how they
-    lie.
-    """
+def use_partitions(partitions: ParamPartitions) -> Iterator[None]:
+    """Context in which :func:`partitions_of` returns `partitions` for arrays without a mesh."""
     token = _known.set(partitions)
     try:
         yield
@@ -151,7 +155,7 @@ def known_partitions(partitions: ParamPartitions) -> Iterator[None]:
 
 
 def partitions_of(tree: PyTree) -> ParamPartitions:
-    """How the leaves of a tree lie: as their types say, or they themselves, or the user."""
+    """The partitions of the leaves: from concrete arrays, else types, else `use_partitions`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     concrete = (x.sharding.mesh for _, x in leaves if is_on_mesh(x))
     mesh = next(concrete, None) or explicit_mesh(tree)
@@ -173,51 +177,51 @@ def is_on_mesh(x: Any) -> bool:
 
 
 def array_partition(x: Any) -> PartitionSpec:
-    """How an array lies, as far as it says: a concrete one does, else its type."""
+    """The partition of a concrete array, or of a tracer's type; P() if neither has one."""
     if not isinstance(x, jax.core.Tracer):
         return x.sharding.spec if is_on_mesh(x) else PartitionSpec()
-    return trimmed(list(jax.typeof(x).sharding.spec))
+    return trim_partition(list(jax.typeof(x).sharding.spec))
 
 
-def with_auto_axes(f: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
-    """`f(*args)`, inside which the compiler decides how arrays lie.
+def with_auto_axes(f: Callable[..., PyTree], out_like: PyTree, *args: PyTree) -> PyTree:
+    """`f(*args)` with shardings inside `f` chosen by the compiler, on Explicit axes too.
 
     Args:
       f: a function of arrays.
-      like: what the results lie as: a tree in their structure of arrays or PartitionSpecs.
+      out_like: the partitions of the results, as a tree of PartitionSpecs or arrays that have them.
       *args: of `f`.
     """
     mesh = explicit_mesh(args)
     if mesh is None:
         return f(*args)
-    is_spec = lambda x: isinstance(x, PartitionSpec)
-    specs = jax.tree.map(lambda x: x if is_spec(x) else array_partition(x), like, is_leaf=is_spec)
-    shardings = jax.tree.map(lambda x: NamedSharding(mesh, x), specs, is_leaf=is_spec)
+    is_partition = lambda x: isinstance(x, PartitionSpec)
+    sharding = lambda x: NamedSharding(mesh, x if is_partition(x) else array_partition(x))
+    out_sharding = jax.tree.map(sharding, out_like, is_leaf=is_partition)
     with use_abstract_mesh(mesh):
-        return auto_axes(f, axes=mesh.explicit_axes, out_sharding=shardings)(*args)
+        return auto_axes(f, axes=mesh.explicit_axes, out_sharding=out_sharding)(*args)
 
 
 def use_mesh_of(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
-    """Within it, what is made anew lies on the mesh of `tree`, if that has Explicit axes.
+    """Context in which new arrays are on the mesh of `tree`, if that has Explicit axes.
 
-    Under `jit` it does anyway. Where operations run one by one JAX asks for `jax.set_mesh`, and
-    this enters it for users who have not.
+    Under `jit` they are in any case. Outside, JAX requires `jax.set_mesh`; this context enters it
+    for users who have not.
     """
     mesh = partitions_of(tree).mesh
     explicit = isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types
     if explicit and get_abstract_mesh().empty:
-        with contextlib.suppress(ValueError):  # inside a transformation, such as `jit` or `vmap`
+        with contextlib.suppress(ValueError):  # inside a transformation such as `jit` or `vmap`
             return jax.set_mesh(mesh)
     return contextlib.nullcontext()
 
 
 def mesh_axes(entry: Entry) -> tuple[str, ...]:
-    """The mesh's axes in an entry of a PartitionSpec."""
+    """The mesh axes in one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def place(x: Array, sharding: NamedSharding) -> Array:
-    """`x` lying as `sharding` says."""
+    """`x` with `sharding`: moved if concrete, resharded or constrained if traced."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return x
     if not isinstance(x, jax.core.Tracer):

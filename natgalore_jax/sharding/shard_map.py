@@ -1,11 +1,11 @@
-"""Inside `jax.shard_map`: whether an array is the same on all devices, as its type says.
+"""Arrays that vary between devices inside `jax.shard_map`.
 
-Data parallelism by hand keeps weights and state the same everywhere, so gradients, which are each
-device's own, must be reduced before an update. Where the state is each device's own too, a model
-on each device say, there is nothing to reduce.
+Manual data parallelism keeps weights and state equal on all devices. Gradients differ between
+devices and must be reduced before an update. Where the state varies too, for example with one model
+per device, no reduction is needed.
 
-Types say it with `check_vma=True`, the default; with False, and in `jax.pmap`, they are silent,
-and unreduced gradients let the devices' weights drift apart.
+Types contain the axes of variation with `check_vma=True`, the default. With `check_vma=False`, and
+in `jax.pmap`, they do not, and unreduced gradients let the weights of the devices diverge.
 """
 
 from collections.abc import Collection
@@ -17,14 +17,14 @@ from jaxtyping import Array, PyTree
 from ..tree.leaf_spec import is_core, path_name
 
 
-def varying(x: Any) -> frozenset[str]:
-    """The mesh's axes along which devices may hold different values of `x`."""
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes along which the values of `x` may differ between devices."""
     return jax.typeof(x).manual_axis_type.varying
 
 
-def varying_as(x: Array, like: Any) -> Array:
-    """`x`, which may then become different along the axes along which `like` is."""
-    axes = sorted(varying(like) - varying(x))
+def varying_as(x: Array, other: Any) -> Array:
+    """`x`, cast to vary along the axes along which `other` varies."""
+    axes = sorted(varying_axes(other) - varying_axes(x))
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
@@ -33,22 +33,23 @@ def check_reduced(updates: PyTree, counters: PyTree) -> None:
 
     Args:
       updates: the gradients.
-      counters: a tree like it of an array, or Core, of each leaf's state.
+      counters: a tree of the same structure, with one state array, or Core, per leaf.
 
     Raises:
-      ValueError: the message names the leaf and the axes.
+      ValueError: names the leaf and the axes.
     """
 
-    def check(path, G, kept):
-        axes = varying(G) - varying(kept.value if is_core(kept) else kept)
+    def check(path, G, counter):
+        axes = varying_axes(G) - varying_axes(counter.value if is_core(counter) else counter)
         if axes:
             raise ValueError(
-                f"the gradient of `{path_name(path)}` differs along {_named(axes)}, its state does "
-                "not: reduce the gradients first (jax.lax.pmean)."
+                f"the gradient of `{path_name(path)}` differs between devices along "
+                f"{_quoted(axes)} and its state does not: reduce the gradients first "
+                "(jax.lax.pmean)."
             )
 
     jax.tree_util.tree_map_with_path(check, updates, counters)
 
 
-def _named(axes: Collection[str]) -> str:
+def _quoted(axes: Collection[str]) -> str:
     return ", ".join(f"'{axis}'" for axis in sorted(axes))

@@ -1,4 +1,4 @@
-"""Inside `jax.shard_map` every device takes the step that one device takes alone."""
+"""Steps inside `jax.shard_map` equal those on one device."""
 
 import functools
 
@@ -24,7 +24,7 @@ def natural_galore(**settings):
 
 
 def weights(seed, *first):
-    """Of a model, or of several along the axes `first`."""
+    """Weights of one model, or of several models along the axes `first`."""
     rng = np.random.default_rng(seed)
     shapes = {"layers": (2, 8, 12), "norm": (12,)}
     return {name: rng.normal(size=(*first, *s)).astype("float32") for name, s in shapes.items()}
@@ -52,7 +52,7 @@ def many(tree):
 
 
 def reducing(tx):
-    """`tx` whose update first averages what each device has along a first axis."""
+    """`tx` whose update first averages the gradients over devices."""
 
     def update(updates, state, params):
         mean = jax.lax.pmean(one(updates), "data")
@@ -62,7 +62,7 @@ def reducing(tx):
 
 
 def mapped(tx, mesh, **settings):
-    """`tx` whose update runs on each device, on its own gradients and the common rest."""
+    """`tx` whose update runs per device, with its own gradients and shared params and state."""
     specs = {"in_specs": (P("data"), P(), P()), "out_specs": P()}
     update = jax.shard_map(tx.update, mesh=mesh, **specs, **settings)
     return optax.GradientTransformation(tx.init, update)
@@ -77,9 +77,9 @@ def on_one_device(name):
     return train(weights(0), means, natural_galore(**OPTIMIZERS[name]))[0]
 
 
-def data_parallel(name, kind, jitted=True, **of_map):
+def data_parallel(name, kind, jitted=True, **settings):
     mesh = make_mesh(kind)
-    tx = mapped(reducing(natural_galore(**OPTIMIZERS[name])), mesh, **of_map)
+    tx = mapped(reducing(natural_galore(**OPTIMIZERS[name])), mesh, **settings)
     gradients = [put(g, mesh, P("data")) for g in GRADIENTS]
     actual, _ = train(put(weights(0), mesh, P()), gradients, tx, jitted)
     assert_close(actual, on_one_device(name))
@@ -87,7 +87,7 @@ def data_parallel(name, kind, jitted=True, **of_map):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_with_reduced_gradients_it_equals_one_device(kind):
+def test_reduced_gradients_equal_one_device(kind):
     data_parallel("core", kind)
 
 
@@ -95,18 +95,18 @@ def test_with_reduced_gradients_it_equals_one_device(kind):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_kind_of_state_does(name, kind, check_vma):
+def test_all_optimizers_equal_one_device(name, kind, check_vma):
     data_parallel(name, kind, check_vma=check_vma)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_without_jit_too(kind):
+def test_eager_steps_equal_one_device(kind):
     data_parallel("core", kind, jitted=False)
 
 
 @pytest.mark.parametrize("leaf", ["layers", "norm"])
-def test_gradients_that_differ_are_refused(leaf):
+def test_unreduced_gradients_are_refused(leaf):
     tx, params = natural_galore(), weights(0)
     mesh = jax.make_mesh((2, 2), ("data", "expert"))
 
@@ -120,15 +120,17 @@ def test_gradients_that_differ_are_refused(leaf):
     g, params = put(weights(1, DEVICES), mesh, specs[0]), put(params, mesh, P())
     with pytest.raises(
         ValueError,
-        match=rf"^the gradient of `{leaf}` differs along 'data', 'expert', its state does not: "
-        r"reduce the gradients first \(jax\.lax\.pmean\)\.",
+        match=rf"^the gradient of `{leaf}` differs between devices along 'data', 'expert' and its "
+        r"state does not: reduce the gradients first \(jax\.lax\.pmean\)\.",
     ):
         jax.eval_shape(step(in_specs=specs), g, params)
-    jax.eval_shape(step(in_specs=specs, check_vma=False), g, params)  # types do not say it
+    jax.eval_shape(
+        step(in_specs=specs, check_vma=False), g, params
+    )  # types without axes of variation
 
 
 def ensemble(tx):
-    """`tx` for a model on each device, whose arrays have a first axis for the devices."""
+    """`tx` for one model per device; arrays have a leading axis of devices."""
     mesh = make_mesh(AxisType.Explicit)
     on_each = functools.partial(jax.shard_map, mesh=mesh, out_specs=P("data"))
     return optax.GradientTransformation(
@@ -140,11 +142,11 @@ def ensemble(tx):
 @pytest.mark.parametrize(
     "name", ["core", *[pytest.param(x, marks=pytest.mark.slow) for x in [*OPTIMIZERS][1:]]]
 )
-def test_each_device_may_have_its_own_model(name):
+def test_one_model_per_device(name):
     tx, mesh = natural_galore(**OPTIMIZERS[name]), make_mesh(AxisType.Explicit)
     params, *gradients = [weights(seed, DEVICES) for seed in range(4)]
-    together = [put(tree, mesh, P("data")) for tree in (params, *gradients)]
-    actual, _ = train(together[0], together[1:], ensemble(tx))
+    stacked = [put(tree, mesh, P("data")) for tree in (params, *gradients)]
+    actual, _ = train(stacked[0], stacked[1:], ensemble(tx))
     for i in range(DEVICES):
         alone = lambda tree, i=i: jax.tree.map(lambda x: x[i], tree)
         expected, _ = train(alone(params), [alone(g) for g in gradients], tx)
@@ -152,7 +154,7 @@ def test_each_device_may_have_its_own_model(name):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_made_inside_varies_as_its_weights(name):
+def test_state_created_inside_varies_as_its_weights(name):
     tx, mesh = natural_galore(**OPTIMIZERS[name]), make_mesh(AxisType.Explicit)
 
     def step(params):
@@ -165,8 +167,8 @@ def test_a_state_made_inside_varies_as_its_weights(name):
     jax.eval_shape(step, put(weights(0, DEVICES), mesh, P("data")))
 
 
-def test_a_number_that_varies_between_models_is_one_number_in_each():
-    """Which JAX broadcasts before it casts it: decay by it is decay still."""
+def test_decay_rate_that_varies_between_models():
+    """JAX broadcasts the scalar before the cast; the decay is still recognised as scalar."""
     decayed = optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda u, w: u - jnp.full_like(w, 0.1) * w, updates, params
@@ -178,8 +180,8 @@ def test_a_number_that_varies_between_models_is_one_number_in_each():
 
 
 @pytest.mark.slow
-def test_experts_on_their_devices_beside_what_all_share():
-    """Sharded by hand along the axis of experts: the rest has reduced gradients and one state."""
+def test_sharded_experts_beside_shared_weights():
+    """Experts are sharded manually; shared weights have reduced gradients and one state."""
     tx, mesh = natural_galore(), make_mesh(AxisType.Explicit)
 
     def model(seed):
@@ -201,8 +203,8 @@ def test_experts_on_their_devices_beside_what_all_share():
             out_specs=(of_params, of_state),
         ),
     )
-    lies = {name: NamedSharding(mesh, spec) for name, spec in of_params.items()}
-    placed = [jax.device_put(tree, lies) for tree in (params, *gradients)]
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in of_params.items()}
+    placed = [jax.device_put(tree, shardings) for tree in (params, *gradients)]
     actual, _ = train(placed[0], placed[1:], by_hand)
     for i in range(DEVICES):
         expected, _ = train(own(params, i), [own(g, i) for g in gradients], tx)
@@ -210,17 +212,17 @@ def test_experts_on_their_devices_beside_what_all_share():
 
 
 def over_one_axis(kind):
-    """What averages over one axis by hand, and weights that are sharded over another."""
+    """A transformation that averages over axis "data", for weights sharded over "tensor"."""
     mesh = jax.make_mesh((DEVICES, 2), ("data", "tensor"), axis_types=(kind, kind))
-    lies = {"layers": P("tensor"), "norm": P()}
+    partitions = {"layers": P("tensor"), "norm": P()}
     on_mesh = lambda tree, *first: jax.device_put(
-        tree, {name: NamedSharding(mesh, P(*first, *spec)) for name, spec in lies.items()}
+        tree, {name: NamedSharding(mesh, P(*first, *spec)) for name, spec in partitions.items()}
     )
     tx = mapped(reducing(natural_galore()), mesh, axis_names={"data"})
     return tx, on_mesh(weights(0)), [on_mesh(g, "data") for g in GRADIENTS]
 
 
-def test_other_axes_may_be_explicit():
+def test_partial_shard_map_on_explicit_axes():
     tx, params, gradients = over_one_axis(AxisType.Explicit)
     _, state = jax.eval_shape(tx.update, gradients[0], tx.init(params), params)
     assert state[0].basis["layers"].value.sharding.spec == P("tensor", None, None)
@@ -228,7 +230,7 @@ def test_other_axes_may_be_explicit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_over_one_axis_it_equals_one_device(kind):
+def test_partial_shard_map_equals_one_device(kind):
     tx, params, gradients = over_one_axis(kind)
     actual, _ = train(params, gradients, tx)
     assert_close(actual, on_one_device("core"))

@@ -1,4 +1,4 @@
-"""Weights sharded over devices take the same steps as on one, and little travels between them."""
+"""Sharded steps equal those on one device, with little communication."""
 
 import contextlib
 import functools
@@ -69,7 +69,7 @@ def types(tree):
 
 
 def train(params, gradients, tx, jitted=True):
-    """Through two refreshes of every matrix; the types of the state stay what they were."""
+    """Trains through two refreshes of every matrix; the types of the state must not change."""
     state = tx.init(params)
     before = types(state)
     update = jax.jit(tx.update) if jitted else tx.update
@@ -81,12 +81,12 @@ def train(params, gradients, tx, jitted=True):
     return params, state
 
 
-@functools.cache  # one compilation on one device for all that have its shapes
+@functools.cache  # one compilation on one device for all tests of equal shapes
 def optimizer(**settings):
     return natgalore.natural_galore(1e-2, RANK, refresh_every=2, weight_decay=0.1, **settings)
 
 
-def same_as_one_device(layout, kind, settings, jitted, key):
+def check_equals_one_device(layout, kind, settings, jitted, key):
     tx = optimizer(**settings)
     params, *gradients = [weights(layout, k) for k in jax.random.split(key, 6)]
     expected, _ = train(params, gradients, tx)
@@ -107,72 +107,72 @@ def same_as_one_device(layout, kind, settings, jitted, key):
 
 
 @pytest.mark.parametrize("layout", quick(["rows"], [*LAYOUTS]))
-def test_sharded_equals_one_device(layout, key):
-    same_as_one_device(layout, AxisType.Explicit, CORE, True, key)
+def test_explicit_axes_equal_one_device(layout, key):
+    check_equals_one_device(layout, AxisType.Explicit, CORE, True, key)
 
 
 @pytest.mark.parametrize("layout", ["rows and columns", *slow("layers")])
-def test_sharded_on_auto_axes_equals_one_device(layout, key):
-    same_as_one_device(layout, AxisType.Auto, CORE, True, key)
+def test_auto_axes_equal_one_device(layout, key):
+    check_equals_one_device(layout, AxisType.Auto, CORE, True, key)
 
 
 @pytest.mark.parametrize("layout", ["rows of layers", *slow("columns")])
-def test_whitening_on_auto_axes_equals_one_device(layout, key):
-    """Where layers are on_whole_matrices out for it, and where each device has the matrix."""
-    same_as_one_device(layout, AxisType.Auto, {}, True, key)
+def test_orthogonalised_residual_on_auto_axes_equals_one_device(layout, key):
+    """With layers distributed over devices, and with the matrix gathered on each device."""
+    check_equals_one_device(layout, AxisType.Auto, {}, True, key)
 
 
 @pytest.mark.slow
-def test_sharded_step_by_step_on_auto_axes(key):
-    """Without `jit`, a stack over devices: its arrays say how they lie."""
-    same_as_one_device("layers", AxisType.Auto, CORE, False, key)
+def test_eager_steps_on_auto_axes_equal_one_device(key):
+    """Without `jit`, the concrete arrays of a sharded stack have shardings."""
+    check_equals_one_device("layers", AxisType.Auto, CORE, False, key)
 
 
 @pytest.mark.parametrize("name", quick(["default"], list(OPTIMIZERS)[1:]))
-def test_every_kind_of_state_can_be_sharded(name, key):
+def test_all_optimizers_on_explicit_axes_equal_one_device(name, key):
     layout = {"window": "layers", "random": "heads"}.get(name, "rows and columns")
-    same_as_one_device(layout, AxisType.Explicit, OPTIMIZERS[name], True, key)
+    check_equals_one_device(layout, AxisType.Explicit, OPTIMIZERS[name], True, key)
 
 
 @pytest.mark.slow
-def test_axes_of_both_kinds_may_mix(key):
-    same_as_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), CORE, True, key)
+def test_mixed_axis_types_equal_one_device(key):
+    check_equals_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), CORE, True, key)
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+@pytest.mark.parametrize("use_sharded", [False, True], ids=["out_shardings", "sharded"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_zero_shards_the_state_of_replicated_weights(kind, told, key):
-    """ZeRO-1: the same steps, and state that stays sharded; the update is gathered as a core."""
+def test_zero_axis_shards_the_state_of_replicated_weights(kind, use_sharded, key):
+    """ZeRO-1: equal steps, sharded state, and an update gathered as a core."""
     shape, r = (64, 512), 8
     tx = natgalore.natural_galore(1e-2, r, refresh_every=2, weight_decay=0.1, **CORE)
     make = lambda k: {"up": jax.random.normal(k, shape), "norm": jax.random.normal(k, (64,))}
     params, *gradients = [make(k) for k in jax.random.split(key, 5)]
     expected, _ = train(params, gradients, tx)
     mesh = make_mesh(kind)
-    whole = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
-    lies = natgalore.state_shardings(tx, params, whole, zero_axis="fsdp")
-    if told:
-        tx, outside = natgalore.sharded(tx, whole, zero_axis="fsdp"), [{}, {}]
+    replicated = jax.tree.map(lambda _: NamedSharding(mesh, P()), params)
+    shardings = natgalore.state_shardings(tx, params, replicated, zero_axis="fsdp")
+    if use_sharded:
+        tx, jit_settings = natgalore.sharded(tx, replicated, zero_axis="fsdp"), [{}, {}]
     else:
-        outside = [{"out_shardings": lies}, {"out_shardings": (whole, lies)}]
+        jit_settings = [{"out_shardings": shardings}, {"out_shardings": (replicated, shardings)}]
     with jax.set_mesh(mesh):
-        actual = jax.device_put(params, whole)
-        state = jax.jit(tx.init, **outside[0])(actual)
-        update = jax.jit(tx.update, **outside[1])
+        actual = jax.device_put(params, replicated)
+        state = jax.jit(tx.init, **jit_settings[0])(actual)
+        update = jax.jit(tx.update, **jit_settings[1])
         for g in gradients:
-            updates, state = update(jax.device_put(g, whole), state, actual)
+            updates, state = update(jax.device_put(g, replicated), state, actual)
             actual = optax.apply_updates(actual, updates)
         program = update.lower(actual, state, actual).compile().as_text()
-    for x, s in zip(*map(jax.tree.leaves, (state, lies)), strict=True):
+    for x, s in zip(*map(jax.tree.leaves, (state, shardings)), strict=True):
         assert x.sharding.is_equivalent_to(s, x.ndim)
     assert state[0].inner_state[1].mu["up"].value.sharding.spec == P(None, "fsdp")
     gathered = [one.shapes for one in collectives(program) if one.hot and one.kind == "all-gather"]
     largest = [max(shapes, key=math.prod) for shapes in gathered]
-    knows = told or kind == AxisType.Explicit
-    assert max(largest, key=math.prod) == ((r, shape[1]) if knows else shape)
+    as_core = use_sharded or kind == AxisType.Explicit
+    assert max(largest, key=math.prod) == ((r, shape[1]) if as_core else shape)
     np.testing.assert_allclose(actual["up"], expected["up"], rtol=1e-5, atol=1e-5)
-    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-    assert held < 0.5 * sum(x.nbytes for x in jax.tree.leaves(state))
+    on_device = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert on_device < 0.5 * sum(x.nbytes for x in jax.tree.leaves(state))
 
 
 @pytest.mark.slow
@@ -180,11 +180,11 @@ def test_zero_shards_the_state_of_replicated_weights(kind, told, key):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_everything_sharded_equals_one_device(name, layout, kind, jitted, key):
-    same_as_one_device(layout, kind, OPTIMIZERS[name], jitted, key)
+def test_all_combinations_equal_one_device(name, layout, kind, jitted, key):
+    check_equals_one_device(layout, kind, OPTIMIZERS[name], jitted, key)
 
 
-# Of weights large enough that what travels is told from what could.
+# Weights large enough that sizes of collectives identify the arrays.
 LARGE = {
     "rows": (P("fsdp"), (256, 512)),
     "columns": (P(None, "fsdp"), (256, 512)),
@@ -195,45 +195,45 @@ LARGE = {
 }
 
 
-def compiled(spec, shape, kind, r, told=False, **settings):
+def compiled(spec, shape, kind, r, use_sharded=False, **settings):
     mesh = make_mesh(kind)
     params = {"layers": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
     on_mesh = {"layers": {"kernel": NamedSharding(mesh, spec)}}
     tx = natgalore.natural_galore(1e-2, r, **{"refresh_every": 4} | CORE | settings)
-    tx = natgalore.sharded(tx, on_mesh) if told else tx
+    tx = natgalore.sharded(tx, on_mesh) if use_sharded else tx
     with jax.set_mesh(mesh):
-        lies = natgalore.state_shardings(tx, params, on_mesh)
-        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        params = jax.tree.map(place, params, on_mesh)
-        state = jax.tree.map(place, jax.eval_shape(tx.init, params), lies)
+        shardings = natgalore.state_shardings(tx, params, on_mesh)
+        with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        params = jax.tree.map(with_sharding, params, on_mesh)
+        state = jax.tree.map(with_sharding, jax.eval_shape(tx.init, params), shardings)
         program = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
-    return program, lies
+    return program, shardings
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("layout", LARGE)
-def test_little_travels(layout, kind):
-    """On a hot step at most r x n a matrix; at a refresh O((m + n) r), and never a gradient."""
+def test_collectives_are_small(layout, kind):
+    """At most r x n per matrix on a step without refresh, max(m, n) r at a refresh."""
     spec, shape = LARGE[layout]
     r, (m, n), layers = 16, shape[-2:], math.prod(shape[:-2])
-    # On Auto axes an update must be told of a stack, or a refresh gathers it.
-    told = layout == "layers" and kind == AxisType.Auto
-    program, lies = compiled(spec, shape, kind, r, told)
-    found = collectives(program.as_text())
-    assert found
-    for one in found:
+    # On Auto axes a refresh of a sharded stack needs `sharded`, else it gathers the stack.
+    use_sharded = layout == "layers" and kind == AxisType.Auto
+    program, shardings = compiled(spec, shape, kind, r, use_sharded)
+    ops = collectives(program.as_text())
+    assert ops
+    for one in ops:
         for moved in one.shapes:
             if one.hot:
                 assert one.kind != "all-gather"
                 assert math.prod(moved) <= layers * r * n
             else:
                 assert math.prod(moved) <= max(m, n) * r
-    if layout == "layers":  # each layer is refreshed where it lives
-        assert all(math.prod(moved) <= 1 for one in found for moved in one.shapes)
+    if layout == "layers":  # each layer is refreshed on its own device
+        assert all(math.prod(moved) <= 1 for one in ops for moved in one.shapes)
     after = jax.tree.map(
         lambda a, b, x: a.is_equivalent_to(b, x.ndim),
         program.output_shardings[1],
-        lies,
+        shardings,
         program.out_info[1],
     )
     assert all(jax.tree.leaves(after))
@@ -242,8 +242,8 @@ def test_little_travels(layout, kind):
 @pytest.mark.parametrize("layout", ["rows and columns", *slow("columns of a stack")])
 @pytest.mark.parametrize("kind", [*slow(AxisType.Auto), AxisType.Explicit], ids=KINDS)
 @pytest.mark.parametrize("residual", ["isotropic", *slow("fira")])
-def test_a_residual_costs_reductions_of_columns(layout, kind, residual):
-    """The lengths of columns and the norm; of what is left out nothing travels."""
+def test_residual_adds_only_column_reductions(layout, kind, residual):
+    """Reductions of column norms and one norm, no collective of the residual itself."""
     spec, shape = LARGE[layout]
     r, n, layers = 16, shape[-1], math.prod(shape[:-2])
     hot = lambda **settings: sorted(
@@ -252,27 +252,27 @@ def test_a_residual_costs_reductions_of_columns(layout, kind, residual):
         for moved in one.shapes
         if one.hot and one.kind != "all-gather"
     )
-    with_it, without = hot(residual=residual), hot()
-    whole = residual == "isotropic" and layout == "columns of a stack"  # which has no norm to know
-    assert (with_it == without) == whole
-    assert [size for size in with_it if size > layers * n] == [
+    with_residual, without = hot(residual=residual), hot()
+    local = residual == "isotropic" and layout == "columns of a stack"  # no norm to reduce
+    assert (with_residual == without) == local
+    assert [size for size in with_residual if size > layers * n] == [
         size for size in without if size > layers * n
     ]
     program, _ = compiled(spec, shape, kind, r, residual=residual)
     assert not [x for x in collectives(program.as_text()) if x.hot and x.kind == "all-gather"]
 
 
-def test_a_window_costs_one_reduction_of_its_length():
+def test_window_adds_one_reduction_of_its_length():
     program, _ = compiled(P(None, "fsdp"), (256, 512), AxisType.Explicit, 16, fisher="window")
     hot = [moved for one in collectives(program.as_text()) if one.hot for moved in one.shapes]
-    assert max(map(math.prod, hot)) == 16 * 20  # ⟨H_i, R⟩ is summed over r where it is whole
+    assert max(map(math.prod, hot)) == 16 * 20  # sums over n of ⟨H_i, R⟩, before those over r
 
 
-def test_no_pass_over_the_gradient_leaves_a_refresh():
-    """XLA takes what a loop computes of G alone out of it, onto every step, unless it is tied."""
+def test_max_of_the_gradient_is_computed_at_refreshes_only():
+    """XLA hoists operations on G alone out of the refresh loop unless they depend on its carry."""
     program, _ = compiled(P("fsdp"), (256, 512), AxisType.Auto, 16)
     scalars = [one for one in collectives(program.as_text()) if one.hot and one.shapes == [()]]
-    assert scalars == []  # the largest entry of G is reduced at refreshes alone
+    assert scalars == []  # max|G| would be a scalar reduction
 
 
 class TestStateShardings:
@@ -295,7 +295,7 @@ class TestStateShardings:
         state = natgalore.state_shardings(tx, self.params, on_mesh, **settings)
         return jax.tree.map(lambda s: s.spec, state)
 
-    def test_the_rule(self):
+    def test_partition_of_each_role(self):
         view = natgalore.MatrixView(1, (2, 3))
         tx = natgalore.project(5, optax.chain(
             natgalore.scale_by_fisher(3), natgalore.scale_by_core_fisher(), optax.scale_by_adam()
@@ -311,7 +311,7 @@ class TestStateShardings:
         assert adam.mu["embed"]["embedding"] == P(("fsdp", "tensor"))
         assert adam.count == state.count == state.skipped["embed"]["embedding"] == P()
 
-    def test_layers_and_merged_axes(self):
+    def test_partitions_of_layers_and_merged_axes(self):
         at = lambda tree: tree["layers"]["query"]["kernel"].value
         tx = natgalore.project(
             5, optax.trace(0.9), select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
@@ -319,13 +319,13 @@ class TestStateShardings:
         state = self.specs(tx, P("tensor", "fsdp"))
         assert at(state.basis) == P("tensor", "fsdp")
         assert at(state.inner_state.trace) == P("tensor")
-        # Heads whole and their width sharded: merged, they have no sharding of their own.
+        # Merged axes with only the second sharded: replicated.
         assert at(self.specs(tx, P(None, None, None, "fsdp")).inner_state.trace) == P()
         assert at(self.specs(tx, P(None, None, "tensor", "fsdp")).inner_state.trace) == P()
         both = natgalore.project(
             5, optax.trace(0.9), side="both", select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
         )
-        # Blocks of one on an axis beside: theirs and the fused one have no sharding of their own.
+        # Blocks of size 1 on one axis: that axis and the fused axis are replicated.
         fused = natgalore.MatrixView(1, (2, 3), blocks={3: 12})
         cut = natgalore.project(5, optax.trace(0.9), side="left", select=[("kernel", fused)])
         state = self.specs(cut, P("tensor", None, None, "fsdp"))
@@ -336,7 +336,7 @@ class TestStateShardings:
         assert at(state.right_basis) == P(None, "tensor")
         assert at(state.inner_state.trace) == P()
 
-    def test_the_axis_of_zero_shards_what_is_the_same_everywhere(self):
+    def test_zero_axis_shards_replicated_state(self):
         at = lambda tree: tree["layers"]["query"]["kernel"].value
         tx = natgalore.project(
             5, optax.scale_by_adam(), select=[("kernel", natgalore.MatrixView(1, (2, 3)))]
@@ -367,38 +367,38 @@ class TestStateShardings:
         ],
         ids=["alone", "chain", "masked", "MultiSteps", "adamw outside", "inject_hyperparams"],
     )
-    def test_any_composition_can_be_created_so(self, wrap):
+    def test_compositions_initialise_with_state_shardings(self, wrap):
         tx = wrap(natgalore.natural_galore(1e-2, 5, **CORE))
         on_mesh = jax.tree.map(lambda _: NamedSharding(self.mesh, P()), self.params)
         on_mesh["layers"]["query"]["kernel"] = NamedSharding(self.mesh, P(None, "fsdp", "tensor"))
         params = jax.tree.map(lambda x: jnp.ones(x.shape), self.params)
-        lies = natgalore.state_shardings(tx, params, on_mesh)
+        shardings = natgalore.state_shardings(tx, params, on_mesh)
         with jax.set_mesh(self.mesh):
-            state = jax.jit(tx.init, out_shardings=lies)(jax.device_put(params, on_mesh))
-        assert jax.tree.structure(state) == jax.tree.structure(lies)
-        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(lies), strict=True):
+            state = jax.jit(tx.init, out_shardings=shardings)(jax.device_put(params, on_mesh))
+        assert jax.tree.structure(state) == jax.tree.structure(shardings)
+        for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
             assert x.sharding.is_equivalent_to(s, x.ndim)
-        # What has a whole weight's shape lies as it does.
-        whole = [x for x in jax.tree.leaves(state) if x.shape == (3, 32, 4, 12)]
-        assert all(x.sharding.spec == P(None, "fsdp", "tensor") for x in whole)
+        # Arrays of the full weight's shape have its sharding.
+        full = [x for x in jax.tree.leaves(state) if x.shape == (3, 32, 4, 12)]
+        assert all(x.sharding.spec == P(None, "fsdp", "tensor") for x in full)
 
-    def test_what_is_refused(self):
+    def test_invalid_shardings_are_refused(self):
         tx = natgalore.galore(1e-2, 5)
         one = NamedSharding(self.mesh, P())
         with pytest.raises(ValueError, match=r"`zero_axis` must be one of 'fsdp', 'tensor', got"):
             natgalore.state_shardings(
                 tx, self.params, jax.tree.map(lambda _: one, self.params), zero_axis="data"
             )
-        with pytest.raises(ValueError, match="not in the structure of params"):
+        with pytest.raises(ValueError, match="must have the structure of the params"):
             natgalore.state_shardings(tx, self.params, {"layers": one})
         other = NamedSharding(jax.make_mesh((8,), ("fsdp",)), P())
         mixed = {"layers": {"query": {"kernel": one}}, "embed": {"embedding": other}}
-        with pytest.raises(ValueError, match="NamedShardings of one mesh"):
+        with pytest.raises(ValueError, match="NamedShardings on one mesh"):
             natgalore.state_shardings(tx, self.params, mixed)
 
 
-def test_rank_and_blocks_need_not_divide(key):
-    """A fused kernel cut into blocks that no shard ends with is whole where it is cut."""
+def test_blocks_that_shards_do_not_align_with(key):
+    """The axis of a fused kernel that is split into blocks is replicated in the state."""
     mesh = make_mesh(AxisType.Explicit)
     params, *gradients = [{"qkv": jax.random.normal(k, (32, 48))} for k in jax.random.split(key, 3)]
     tx = natgalore.galore(1e-2, 5, select=natgalore.MatrixView(0, 1, blocks={1: 3}))
@@ -414,7 +414,7 @@ def test_rank_and_blocks_need_not_divide(key):
 
 
 class TestWithoutJit:
-    """No mesh need be set: what is made of no array lies on the mesh of those that are given."""
+    """Without a mesh in context, new arrays are on the mesh of the given ones."""
 
     @property
     def params(self):
@@ -423,20 +423,20 @@ class TestWithoutJit:
         return jax.device_put(params, dict.fromkeys(params, NamedSharding(mesh, P("fsdp"))))
 
     @pytest.mark.filterwarnings("ignore:natgalore projects none")
-    def test_inner_may_make_arrays(self):
+    def test_inner_creates_arrays(self):
         tx = natgalore.project(RANK, optax.zero_nans())
         params = {"scale": self.params["scale"]}
         updates, _ = tx.update(params, tx.init(params), params)
         assert types(updates) == types(params)
         np.testing.assert_array_equal(updates["scale"], params["scale"])
 
-    def test_all_state_lies_on_the_mesh(self):
+    def test_all_state_is_on_the_mesh(self):
         inner = optax.adafactor(1e-2, multiply_by_parameter_scale=False)
         state = natgalore.project(RANK, inner).init(self.params)
         assert {x.sharding.mesh for x in jax.tree.leaves(state)} == {make_mesh(AxisType.Explicit)}
 
     @pytest.mark.parametrize("transformed", [jax.jit, jax.vmap], ids=["jit", "vmap"])
-    def test_inside_a_transformation_the_mesh_stays(self, transformed):
+    def test_mesh_is_kept_inside_a_transformation(self, transformed):
         tx, params = natgalore.galore(1e-2, RANK), self.params
         run = transformed(lambda i: tx.update(params, tx.init(params), params))
         jax.eval_shape(run, jnp.arange(2))
