@@ -28,9 +28,9 @@ from jaxtyping import Array, Int, PyTree
 
 from ..sharding.partitioning import (
     ParamPartitions,
+    partitions_of,
     role_partition,
     state_partition,
-    partitions_of,
     with_auto_axes,
 )
 from ..sharding.shard_map import check_reduced, varying_as
