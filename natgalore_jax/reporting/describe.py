@@ -1,4 +1,4 @@
-"""What an optimizer does with each leaf of a tree, told from the state itself."""
+"""Reports how an optimizer projects each leaf of the params, read from the optimizer itself."""
 
 import dataclasses
 import warnings
@@ -23,16 +23,16 @@ class Row:
     """One leaf of the params in a :class:`Description`.
 
     Attributes:
-      path: its name.
-      shape: its shape.
-      view: how it is seen, `3 x (64 x 256)` for three matrices, or why it is not projected.
-      side: which side of the stored matrix is projected, `left` (its leading axes), `right` or
-        `both`.
+      path: name of the leaf.
+      shape: shape of the leaf.
+      view: its matrix view, such as `3 x (64 x 256)` for three matrices, or the reason why it is
+        not projected.
+      side: the projected side of the stored matrix: `left` (its leading axes), `right` or `both`.
       rank: r, or None.
-      full: whether r is the whole short side, because as much or more was asked for.
-      adamw_bytes: what `optax.adamw` keeps for it: two moments in its own dtype.
-      state_bytes: what this optimizer keeps for it.
-      measured: what its state says, by column (see :func:`describe`): one number a matrix.
+      full: whether r is the full short side, because the requested rank was at least that.
+      adamw_bytes: bytes of its `optax.adamw` state: two moments in the leaf's dtype.
+      state_bytes: bytes of its state in this optimizer.
+      measured: columns measured from a state (see :func:`describe`): one number per matrix.
     """
 
     path: str
@@ -48,11 +48,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What :func:`describe` found; a table when printed, which fits the screen with `rich.print`.
+    """Result of :func:`describe`; prints as a table, with `rich.print` fitted to the screen.
 
     Attributes:
-      rows: one for each leaf. In the table, leaves that differ by a number in their path alone
-        share a line: `layers/*/mlp/up/kernel (24)`, with the bytes of all of them.
+      rows: one per leaf. In the table, leaves whose paths differ only by a number share a line,
+        `layers/*/mlp/up/kernel (24)`, with their bytes added up.
     """
 
     rows: list[Row]
@@ -62,13 +62,13 @@ class Description:
         return table(cells, numbers=len(cells[0]) - 4)
 
     def __rich__(self) -> Any:
-        """What `rich.print` and its consoles show, where rich is installed."""
+        """The table for `rich.print`."""
         cells = self._cells()
         without_rank = lambda row: not row[4]
         return rich_table(cells, len(cells[0]) - 4, wrapped=(0, 2), dim=without_rank)
 
     def _cells(self) -> list[tuple[str, ...]]:
-        """The table's head, its lines and the line of totals."""
+        """Head, lines and totals of the table."""
         head = (
             "leaf",
             "shape",
@@ -82,37 +82,34 @@ class Description:
         rank = lambda row: (
             "" if row.rank is None else f"{row.rank} (full)" if row.full else str(row.rank)
         )
-        said = lambda row: (str(row.shape), row.view, row.side, rank(row))
+        text = lambda row: (str(row.shape), row.view, row.side, rank(row))
         body = [
             (
                 name,
-                *said(rows[0]),
+                *text(rows[0]),
                 human_bytes(sum(row.adamw_bytes for row in rows)),
                 human_bytes(sum(row.state_bytes for row in rows)),
                 *(_measured(rows, name) for name in MEASURED),
             )
-            for name, rows in group_similar(self.rows, lambda row: row.path, said)
+            for name, rows in group_similar(self.rows, lambda row: row.path, text)
         ]
-        before, after = (
-            sum(getattr(row, f) for row in self.rows) for f in ("adamw_bytes", "state_bytes")
-        )
-        total = ("total", "", "", "", "", human_bytes(before), human_bytes(after))
+        adamw = sum(row.adamw_bytes for row in self.rows)
+        state = sum(row.state_bytes for row in self.rows)
+        total = ("total", "", "", "", "", human_bytes(adamw), human_bytes(state))
         rows = [head, *body, (*total, *[""] * len(MEASURED))]
-        shown = [i for i, name in enumerate(head) if name not in MEASURED or self._has(name)]
-        return [tuple(row[i] for i in shown) for row in rows]
-
-    def _has(self, name: str) -> bool:
-        return any(name in row.measured for row in self.rows)
+        is_measured = lambda name: any(name in row.measured for row in self.rows)
+        visible = [i for i, name in enumerate(head) if name not in MEASURED or is_measured(name)]
+        return [tuple(row[i] for i in visible) for row in rows]
 
 
 def _measured(rows: list[Row], name: str) -> str:
-    """A measured column's cell of rows that share a line."""
+    """Cell of a measured column, for rows that share a line."""
     values = [np.ravel(row.measured[name]) for row in rows if name in row.measured]
     return MEASURED[name](np.concatenate(values)) if values else ""
 
 
 def _span(values: np.ndarray, spec: str) -> str:
-    """The smallest and the largest, or the one number."""
+    """The range of values, such as `0.42-0.57`; one number if both ends print the same."""
     ends = [format(float(x), spec) for x in (values.min(), values.max())]
     return ends[0] if ends[0] == ends[1] else "-".join(ends)
 
@@ -130,22 +127,24 @@ def describe(
     state: PyTree = None,
     grads: PyTree = None,
 ) -> Description:
-    """Says of every leaf whether `tx` projects it, as which matrices, and what that saves.
+    """Reports for each leaf whether `tx` projects it, as which matrices, and the bytes saved.
 
-    Listens to `tx` while it makes its state, so it cannot disagree with it.
+    Runs `tx.init` on shapes and records its decisions, so the report always matches the optimizer.
 
     Args:
-      tx: an optimizer with a `natgalore.project` somewhere in it.
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
-      state: of `tx`, to have its health in the table: the condition of the Fishers
-        (:func:`fisher_condition`) and the steps skipped (:func:`skipped_steps`).
-      grads: gradients, to have the share that the bases of `state` hold (:func:`explained_energy`).
+      tx: an optimizer that contains a `natgalore.project`.
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
+      state: a state of `tx`; adds columns for the condition number of each Fisher
+        (:func:`fisher_condition`) and the skipped steps (:func:`skipped_steps`).
+      grads: full gradients; adds the share of their energy inside the bases of `state`
+        (:func:`explained_energy`).
 
     Returns:
       A :class:`Description`; `print` it.
 
     Raises:
-      ValueError: if `tx` has no projection in it, or there are `grads` without a `state`.
+      ValueError: if `tx` contains no projection, if `grads` come without a `state`, or if they are
+        the cores of :func:`value_and_grad`.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore
@@ -156,28 +155,27 @@ def describe(
       total                                                                 128.0 KiB  36.0 KiB
     """
     if grads is not None and state is None:
-        raise ValueError("`grads` are measured against the bases of `state`: give it too.")
+        raise ValueError("`grads` are measured against the bases of `state`: pass `state` too.")
     measured: dict[str, dict[str, Any]] = {}
     if state is not None:
         measured["condition"] = fisher_condition(state)
         measured["skipped"] = skipped_steps(state)
     if grads is not None:
         measured["energy"] = explained_energy(state, grads)
-    with warnings.catch_warnings(), decisions() as made:
-        warnings.filterwarnings("ignore", "natgalore projects none")  # the table says why
-        state = jax.eval_shape(lambda params: tx.init(params), params)  # traced, not remembered
+    with warnings.catch_warnings(), decisions() as recorded:
+        warnings.filterwarnings("ignore", "natgalore projects none")  # the table has the reasons
+        # A fresh function, so that JAX's cache cannot skip the trace and with it the decisions.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
     is_subspace = lambda x: isinstance(x, SubspaceState)
     if not any(map(is_subspace, jax.tree.leaves(state, is_leaf=is_subspace))):
-        raise ValueError("`tx` has no natgalore.project in it: there is nothing to describe.")
+        raise ValueError("`tx` contains no natgalore.project: there is nothing to describe.")
     axes = _axis_names(params)
-    held, own = (
-        bytes_by_leaf(state, params),
-        bytes_by_leaf(jax.eval_shape(optax.adamw(0.0).init, params), params),
-    )
+    state_bytes = bytes_by_leaf(state, params)
+    adamw_bytes = bytes_by_leaf(jax.eval_shape(optax.adamw(0.0).init, params), params)
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        decision = made.get(name, "not given to natgalore")
+        decision = recorded.get(name, "not given to natgalore")
         spec = decision if isinstance(decision, LeafSpec) else None
         rows.append(
             Row(
@@ -187,8 +185,8 @@ def describe(
                 side="" if spec is None else _side(spec),
                 rank=None if spec is None else spec.rank,
                 full=spec is not None and spec.rank == min(spec.m, spec.n),
-                adamw_bytes=own[name],
-                state_bytes=held[name],
+                adamw_bytes=adamw_bytes[name],
+                state_bytes=state_bytes[name],
                 measured={k: np.asarray(v[name]) for k, v in measured.items() if name in v},
             )
         )
@@ -196,29 +194,30 @@ def describe(
 
 
 def _axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
-    """The names that a box around a leaf gives its axes: Linen's `with_partitioning`, NNX's own."""
+    """Axis names from the boxes around leaves: Linen's `with_partitioning` and NNX Variables."""
 
-    def names(box):
+    def names_of(box):
         for field in ("names", "out_sharding"):
-            found = getattr(box, field, None)
-            if isinstance(found, tuple) and all(isinstance(x, str | None) for x in found):
-                return found
+            names = getattr(box, field, None)
+            if isinstance(names, tuple) and all(isinstance(x, str | None) for x in names):
+                return names
         return None
 
-    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: names(x) is not None)
-    return {path_name(path): found for path, box in boxes if (found := names(box))}
+    is_box = lambda x: names_of(x) is not None
+    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    return {path_name(path): names for path, box in boxes if (names := names_of(box))}
 
 
 def _view(spec: LeafSpec, names: Sequence[str | None] | None) -> str:
-    """`24 x (2048 x 16·128)`, each axis with its name where it has one."""
+    """`24 x (2048 x 16·128)`, each axis with its name if it has one."""
     if not names or spec.split or len(names) != len(spec.shape):
         names = [None] * len(spec.sizes)
     one = lambda axis: f"{names[axis]} {spec.sizes[axis]}" if names[axis] else f"{spec.sizes[axis]}"
-    several = lambda axes: "·".join(
+    product = lambda axes: "·".join(
         one(axis) for axis in axes if spec.sizes[axis] > 1 or names[axis]
     )
-    matrix = f"{several(spec.rows) or 1} x {several(spec.cols) or 1}"
-    stack = several(spec.batch)
+    matrix = f"{product(spec.rows) or 1} x {product(spec.cols) or 1}"
+    stack = product(spec.batch)
     view = f"{stack} x ({matrix})" if stack else matrix
     return f"{view}, a guess" if spec.guess else view
 

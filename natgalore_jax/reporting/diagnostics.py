@@ -1,8 +1,10 @@
-"""How training goes in the subspace, as functions of a state: cheap, and jittable with the step.
+"""Diagnostics of the subspace, as functions of an optimizer's state. All may run under `jax.jit`.
 
-Each takes any optimizer's state with a `natgalore.project` somewhere in it, and gives a dict from
-a leaf's name to one number for each of its matrices, (*batch).
+Each takes the state of any optimizer that contains a `natgalore.project` and returns a dict from
+the name of a leaf to one number per matrix, (*batch).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +18,28 @@ from ..subspace.basis import normalised, to_core
 from ..subspace.engine import SubspaceState
 from ..subspace.lift import expanded
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import Basis, cores, is_core, path_name
+from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, path_name
 from ..util.linalg import matmul
 
 
 def explained_energy(state: PyTree, grads: PyTree) -> dict[str, Array]:
-    """The share of each gradient's energy that the basis holds: |PᵀG|² / |G|², in [0, 1].
+    """The share of each gradient's energy inside the subspace: |PᵀG|² / |G|², in [0, 1].
+
+    Right after a refresh on the same gradients this is the most that the rank allows (up to the lag
+    of the power iteration). A large fall before the next refresh means that `refresh_every` is too
+    long.
 
     Args:
       state: of an optimizer.
-      grads: gradients, in the structure of the params. Right after a refresh on the same gradients
-        this is the most that the rank can hold (up to the power iteration's lag); what it falls to
-        before the next refresh says whether `refresh_every` is too long.
+      grads: full gradients, in the structure of the params.
 
     Returns:
       For each projected leaf (*batch), in the dtype of its core; 0 where a gradient is zero or not
       finite.
+
+    Raises:
+      ValueError: if `grads` has no full gradient of a projected leaf: the cores of
+        :func:`natgalore_jax.value_and_grad` do not contain |G|.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore
@@ -41,113 +49,128 @@ def explained_energy(state: PyTree, grads: PyTree) -> dict[str, Array]:
       >>> round(float(explained_energy(state, grads)["kernel"]), 4)  # 4 of 8 equal directions
       0.5
     """
-    leaves = {path_name(path): G for path, G in jax.tree_util.tree_leaves_with_path(unbox(grads))}
+    leaves = jax.tree_util.tree_leaves_with_path(unbox(grads), is_leaf=is_core)
+    gradients = {path_name(path): G for path, G in leaves}
 
     def energy(G, *bases):
         unit, usable = normalised(G)
-        whole = jnp.where(usable, jnp.square(unit).sum(), 1.0)
-        return jnp.where(usable, jnp.square(to_core(unit, *bases)).sum() / whole, 0.0)
+        total = jnp.where(usable, jnp.square(unit).sum(), 1.0)
+        return jnp.where(usable, jnp.square(to_core(unit, *bases)).sum() / total, 0.0)
 
-    found = {}
+    energies = {}
     for P, Q in _bases(state):
-        G = leaves[P.spec.name]
+        G = _full_gradient(gradients, P.spec)
         bases = expanded(jnp.promote_types(G.dtype, jnp.float32), P, Q)
-        one = energy
+        per_matrix = energy
         for _ in P.spec.batch:
-            one = jax.vmap(one)
-        found[P.spec.name] = one(P.spec.to_view(G).astype(bases[0].dtype), *bases)
-    return found
+            per_matrix = jax.vmap(per_matrix)
+        energies[P.spec.name] = per_matrix(P.spec.to_view(G).astype(bases[0].dtype), *bases)
+    return energies
 
 
 def basis_drift(before: PyTree, after: PyTree) -> dict[str, Array]:
-    """How far each subspace has turned: 1 − |P'ᵀP|²/r, from 0 for the same to 1 at right angles.
+    """The distance between two states' subspaces: 1 − |P'ᵀP|²/r, 0 if equal, 1 if orthogonal.
 
-    Of a leaf projected on both sides it is the mean of the two.
+    For a leaf projected on both sides it is the mean of both sides.
 
     Args:
-      before: the state of an optimizer.
-      after: a later state of it.
+      before: a state of an optimizer.
+      after: a later state of the same optimizer.
 
     Returns:
       For each projected leaf (*batch).
     """
 
     def drift(old, new):
-        P, R = expanded(jnp.float32, old, new)
-        return 1 - jnp.square(matmul(R.mT, P)).sum(axis=(-2, -1)) / P.shape[-1]
+        P_old, P_new = expanded(jnp.float32, old, new)
+        return 1 - jnp.square(matmul(P_new.mT, P_old)).sum(axis=(-2, -1)) / P_old.shape[-1]
 
-    found = {}
+    drifts = {}
     for old, new in zip(_bases(before), _bases(after), strict=True):
-        sides = [drift(P, R) for P, R in zip(old, new, strict=True) if P is not None]
-        found[old[0].spec.name] = sum(sides) / len(sides)
-    return found
+        sides = [drift(*pair) for pair in zip(old, new, strict=True) if pair[0] is not None]
+        drifts[old[0].spec.name] = sum(sides) / len(sides)
+    return drifts
 
 
 def fisher_condition(state: PyTree) -> dict[str, Array]:
-    """Largest over smallest eigenvalue of each Fisher, undamped: of L, or of K's filled slots.
+    """The condition number of each Fisher without damping: of L, or of the filled part of K.
 
-    At most 1/eps, which is beyond what the dtype can tell; 1 where nothing has come in. One
-    eigendecomposition a matrix: for a look now and then, not for every step.
+    At most 1/eps of the dtype, beyond which eigenvalues are rounding noise; 1 before the first
+    gradient. Costs one eigendecomposition per matrix: for occasional use, not for every step.
 
     Args:
-      state: of an optimizer with a Fisher stage; without one the dict is empty.
+      state: of an optimizer with a Fisher stage; otherwise the dict is empty.
 
     Returns:
       For each projected leaf (*batch).
     """
-    found = {}
+    conditions = {}
     for node in _find(state, CoreFisherState):
         for L in cores(node.fisher):
-            found[L.spec.name] = _condition(L.value, jnp.full(L.spec.batch_shape, L.spec.rank))
+            rank = jnp.full(L.spec.batch_shape, L.spec.rank)
+            conditions[L.spec.name] = _condition(L.value, rank)
     for node in _find(state, FisherState):
         for count, K, D in zip(*map(cores, (node.count, node.gram, node.scale)), strict=True):
-            unit = D.value / jnp.maximum(
-                D.value.max(axis=-1, keepdims=True), jnp.finfo(K.value).tiny
-            )
+            largest = jnp.maximum(D.value.max(axis=-1, keepdims=True), jnp.finfo(K.value).tiny)
+            unit = D.value / largest
             scaled = unit[..., :, None] * K.value * unit[..., None, :]
-            found[K.spec.name] = _condition(scaled, jnp.minimum(count.value, K.value.shape[-1]))
-    return found
+            filled = jnp.minimum(count.value, K.value.shape[-1])
+            conditions[K.spec.name] = _condition(scaled, filled)
+    return conditions
 
 
 def skipped_steps(state: PyTree) -> dict[str, Array]:
-    """How often each gradient was not finite: (*batch) of a projected leaf, one number of another.
+    """The number of steps on which each gradient was not finite.
 
     Args:
       state: of an optimizer.
 
     Returns:
-      For every leaf that the optimizer was given, int32.
+      For every leaf the optimizer was given, int32: (*batch) of a projected leaf, otherwise ().
     """
-    found = {}
+    counts = {}
     for node in _find(state, SubspaceState):
         for path, x in jax.tree_util.tree_leaves_with_path(node.skipped, is_leaf=is_core):
-            found[x.spec.name if is_core(x) else path_name(path)] = x.value if is_core(x) else x
-    return found
+            counts[x.spec.name if is_core(x) else path_name(path)] = x.value if is_core(x) else x
+    return counts
 
 
-def _condition(A: Array, known: Array) -> Array:
-    """Of the largest `known` eigenvalues of each symmetric A."""
+def _condition(A: Array, number: Array) -> Array:
+    """Ratio of the largest to the smallest of the `number` largest eigenvalues of each A."""
 
-    def one(A, known):
+    def of_matrix(A, number):
         values = jnp.linalg.eigvalsh(A)
         largest = values[-1]
-        smallest = jnp.maximum(values[-jnp.maximum(known, 1)], jnp.finfo(A.dtype).eps * largest)
+        smallest = jnp.maximum(values[-jnp.maximum(number, 1)], jnp.finfo(A.dtype).eps * largest)
         return jnp.where(largest > 0, largest / jnp.where(largest > 0, smallest, 1.0), 1.0)
 
     # One at a time: batched eigh deadlocked on two cores (jaxlib 0.10.2).
-    flat = lax.map(lambda x: one(*x), (A.reshape(-1, *A.shape[-2:]), known.reshape(-1)))
+    flat = lax.map(lambda x: of_matrix(*x), (A.reshape(-1, *A.shape[-2:]), number.reshape(-1)))
     return flat.reshape(A.shape[:-2])
 
 
+def _full_gradient(gradients: dict[str, Any], spec: LeafSpec) -> Array:
+    """The gradient of a projected leaf, if it is a full one."""
+    G = gradients.get(spec.name)
+    if G is None or is_core(G):
+        kind = "no gradient" if G is None else "a core"
+        raise ValueError(
+            f"`grads` must be full gradients, such as those of jax.grad, but has {kind} for "
+            f"{spec.name!r}: the energy needs |G|, which a core does not contain."
+        )
+    return G
+
+
 def _find(state: PyTree, kind: type) -> list:
+    """All nodes of a type in a state."""
     is_kind = lambda x: isinstance(x, kind)
     return [x for x in jax.tree.leaves(unbox(state), is_leaf=is_kind) if is_kind(x)]
 
 
 def _bases(state: PyTree) -> list[tuple[Basis, Basis | None]]:
-    """P and Q of each projected leaf."""
-    found = []
+    """P and, if both sides are projected, Q of each projected leaf."""
+    pairs = []
     for node in _find(state, SubspaceState):
         right = {Q.spec.name: Q for Q in _find(decoded(node.right_basis), Basis)}
-        found += [(P, right.get(P.spec.name)) for P in _find(decoded(node.basis), Basis)]
-    return found
+        pairs += [(P, right.get(P.spec.name)) for P in _find(decoded(node.basis), Basis)]
+    return pairs

@@ -1,4 +1,4 @@
-"""What an optimizer's state weighs, told from the state itself."""
+"""Bytes of an optimizer's state, in total and per leaf, counted from its shapes."""
 
 import dataclasses
 import math
@@ -18,11 +18,11 @@ from ..util.text_tables import human_bytes, table
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """What :func:`memory_report` counted, in bytes; prints as a table.
+    """Result of :func:`memory_report`, in bytes; prints as a table.
 
     Attributes:
-      total: for each optimizer, all of its state.
-      projected: for each optimizer, what it keeps for the leaves that any of them projects.
+      total: bytes of the state, by optimizer.
+      projected: bytes of the state of those leaves that at least one of the optimizers projects.
     """
 
     total: dict[str, int]
@@ -47,17 +47,17 @@ class MemoryReport:
 def memory_report(
     params: PyTree, optimizers: Mapping[str, optax.GradientTransformation]
 ) -> MemoryReport:
-    """Counts the bytes of state of any Optax transformations, side by side.
+    """Counts the bytes of state of several Optax transformations.
 
     Args:
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
-      optimizers: transformations by name; ratios are to the first.
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
+      optimizers: transformations by name; the table's ratios are to the first.
 
     Returns:
       A :class:`MemoryReport`; `print` it.
 
     Raises:
-      ValueError: if there is no optimizer to report on.
+      ValueError: if `optimizers` is empty.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -76,34 +76,35 @@ def memory_report(
         for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Basis))
         if isinstance(node, Basis)
     }
-    held = {name: bytes_by_leaf(state, params) for name, state in states.items()}
+    by_optimizer = {name: bytes_by_leaf(state, params) for name, state in states.items()}
     return MemoryReport(
         total={name: sum(map(nbytes, jax.tree.leaves(state))) for name, state in states.items()},
         projected={
-            name: sum(by_leaf[path] for path in projected) for name, by_leaf in held.items()
+            name: sum(leaf_bytes[path] for path in projected)
+            for name, leaf_bytes in by_optimizer.items()
         },
     )
 
 
 def bytes_by_leaf(state: PyTree, params: PyTree) -> dict[str, int]:
-    """The bytes of `state` that belong to each leaf of `params`, by the leaf's name.
+    """Bytes of `state` per leaf of `params`, by the leaf's name.
 
-    A Core or Basis knows its leaf; any other array belongs to the leaf whose path ends its own,
-    or that of the codes and scales which stand for it.
+    A Core or Basis carries the path of its leaf. Any other array belongs to the leaf whose path is
+    the end of the array's own path, less the fields of a quantized array.
     """
     state, params = unbox(state), unbox(params)
     names = {path: path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    held = dict.fromkeys(names.values(), 0)
-    marked = lambda x: isinstance(x, Core | Basis)
-    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=marked):
-        leaf = node.spec.path if marked(node) else owner(path, names)
+    counted = dict.fromkeys(names.values(), 0)
+    has_spec = lambda x: isinstance(x, Core | Basis)
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=has_spec):
+        leaf = node.spec.path if has_spec(node) else owner(path, names)
         if leaf is not None:
-            held[names[leaf]] += sum(map(nbytes, jax.tree.leaves(node)))
-    return held
+            counted[names[leaf]] += sum(map(nbytes, jax.tree.leaves(node)))
+    return counted
 
 
 def nbytes(x: Any) -> int:
-    """The bytes of an array, or of its shape: of numbers in 4 bits two share one, in 2 bits four.
+    """Bytes of an array or shape, packed: two 4-bit or four 2-bit numbers share a byte.
 
     Example:
       >>> [nbytes(jax.ShapeDtypeStruct((3, 5), dtype)) for dtype in ("float32", "int4")]
@@ -113,7 +114,7 @@ def nbytes(x: Any) -> int:
 
 
 def _bits(dtype: Any) -> int:
-    """Of one number; NumPy's `itemsize` is that of numbers which are not packed."""
+    """Bits of one number. NumPy's `itemsize` is the unpacked size."""
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits
     if jnp.issubdtype(dtype, jnp.floating):
