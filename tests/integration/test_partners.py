@@ -1,7 +1,7 @@
-"""Optax's optimizers as `inner`: what they compute, keep, and carry to another basis.
+"""Optax's optimizers as `inner`: their updates, their states and the transport of these.
 
-The oracle runs the same optimizer on explicit cores, PᵀG by NumPy, and turns its state by the
-documented rules. All of it is in float64: then a difference is a fault, and no rounding.
+The oracle runs the same optimizer on explicit cores, PᵀG by NumPy, and rotates its state by the
+documented rules. All runs are in float64, so that a difference is a fault and not rounding.
 """
 
 import inspect
@@ -15,6 +15,7 @@ import optax.contrib
 import pytest
 
 import natgalore_jax as natgalore
+from tests.helpers.cases import quick, slow
 from tests.helpers.partners import AROUND, INSIDE, PAGE, PARTS, REFUSED, numbers, page
 from tests.oracle import oracles
 
@@ -32,33 +33,21 @@ def float64():
         yield
 
 
-def lines(table, quick=None, **fixed):
-    """Its lines as cases; slow ones but for those of the names `quick`."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=() if quick is None or name in quick else pytest.mark.slow)
-            for name, line in table.items()
-            if all(getattr(line, field) == value for field, value in fixed.items())
-        ],
-    )
-
-
 # --- Bases: functions (G, P, key) -> P --------------------------------------------------------
 
 
 def nudged(G, P, key):
-    """It shares a part with P, and follows G."""
+    """A basis between P and the leading directions of G."""
     return jnp.linalg.qr(P + 0.3 * G @ (G.T @ P))[0]
 
 
-def renamed(G, P, key):
-    """The directions of P in another order, some with the other sign."""
+def permuted(G, P, key):
+    """The columns of P in another order, some with the other sign."""
     return P[:, jnp.array([2, 0, 3, 1])] * jnp.array([[1.0, -1.0, -1.0, 1.0]], P.dtype)
 
 
-def turned(G, P, key):
-    """Other directions of the same subspace."""
+def rotated(G, P, key):
+    """Another orthonormal basis of the span of P."""
     x = jnp.arange(1.0, 17.0, dtype=P.dtype).reshape(RANK, RANK)
     return P @ jnp.linalg.qr(jnp.cos(x * x))[0]
 
@@ -95,8 +84,8 @@ def run(line, basis, transport, side="short"):
     return out, states
 
 
-def each(f, name, *arrays):
-    """f of the matrices of one leaf, for each of the stack where it is one."""
+def per_matrix(f, name, *arrays):
+    """f of the matrices of one leaf; of a stack, f of each of its matrices."""
     arrays = [np.asarray(x) for x in arrays]
     if name != "layers":
         return f(*arrays)
@@ -105,7 +94,7 @@ def each(f, name, *arrays):
 
 
 def at_kernels(f, tree):
-    """f of the name and the array of each leaf that is projected; the others as they are."""
+    """f(name, array) at each projected leaf; other leaves unchanged."""
     return {
         name: jax.tree.map(lambda x, name=name: f(name, x) if name in KERNELS else x, leaf)
         for name, leaf in tree.items()
@@ -121,15 +110,15 @@ core = lambda G, P, Q=None: P.T @ G if Q is None else P.T @ G @ Q
 lifted = lambda U, P, Q=None: P @ U if Q is None else P @ U @ Q.T
 
 
-def carried(state, roles, turns):
-    """The state of an optimizer of plain cores in new bases: what `transport="rotate"` promises."""
+def rotated_state(state, roles, turns):
+    """The state of an optimizer of plain cores in new bases, as `transport="rotate"` has it."""
 
     def factors(state):
         row, col = dict(state.v_row), dict(state.v_col)
         for name in KERNELS:
             if roles.get("v_row") and row[name]["kernel"].size > 1:
                 f = lambda row, col, C, *D: oracles.rotated_factors(C, row, col, *D)
-                both = each(f, name, row[name]["kernel"], col[name]["kernel"], *turns[name])
+                both = per_matrix(f, name, row[name]["kernel"], col[name]["kernel"], *turns[name])
                 row[name], col[name] = ({"kernel": jnp.asarray(x)} for x in both)
         return state._replace(v_row=row, v_col=col)
 
@@ -142,7 +131,7 @@ def carried(state, roles, turns):
         if leaf is None or role not in RULES or np.size(x) == 1:
             return x
         f = lambda x, C, *D: RULES[role](C, x, *D)
-        return jnp.asarray(each(f, leaf, x, *turns[leaf]))
+        return jnp.asarray(per_matrix(f, leaf, x, *turns[leaf]))
 
     def visited(state, field):
         whole = jax.tree_util.tree_map_with_path(visit, {field: getattr(state, field)})
@@ -157,9 +146,9 @@ RULES = {"linear": oracles.rotated_linear, "square": oracles.rotated_square}
 
 
 def oracle(line, states, transport):
-    """The updates of `inner` on explicit cores, with the bases that the states name."""
+    """The updates of `inner` on explicit cores, with the bases in `states`."""
     inner = optax.with_extra_args_support(line.make())
-    of = lambda state, f: lambda name, x: jnp.asarray(each(f, name, x, *bases(state, name)))
+    of = lambda state, f: lambda name, x: jnp.asarray(per_matrix(f, name, x, *bases(state, name)))
     proxies = at_kernels(of(states[0], core), jax.tree.map(jnp.zeros_like, weights()))
     proxies["norm"] = weights()["norm"]
     state = inner.init(proxies)
@@ -168,12 +157,12 @@ def oracle(line, states, transport):
             between = lambda P, P_new: P_new.T @ P
             turns = {
                 name: [
-                    each(between, name, *sides)
+                    per_matrix(between, name, *sides)
                     for sides in zip(bases(old, name), bases(new, name), strict=True)
                 ]
                 for name in KERNELS
             }
-            state = carried(state, line.roles, turns)
+            state = rotated_state(state, line.roles, turns)
         R = at_kernels(of(new, core), gradients(count))
         U, state = inner.update(R, state, proxies, **line.extra_args)
         decay = lambda name, u: u + line.decay * weights()[name]["kernel"]
@@ -190,72 +179,85 @@ def compare(ours, theirs):
 # --- Inside -----------------------------------------------------------------------------------
 
 
-# The types of their states are those of other lines, and a state is carried by its types.
-ALIKE = {
-    *("adamaxw", "centralize", "clip", "clip_by_global_norm", "contrib.acprop", "contrib.adopt"),
-    *("contrib.normalize", "ema", "nadam", "nadamw", "named_chain", "normalize_by_update_norm"),
-    *("polyak_sgd", "radam", "set_to_zero", "sgd, nesterov", "sign_sgd", "yogi"),
-}
-SELDOM = {"add_noise", "adabelief", "apply_if_finite", "conditionally_mask", "partition", "rprop"}
+CARRIED = [name for name, line in INSIDE.items() if line.transport == "any"]
+SYMMETRIC = [name for name, line in INSIDE.items() if line.symmetry]
+ROTATING = [name for name, line in INSIDE.items() if line.symmetry == "turns"]
 
 
-@lines(INSIDE, quick=INSIDE.keys() - ALIKE - SELDOM, transport="any")
-def test_runs_on_cores_and_is_carried_to_new_ones(name):
-    """P inner(PᵀG) through two refreshes; and what it holds of a core is what the page says."""
+def one_per_pattern(names):
+    """The first of `names` of each pattern: roles, decay, extra arguments; and each wrapper."""
+    first = {}
+    for name in names:
+        line = INSIDE[name]
+        roles = *sorted(line.roles.values()), bool(line.decay), bool(line.extra_args)
+        first.setdefault(roles, name)
+    return {*first.values(), *WRAPPERS.intersection(names)}
+
+
+# Their states nest, stack or hide those of the optimizer inside them.
+WRAPPERS = {"MultiSteps", "inject_hyperparams", "masked", "muon of stacks"}
+
+
+def test_state_sizes_equal_the_table():
+    """State arrays of one core have the sizes the page lists, and none has the weight's size."""
+    params = weights() | {"up": {"kernel": jnp.zeros((64, 256))}}
+    for name, line in INSIDE.items():
+        tx = natgalore.project(8, line.make(), transport="keep")
+        arrays = jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params).inner_state)
+        sizes = [x.size for path, x in arrays if "['up']" in jax.tree_util.keystr(path)]
+        assert sum(size for size in sizes if size > 1) == numbers(line.state, 8, 256), name
+        assert max((x.size for _, x in arrays), default=0) <= 8 * 256, name
+
+
+@pytest.mark.parametrize("name", quick(one_per_pattern(CARRIED), CARRIED))
+def test_inner_with_rotated_state_equals_the_oracle(name):
+    """P inner(PᵀG) through two refreshes."""
     line = INSIDE[name]
     updates, states = run(line, nudged, "rotate")
     compare(updates, oracle(line, states, "rotate"))
-    held = jax.tree_util.tree_leaves_with_path(states[-1].inner_state)
-    sizes = [np.size(x) for path, x in held if "['up']" in jax.tree_util.keystr(path)]
-    assert sum(size for size in sizes if size > 1) == numbers(line.state, RANK, 20)
 
 
-@lines(INSIDE, quick=("adam", "sm3"))
-def test_runs_on_cores_and_is_kept_as_it_is(name):
+@pytest.mark.parametrize("name", quick(["adam", "sm3"], [*INSIDE]))
+def test_inner_with_kept_state_equals_the_oracle(name):
     line = INSIDE[name]
     updates, states = run(line, nudged, "keep")
     compare(updates, oracle(line, states, "keep"))
 
 
-@pytest.mark.parametrize("name", ["adam", "adafactor", "lion", "contrib.muon"])
-def test_is_carried_on_both_sides(name):
+@pytest.mark.parametrize("name", ["adam", *slow("adafactor", "lion", "contrib.muon")])
+def test_inner_with_state_rotated_on_both_sides_equals_the_oracle(name):
     line = INSIDE[name]
     updates, states = run(line, nudged, "rotate", side="both")
     compare(updates, oracle(line, states, "rotate"))
 
 
-NAMES = ("adam", "amsgrad", "adan", "adafactor", "lion", "novograd")
-TURNS = ("sgd, momentum", "novograd", "muon of stacks")
-
-
-@lines({k: v for k, v in INSIDE.items() if v.symmetry}, quick=NAMES)
-def test_new_names_for_old_directions_change_nothing(name):
-    """The trajectory is that without any refresh, where inner treats all directions alike."""
+@pytest.mark.parametrize("name", quick(["adafactor"], SYMMETRIC))
+def test_signed_permutations_of_the_basis_leave_the_trajectory(name):
+    """The trajectory equals one without refreshes if inner treats all directions alike."""
     line = INSIDE[name]
-    updates, states = run(line, renamed, "rotate")
-    still = [states[0]] * len(states)  # the basis of the start, throughout
-    compare(updates, oracle(line, still, "keep"))
-
-
-@lines(INSIDE, quick=TURNS, symmetry="turns")
-def test_another_basis_of_the_same_subspace_changes_nothing(name):
-    """Where inner does not know directions from their mixtures."""
-    line = INSIDE[name]
-    updates, states = run(line, turned, "rotate")
+    updates, states = run(line, permuted, "rotate")
     compare(updates, oracle(line, [states[0]] * len(states), "keep"))
 
 
-def test_without_transport_new_names_change_much():
-    """The test above sees something."""
+@pytest.mark.parametrize("name", quick(["novograd"], ROTATING))
+def test_rotations_within_the_subspace_leave_the_trajectory(name):
+    """The trajectory equals one without refreshes if inner commutes with rotations."""
+    line = INSIDE[name]
+    updates, states = run(line, rotated, "rotate")
+    compare(updates, oracle(line, [states[0]] * len(states), "keep"))
+
+
+def test_signed_permutations_without_transport_change_the_trajectory():
+    """Under `transport="keep"` the comparison above fails from the second refresh on."""
     line = INSIDE["adam"]
-    updates, states = run(line, renamed, "keep")
+    updates, states = run(line, permuted, "keep")
     with pytest.raises(AssertionError, match="step 3, up"):
         compare(updates, oracle(line, [states[0]] * len(states), "keep"))
 
 
-@lines(INSIDE, quick=ALIKE.union(NAMES), transport="any")
-def test_can_start_over(name):
-    """Under `transport="reset"` a refresh leaves the state's types as they are."""
+@pytest.mark.parametrize("name", quick(one_per_pattern(CARRIED), CARRIED))
+def test_reset_keeps_the_types_of_the_state(name):
+    """The types of the state after an update with a refresh under `transport="reset"`."""
     tx = natgalore.project(RANK, INSIDE[name].make(), transport="reset")
     state = jax.eval_shape(tx.init, weights())
     step = lambda g, s: tx.update(g, s, weights(), **INSIDE[name].extra_args)
@@ -264,42 +266,35 @@ def test_can_start_over(name):
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, weights())
 
 
-def test_nothing_is_as_large_as_the_weight():
-    """The state of an inner by its shapes, at sizes at which a core is far smaller."""
-    params = weights() | {"up": {"kernel": jnp.zeros((64, 256))}}
-    for name, line in INSIDE.items():
-        tx = natgalore.project(8, line.make(), transport="keep")
-        held = jax.tree.leaves(tx.init(params).inner_state)
-        assert max(map(np.size, held), default=0) <= 8 * 256, name
-
-
-def test_a_stack_longer_than_the_rank_is_not_factored_across_its_matrices():
+def test_factors_across_a_stack_longer_than_the_rank_are_refused():
     """Adafactor's two longest axes are then those of the stack and of the columns."""
     params = {"layers": {"kernel": jnp.zeros((6, 12, 20))}}
+    init = lambda *args, **kwargs: jax.eval_shape(natgalore.project(*args, **kwargs).init, params)
     make = lambda **kwargs: optax.adafactor(1.0, multiply_by_parameter_scale=False, **kwargs)
     factored = make(min_dim_size_to_factor=4)
     with pytest.raises(TypeError, match=r"layers/kernel.*\(6, 20\).*\(4, 20\).*factored=False"):
-        natgalore.project(4, factored).init(params)
-    natgalore.project(4, factored, transport="keep").init(params)
-    natgalore.project(4, make(factored=False)).init(params)
-    natgalore.project(6, factored).init(params)
+        init(4, factored)
+    init(4, factored, transport="keep")
+    init(4, make(factored=False))
+    init(6, factored)
 
 
 # --- Refused ----------------------------------------------------------------------------------
 
 
-@lines(REFUSED)
+@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # Optax's own dpsgd passes it
-def test_is_refused_with_advice(name):
+def test_other_inners_are_refused_with_advice(name):
     line = REFUSED[name]
     tx = natgalore.project(RANK, line.make())
     if line.when == "init":
         with pytest.raises(line.error, match=line.match):
-            tx.init(weights())
+            jax.eval_shape(tx.init, weights())
     else:
-        state = tx.init(weights())
+        state = jax.eval_shape(tx.init, weights())
+        update = lambda g, state: tx.update(g, state, weights(), **line.extra_args)
         with pytest.raises(line.error, match=line.match) as caught:
-            tx.update(gradients(0), state, weights(), **line.extra_args)
+            jax.eval_shape(update, gradients(0), state)
         assert any("`inner`" in note for note in caught.value.__notes__)
 
 
@@ -328,23 +323,24 @@ def by_rows(updates, state, params, **_):
 
 
 @pytest.mark.parametrize("update", [by_signs, where_positive, transposed, stopped, by_rows])
-def test_weights_read_where_no_derivative_shows_it_are_refused(update):
+def test_inner_that_is_not_affine_in_the_weight_is_refused(update):
+    """Also where the derivative at zero weights is that of a decay."""
     tx = natgalore.project(4, strange(update), side="both")  # so that wᵀ has the shape of w
     with pytest.raises(ValueError, match="not a number times the weight"):
-        tx.init({"up": {"kernel": jnp.ones((12, 20))}})
+        jax.eval_shape(tx.init, {"up": {"kernel": jnp.ones((12, 20))}})
 
 
-def test_weights_remembered_from_init_are_refused_where_they_are_used():
-    """What is written anew before it is read is no memory."""
+def test_weights_stored_at_init_are_refused_if_update_reads_them():
+    """State that each update overwrites without reading passes."""
     init = lambda params: jax.tree.map(jnp.asarray, params)
     kept = strange(lambda u, s, w, **_: (u, s), init)
     renewed = strange(lambda u, s, w, **_: (u, u), init)
     with pytest.raises(ValueError, match="remember weights"):
-        natgalore.project(4, kept, transport="keep").init(weights())
-    natgalore.project(4, renewed, transport="keep").init(weights())
+        jax.eval_shape(natgalore.project(4, kept, transport="keep").init, weights())
+    jax.eval_shape(natgalore.project(4, renewed, transport="keep").init, weights())
 
 
-def test_arguments_of_its_own_put_the_reading_off_to_the_first_update():
+def test_inner_with_own_extra_arguments_is_checked_at_the_first_update():
     update = lambda u, s, w, *, mine: (jax.tree.map(lambda u, w: u * mine + w * w, u, w), s)
     tx = natgalore.project(4, strange(update))
     state = tx.init(weights())
@@ -364,9 +360,9 @@ def loss(params):
     )
 
 
-@lines(AROUND)
+@pytest.mark.parametrize("name", quick(["apply_if_finite"], [*AROUND]))
 @pytest.mark.filterwarnings("ignore:natgalore projects none:UserWarning")
-def test_trains_with_what_is_around_it(name):
+def test_wrapped_optimizer_trains(name):
     line = AROUND[name]
     tx = line.make(natgalore.natural_galore(0.05, RANK, refresh_every=EVERY))
     params = {"up": {"kernel": jnp.ones((12, 20))}, "norm": {"scale": jnp.ones(12)}}
@@ -391,7 +387,7 @@ def test_trains_with_what_is_around_it(name):
 
 
 @pytest.mark.slow
-def test_per_example_gradients_are_aggregated_in_front():
+def test_per_example_gradients_are_aggregated_before_the_projection():
     private = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=0)
     examples = jax.tree.map(lambda *x: jnp.stack(x), gradients(0), gradients(1))
     clipped = [optax.clip_by_global_norm(1.0).update(gradients(i), ())[0] for i in range(2)]
@@ -404,7 +400,7 @@ def test_per_example_gradients_are_aggregated_in_front():
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
-def test_flatten_around_warns_that_nothing_is_projected():
+def test_flatten_warns_that_no_leaf_is_projected():
     with pytest.warns(UserWarning, match="projects none of the 1 leaves"):
         optax.flatten(natgalore.galore(1e-2)).init(weights())
 
@@ -413,7 +409,7 @@ def test_flatten_around_warns_that_nothing_is_projected():
 
 
 def makers(module, prefix=""):
-    """The public names of a module that make transformations, as their source tells."""
+    """The public names of a module whose source mentions a GradientTransformation."""
     for name in dir(module):
         thing = getattr(module, name)
         function = getattr(thing, "func", thing)  # optax.nadam is a partial
@@ -424,12 +420,12 @@ def makers(module, prefix=""):
 
 
 @pytest.mark.skipif(optax.__version__ != "0.2.8", reason="the tables are those of Optax 0.2.8")
-def test_every_transformation_of_optax_is_listed():
+def test_tables_list_every_transformation_of_optax():
     listed = {name.split(",")[0] for name in (*INSIDE, *REFUSED, *AROUND, *PARTS)}
     known = {*makers(optax), *makers(optax.contrib, "contrib.")}
     assert known - listed == set()
     assert {PARTS[name] for name in PARTS} - {""} <= {*INSIDE, *REFUSED, *AROUND}
 
 
-def test_the_page_is_that_of_the_tables():
+def test_page_equals_the_tables():
     assert PAGE.read_text() == page(), "run python -m tests.helpers.partners"
