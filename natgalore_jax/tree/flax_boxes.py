@@ -1,10 +1,10 @@
-"""The boxes that Flax puts around an array, told by their form alone.
+"""Removal and restoration of Flax's boxes around arrays, recognised by their structure.
 
-`nnx.Variable`, `linen.Partitioned` and their kin are nodes with one child, `value`, and beside it
-what is known of the whole weight: names of its axes, a sharding. A core has other axes, so a
-projected leaf leaves its box. The state holds bare Cores, named as those of a plain dict of arrays
-are, and `nnx.Optimizer`, which boxes the arrays of a state and keeps the nodes around them, can
-store it. Any other leaf stays in its box, in the state of `inner` too, as with every Optax
+A box (`nnx.Variable`, `linen.Partitioned` and similar) is a pytree node with one child, `value`,
+and metadata of the full weight, such as axis names or a sharding. A core has other axes, so
+projected leaves are unboxed. The state holds unboxed Cores, with the paths of a plain dict of
+arrays; `nnx.Optimizer`, which boxes the arrays of a state and keeps the nodes around them, can
+store it. All other leaves stay in their boxes, in the state of `inner` too, as with every Optax
 optimizer.
 """
 
@@ -21,39 +21,39 @@ VALUE = (jax.tree_util.GetAttrKey("value"),)
 
 
 def unbox(tree: PyTree) -> PyTree:
-    """`tree` with every array out of its box."""
+    """`tree` with every box replaced by its array."""
     return jax.tree.map(lambda x: _children(x)[0][1] if is_box(x) else x, tree, is_leaf=is_box)
 
 
-def rebox(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree`, which is like `unbox(like)`, with all but its Cores in the boxes of `like`."""
+def rebox(tree: PyTree, boxes: PyTree) -> PyTree:
+    """`tree`, in the structure of `unbox(boxes)`, with every leaf but Cores in its box again."""
 
     def put(box, x):
         if is_core(x) or not is_box(box):
             return x
         return jax.tree.structure(box).unflatten(jax.tree.leaves(x))
 
-    return jax.tree.map(put, like, tree, is_leaf=is_box)
+    return jax.tree.map(put, boxes, tree, is_leaf=is_box)
 
 
 def with_boxes(
-    inner: optax.GradientTransformationExtraArgs, like: PyTree
+    inner: optax.GradientTransformationExtraArgs, boxes: PyTree
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` on trees out of the boxes of `like`; it gets them back in them, but for Cores."""
+    """`inner` for unboxed trees: it sees every leaf but Cores in the boxes of `boxes`."""
 
     def init(params: PyTree) -> Any:
-        return inner.init(rebox(params, like))
+        return inner.init(rebox(params, boxes))
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
-        params = None if params is None else rebox(params, like)
-        updates, state = inner.update(rebox(updates, like), state, params, **extra_args)
+        params = None if params is None else rebox(params, boxes)
+        updates, state = inner.update(rebox(updates, boxes), state, params, **extra_args)
         return unbox(updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def is_box(x: Any) -> bool:
-    """Whether x is a node of one child, called `value`, which is an array or a hole."""
+    """Whether x is a node with one child, called `value`, that is an array or leafless."""
     if isinstance(x, tuple | Core | Basis):
         return False
     children = _children(x)

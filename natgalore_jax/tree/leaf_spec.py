@@ -1,9 +1,9 @@
-"""What is this leaf? The types that answer it, once, for every room of the library.
+"""The matrix view of a leaf, and pytree nodes that pair an array with it.
 
-A :class:`LeafSpec` says how a leaf of the params is seen as matrices and is the only home of
-their orientation. A :class:`Core` carries an array of one projected leaf together with its spec:
-gradients in the subspace are Cores, and because Optax's transformations map over the node and
-keep it, so is everything they remember of them. What such an array *is*, `state_roles.py` says.
+A :class:`LeafSpec` is the view of one leaf of the params as matrices, and the only place that
+defines their orientation. A :class:`Core` pairs an array of a projected leaf with its spec.
+Gradients in the subspace are Cores; Optax's transformations map over the node and keep it, so the
+arrays in their states are Cores too. `state_roles.py` defines the contents of such arrays.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from jaxtyping import Array, Float, Int, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
-    """How one leaf of the params is seen as a stack of m x n matrices, m the projected side.
+    """The view of one leaf of the params as a stack of m x n matrices, m the projected side.
 
-    Static and hashable: it lives in the structure of a state, never among its arrays.
+    Static and hashable: part of a state's tree structure, not one of its arrays.
 
     Attributes:
-      path: where the leaf is, as `jax.tree_util` spells it.
-      shape: of the leaf.
-      batch: axes that count matrices (layers, experts); they come first in the view. The axes of
-        blocks, see `split`, are the last of them.
-      rows: axes that make up m, the projected side.
-      cols: axes that make up n.
-      rank: r, columns of the basis.
-      index: the place of its first matrix in the refresh order.
-      both: whether the n side is projected too, on a second basis Q (n x r).
-      split: the shape with each axis that holds several matrices side by side as two, (blocks,
-        size); () where no axis does. `batch`, `rows` and `cols` are axes of it.
-      guess: whether the last two axes were taken as the matrix for want of evidence.
+      path: the path of the leaf, as in `jax.tree_util`.
+      shape: the shape of the leaf.
+      batch: axes over matrices (layers, experts), first in the view. Axes of blocks, see `split`,
+        are the last of them.
+      rows: axes that are merged into m, the projected side.
+      cols: axes that are merged into n.
+      rank: r, the number of columns of the basis.
+      index: the position of the leaf's first matrix in the refresh order.
+      both: whether the n side is projected too, with a second basis Q (n x r).
+      split: the shape with each axis of several adjacent matrices split into (blocks, size); ()
+        without such an axis. `batch`, `rows` and `cols` index its axes.
+      guess: whether the last two axes are the matrix only by default, without evidence.
     """
 
     path: tuple[Any, ...]
@@ -54,12 +54,12 @@ class LeafSpec:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the axes that `batch`, `rows` and `cols` speak of."""
+        """Sizes of the axes that `batch`, `rows` and `cols` index."""
         return self.split or self.shape
 
     @property
     def name(self) -> str:
-        """The path as people write it: `layers/0/attention/query/kernel`."""
+        """The path in the form `layers/0/attention/query/kernel`."""
         return path_name(self.path)
 
     @property
@@ -68,7 +68,7 @@ class LeafSpec:
 
     @property
     def matrices(self) -> int:
-        """How many matrices the leaf holds."""
+        """The number of matrices in the leaf."""
         return math.prod(self.batch_shape)
 
     @property
@@ -89,11 +89,11 @@ class LeafSpec:
 
     @property
     def transposed(self) -> "LeafSpec":
-        """The same leaf seen as n x m matrices: what P is here, Q is there."""
+        """The view of the same leaf as n x m matrices, whose basis P is this view's Q."""
         return dataclasses.replace(self, rows=self.cols, cols=self.rows)
 
     def to_view(self, x: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
-        """The leaf as its matrices."""
+        """The leaf as a stack of matrices."""
         axes = (*self.batch, *self.rows, *self.cols)
         return x.reshape(self.sizes).transpose(axes).reshape(*self.batch_shape, self.m, self.n)
 
@@ -104,57 +104,58 @@ class LeafSpec:
         return x.reshape([self.sizes[axis] for axis in axes]).transpose(inverse).reshape(self.shape)
 
     def cut(self, x: Float[Array, "..."], i: Int[Array, ""]) -> Float[Array, "..."]:
-        """The i-th matrix of the leaf as it lies there, its axes in the leaf's order."""
+        """The i-th matrix of the leaf, its axes in the leaf's order; see `as_matrix`."""
         x = x.reshape(self.sizes)
         if not self.batch:
             return x
-        place = dict(zip(self.batch, self._place(i), strict=True))
-        starts = [place.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
+        index = dict(zip(self.batch, self._batch_index(i), strict=True))
+        starts = [index.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
         sizes = [1 if axis in self.batch else n for axis, n in enumerate(self.sizes)]
         part = lax.dynamic_slice(x, starts, sizes)
         return part.reshape([n for axis, n in enumerate(self.sizes) if axis not in self.batch])
 
     def as_matrix(self, part: Float[Array, "..."]) -> Float[Array, "m n"]:
-        """What `cut` gives, with the projected side first."""
-        left = [axis for axis in range(len(self.sizes)) if axis not in self.batch]
-        axes = [left.index(axis) for axis in (*self.rows, *self.cols)]
+        """The result of `cut` as a matrix, the projected side first."""
+        remaining = [axis for axis in range(len(self.sizes)) if axis not in self.batch]
+        axes = [remaining.index(axis) for axis in (*self.rows, *self.cols)]
         return part.transpose(axes).reshape(self.m, self.n)
 
     def take(self, x: Array, i: Int[Array, ""]) -> Array:
-        """The i-th matrix's part of a state array, whose batch axes come first."""
+        """The part of the i-th matrix in a state array, whose batch axes come first."""
         if not self.batch:
             return x
-        return lax.dynamic_slice(x, *self._cut(x, i)).reshape(x.shape[len(self.batch) :])
+        return lax.dynamic_slice(x, *self._slice(x, i)).reshape(x.shape[len(self.batch) :])
 
     def put(self, x: Array, i: Int[Array, ""], part: Array) -> Array:
-        """`x` with the i-th matrix's part replaced."""
+        """`x` with the part of the i-th matrix replaced."""
         if not self.batch:
             return part
-        starts, sizes = self._cut(x, i)
+        starts, sizes = self._slice(x, i)
         return lax.dynamic_update_slice(x, part.reshape(sizes), starts)
 
     def take_all(self, state: PyTree, i: Int[Array, ""]) -> PyTree:
-        """`take` of each array of a tree."""
+        """`take` for each array of a tree."""
         return jax.tree.map(lambda x: self.take(x, i), state)
 
     def put_all(self, state: PyTree, i: Int[Array, ""], part: PyTree) -> PyTree:
-        """`put` into each array of a tree."""
+        """`put` for each array of a tree."""
         return jax.tree.map(lambda x, new: self.put(x, i, new), state, part)
 
-    def _place(self, i: Int[Array, ""]) -> tuple[Array, ...]:
+    def _batch_index(self, i: Int[Array, ""]) -> tuple[Array, ...]:
         return jnp.unravel_index(i, self.batch_shape) if self.batch else ()
 
-    def _cut(self, x: Array, i: Int[Array, ""]) -> tuple[list[Array], tuple[int, ...]]:
-        rest = x.shape[len(self.batch) :]
-        starts = [*self._place(i), *[jnp.zeros_like(i)] * len(rest)]
-        return starts, (1,) * len(self.batch) + rest
+    def _slice(self, x: Array, i: Int[Array, ""]) -> tuple[list[Array], tuple[int, ...]]:
+        """Start indices and sizes of the i-th matrix's slice."""
+        shape = x.shape[len(self.batch) :]
+        starts = [*self._batch_index(i), *[jnp.zeros_like(i)] * len(shape)]
+        return starts, (1,) * len(self.batch) + shape
 
 
-class _Marked:
+class _ArrayWithSpec:
     """An array of one projected leaf, and that leaf's spec.
 
-    Its child repeats its own key, so that a mask which reads the last key of a path, such as
-    `lambda path, _: path[-1].key != "bias"`, goes on working on trees that hold it.
+    The key of the node's child repeats the leaf's own key, so masks that read the last key of a
+    path, such as `lambda path, _: path[-1].key != "bias"`, work on trees with such nodes.
     """
 
     def __init__(self, value: Any, spec: LeafSpec):
@@ -181,23 +182,23 @@ class _Marked:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Core(_Marked):
-    """An array of core coordinates: `value` is (*batch, r, n), or what a state keeps of such.
+class Core(_ArrayWithSpec):
+    """A core, or any state array of a projected leaf.
 
-    Of a leaf projected on both sides it is (*batch, r, r).
+    A core's `value` is (*batch, r, n), or (*batch, r, r) for a leaf projected on both sides.
     """
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class Basis(_Marked):
-    """The orthonormal basis of one leaf's matrices: `value` is (*batch, m, r).
+class Basis(_ArrayWithSpec):
+    """The orthonormal bases of one leaf's matrices: `value` is (*batch, m, r).
 
-    Of a basis that a key regenerates it is that key's data, (*batch, words) uint32.
+    For random bases, which are regenerated, `value` is their key data, (*batch, words) uint32.
     """
 
 
 def is_core(x: Any) -> bool:
-    """Whether x is a Core that holds an array; `optax.masked` empties those it withholds."""
+    """Whether x is a Core with an array, not with the MaskedNode that `optax.masked` puts there."""
     return isinstance(x, Core) and not isinstance(x.value, optax.MaskedNode)
 
 
@@ -208,8 +209,8 @@ def cores(tree: PyTree) -> list[Core]:
 
 def replace_cores(tree: PyTree, values: Iterable[Any]) -> PyTree:
     """`tree` with the arrays of its Cores replaced, in the order of `cores`."""
-    left = iter(values)
-    replace = lambda x: x.replace(next(left)) if is_core(x) else x
+    remaining = iter(values)
+    replace = lambda x: x.replace(next(remaining)) if is_core(x) else x
     return jax.tree.map(replace, tree, is_leaf=is_core)
 
 
@@ -221,9 +222,9 @@ def core_arrays(tree: PyTree) -> list[Array]:
 def zeros_at_cores(
     params: PyTree, shape: Callable[[int, int], tuple[int, ...]], dtype: Any = None
 ) -> PyTree:
-    """Zeros of (*batch, *shape(r, n)) at each Core of `params`, nothing elsewhere.
+    """Zeros of (*batch, *shape(r, n)) at each Core of `params`, None at every other leaf.
 
-    `dtype` is by default that of the core.
+    The default of `dtype` is the core's.
     """
 
     def zeros(x):
@@ -258,10 +259,10 @@ def subspace_only(name: str, params: PyTree) -> None:
 
 
 def unboxed_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The path without the `.value` in which Flax boxes an array."""
+    """The path without the `.value` of a Flax box."""
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """The path as people write it: `layers/0/attention/query/kernel`."""
+    """The path in the form `layers/0/attention/query/kernel`."""
     return jax.tree_util.keystr(unboxed_path(path), simple=True, separator="/")

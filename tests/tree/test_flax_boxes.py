@@ -1,4 +1,4 @@
-"""Boxes, told by their form: no Flax here."""
+"""Boxes are recognised by structure, so these tests need no Flax."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -31,7 +31,9 @@ class Single(NamedTuple):
     value: Any
 
 
-KEY = (jax.tree_util.GetAttrKey("value"),)  # of a leaf called so: its Core repeats the key
+KEY = (
+    jax.tree_util.GetAttrKey("value"),
+)  # path of a leaf named `value`, whose Core repeats the key
 SPEC = LeafSpec(KEY, (8, 9), (), (0,), (1,), rank=4)
 BOXES = [Box(jnp.ones(3)), Box(optax.MaskedNode()), Box(None), Box(jax.ShapeDtypeStruct((3,), int))]
 OTHERS = [
@@ -46,18 +48,18 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_a_box_has_one_array_or_hole(box):
+def test_box_has_one_array_or_empty_child(box):
     assert is_box(box)
     assert unbox({"a": box})["a"] is box.value
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_nothing_else_is_a_box(other):
+def test_other_nodes_are_no_boxes(other):
     assert not is_box(other)
     assert jax.tree.structure(unbox(other)) == jax.tree.structure(other)
 
 
-def test_a_tree_returns_to_its_boxes():
+def test_rebox_inverts_unbox():
     tree = {"a": BOXES, "b": [Two(Box(jnp.zeros(2), ("c",)), None), None, jnp.zeros(1)]}
     bare = unbox(tree)
     assert not [x for x in jax.tree.leaves(bare, is_leaf=is_box) if is_box(x)]
@@ -67,7 +69,7 @@ def test_a_tree_returns_to_its_boxes():
         assert x is y
 
 
-def test_a_core_returns_to_no_box():
+def test_rebox_leaves_cores_unboxed():
     core = Core(jnp.zeros((4, 9)), SPEC)
     tree = rebox({"up": core, "bias": jnp.ones(9)}, {"up": Box(jnp.ones((8, 9))), "bias": Box(0)})
     assert tree["up"] is core

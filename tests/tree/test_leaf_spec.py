@@ -20,7 +20,7 @@ KERNEL = LeafSpec(
 
 
 def any_spec(seed):
-    """A leaf of two to five axes, each assigned to batch, rows or columns."""
+    """A leaf with two to five axes, each in batch, rows or cols."""
     rng = np.random.default_rng(seed)
     axes = rng.permutation(rng.integers(2, 6)).tolist()
     first = rng.integers(0, len(axes) - 1)
@@ -31,13 +31,13 @@ def any_spec(seed):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_views_lose_and_mix_nothing(seed):
+def test_views_are_transposes_of_the_leaf(seed):
     spec = any_spec(seed)
     x = jnp.arange(float(math.prod(spec.shape))).reshape(spec.shape)
     view = spec.to_view(x)
     assert view.shape == (*spec.batch_shape, spec.m, spec.n)
     np.testing.assert_array_equal(spec.from_view(view), x)
-    # NumPy's own reordering of the axes is the reference.
+    # Reference: NumPy's moveaxis.
     moved = np.moveaxis(np.asarray(x), (*spec.batch, *spec.rows, *spec.cols), range(x.ndim))
     np.testing.assert_array_equal(view.ravel(), moved.ravel())
     stack = view.reshape(-1, spec.m, spec.n)
@@ -46,7 +46,7 @@ def test_views_lose_and_mix_nothing(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_matrix_part_can_be_taken_and_put_back(seed):
+def test_put_then_take_returns_the_part(seed):
     spec = any_spec(seed)
     x = jnp.zeros((*spec.batch_shape, 2, 3))
     i = jnp.int32(seed % spec.matrices)
@@ -56,20 +56,20 @@ def test_a_matrix_part_can_be_taken_and_put_back(seed):
     assert jnp.count_nonzero(changed) == jnp.count_nonzero(part)
 
 
-def test_a_core_repeats_its_parents_key():
+def test_key_of_a_core_child_repeats_its_parents_key():
     tree = {"up": {"kernel": Core(jnp.ones((4, 20)), KERNEL)}}
     ((path, _),) = jax.tree_util.tree_leaves_with_path(tree)
     assert [key.key for key in path] == ["up", "kernel", "kernel"]
 
 
-def test_optax_keeps_cores_in_what_it_remembers():
+def test_optax_states_contain_cores():
     tree = {"up": {"kernel": Core(jnp.ones((3, 4, 20)), KERNEL)}, "bias": jnp.ones(3)}
     state = optax.scale_by_adam().init(tree)
     assert isinstance(state.mu["up"]["kernel"], Core)
     assert state.nu["up"]["kernel"].spec is KERNEL
 
 
-def test_cores_are_found_and_replaced_in_order_past_masked_ones():
+def test_cores_and_replace_cores_skip_masked_cores():
     tree = [Core(jnp.ones(2), KERNEL), {"b": jnp.ones(3)}, Core(optax.MaskedNode(), KERNEL), None]
     tree.append(Core(jnp.zeros(2), KERNEL))
     assert [float(core.value[0]) for core in cores(tree)] == [1.0, 0.0]

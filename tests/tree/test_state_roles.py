@@ -20,7 +20,7 @@ KERNEL = LeafSpec(
 )
 
 
-def test_walk_knows_role_and_spec_of_every_array():
+def test_walk_passes_role_and_spec_of_every_array():
     params = {"up": {"kernel": jnp.ones((8, 20))}, "bias": jnp.ones(3)}
     tx = natgalore.project(4, optax.chain(natgalore.scale_by_core_fisher(), optax.scale_by_adam()))
     state = tx.init(params)
@@ -38,12 +38,12 @@ def test_walk_knows_role_and_spec_of_every_array():
             "root",
             "root",
         ]
-        + ["scalar"] * 4  # of the subspace: refreshed and skipped; of the Fisher: weight and scale
+        + ["scalar"] * 4  # refreshed, skipped; the Fisher's weight and scale
     )
     assert all(spec is None or spec.shape == (8, 20) for _, _, spec in seen)
 
 
-def test_walk_names_what_was_not_declared():
+def test_walk_names_undeclared_fields():
     class Strange(NamedTuple):
         memory: object
 
@@ -53,20 +53,20 @@ def test_walk_names_what_was_not_declared():
     assert isinstance(seen[0], Undeclared)
 
 
-def test_a_basis_has_its_role_wherever_it_is():
+def test_walk_recognises_bases_and_keys_anywhere():
     seen = []
     tree = {"k": Basis(jnp.ones(2), KERNEL), "l": Basis(jnp.ones(2, jnp.uint32), KERNEL)}
     walk(tree, lambda x, role, spec: seen.append((role, spec)))
     assert seen == [("basis", KERNEL), ("key", KERNEL)]
 
 
-def test_register_state_refuses_what_it_cannot_use():
+def test_register_state_refuses_unknown_roles_and_fields():
     class Momentum(NamedTuple):
         momentum: object
 
     with pytest.raises(ValueError, match=r"`momentum`.*'cubic'"):
         register_state(Momentum, momentum="cubic")
-    with pytest.raises(ValueError, match="`speed` is no field of Momentum"):
+    with pytest.raises(ValueError, match="Momentum has no field `speed`"):
         register_state(Momentum, speed="linear")
     assert Momentum not in ROLES
 
@@ -74,10 +74,10 @@ def test_register_state_refuses_what_it_cannot_use():
 @pytest.mark.parametrize(
     ("first", "second"), [("square_cols", "square_rows"), ("gram", "window"), ("linear", "gram")]
 )
-def test_what_depends_on_another_field_comes_right_after_it(first, second):
+def test_paired_fields_must_be_adjacent(first, second):
     class Two(NamedTuple):
         a: object
         b: object
 
-    with pytest.raises(ValueError, match="must come right after one of"):
+    with pytest.raises(ValueError, match="must follow one with role"):
         register_state(Two, a=first, b=second)
