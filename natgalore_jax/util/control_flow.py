@@ -1,4 +1,4 @@
-"""Conditions on the device that cost the steps on which they are false next to nothing."""
+"""Conditionals on traced predicates with little cost when false."""
 
 import functools
 import operator
@@ -15,28 +15,29 @@ T = TypeVar("T")
 
 
 def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:
-    """`f(state)` where `predicate` holds, else `state`: a loop of one turn or of none.
+    """`f(state)` if `predicate`, else `state`, as a loop of one iteration or none.
 
-    A loop's carry stays in place, so a false predicate moves no bytes and needs no memory; the
-    branches of `lax.cond` copy what they hand through. On one H200, 224 projected leaves of
-    1024 x 2736 at rank 128 behind one condition: 560 MB of temporaries with `cond`, 47 MB so
-    (`benchmarks/speed/bench_refresh.py`).
+    A loop's carry stays in place, so a false predicate copies nothing and needs no memory; the
+    branches of `lax.cond` copy their unchanged operands. On one H200, 224 projected leaves of
+    1024 x 2736 at rank 128 behind one condition need 560 MB of temporaries with `cond` and 47 MB
+    with this loop (`benchmarks/speed/bench_refresh.py`).
 
-    Under `vmap` over `predicate` XLA runs `f` for all and selects, as it does for `lax.cond`.
+    Under `vmap` over `predicate`, XLA runs `f` for all and selects, as for `lax.cond`.
     """
     return lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, x: f(x), state)
 
 
-BRANCHES = 8  # of a node of the trees below
+BRANCHES = 8  # per node of the trees of conditions below
 
 
 def run_if_due(
     due: Sequence[Bool[Array, ""]], functions: Sequence[Callable[[Any], Any]], states: list[Any]
 ) -> list[Any]:
-    """`f(state)` for each of `functions`; those that are due must be run, the others may be.
+    """`f(state)` for each of `functions` that is due, and possibly for others in its group.
 
-    Their conditions stand in a tree. A host that launches loops, as a GPU's does, waits for the
-    value of each condition: for one if nothing is due, for two dozen of hundreds if one leaf is.
+    Each function must therefore check its own predicate. The conditions form a tree: a GPU's host
+    waits for the value of each condition, for a single one if nothing is due, and for about two
+    dozen of hundreds if one leaf is due.
     """
 
     def run(states):
@@ -47,26 +48,28 @@ def run_if_due(
     return when(functools.reduce(operator.or_, due), run, states)
 
 
-def select_value(here: Sequence[Bool[Array, ""]], values: Sequence[Callable[[], T]], other: T) -> T:
-    """The value of which `here` holds, or `other`; also in a tree.
+def select_value(
+    selected: Sequence[Bool[Array, ""]], values: Sequence[Callable[[], T]], other: T
+) -> T:
+    """`value()` of the one that is selected, or `other`, by a tree of conditions.
 
-    `lax.switch` hands all that any branch needs to every branch, so that the program would grow
-    with the square of their number.
+    With `lax.switch` every branch takes the operands of all branches, so the program's size would
+    be quadratic in their number.
     """
 
     def run(other):
-        if len(here) <= BRANCHES:
-            for is_here, value in zip(here, values, strict=True):
-                other = jax.tree.map(functools.partial(jnp.where, is_here), value(), other)
+        if len(selected) <= BRANCHES:
+            for condition, value in zip(selected, values, strict=True):
+                other = jax.tree.map(functools.partial(jnp.where, condition), value(), other)
             return other
-        for part in _parts(here, values):
+        for part in _parts(selected, values):
             other = select_value(*part, other)
         return other
 
-    return when(functools.reduce(operator.or_, here), run, other)
+    return when(functools.reduce(operator.or_, selected), run, other)
 
 
 def _parts(*lists: Sequence[Any]) -> list[list[Sequence[Any]]]:
-    """At most BRANCHES slices of each list."""
+    """Splits each list into at most BRANCHES slices."""
     size = -(-len(lists[0]) // BRANCHES)
     return [[x[i : i + size] for x in lists] for i in range(0, len(lists[0]), size)]

@@ -1,4 +1,4 @@
-"""Matrix functions on matrices and stacks of them, each in the precision that its use needs."""
+"""Functions of matrices and stacks of matrices, each in the precision that its use needs."""
 
 import math
 from typing import Any
@@ -11,31 +11,31 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 
-POWERS = (1.0, 0.5, 0.25)  # p of the inverse roots that Fisher stages take
+POWERS = (1.0, 0.5, 0.25)  # p of the inverse roots A⁻ᵖ in Fisher stages
 
 
 def matmul(a: Array, b: Array) -> Array:
-    """a @ b without tensor-float or bfloat16 shortcuts: they cost PᵀP three digits."""
+    """a @ b without tensor-float32 or bfloat16: they cost PᵀP three digits."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def product(a: Array, b: Array) -> Array:
-    """a @ b for what is done with a gradient or its core on every step.
+    """a @ b for products with a gradient or its core, computed on every step.
 
-    In float32 on CPUs, tensor-float32 on NVIDIA's, three bfloat16 passes on TPUs: the core and the
-    update are then right to 3e-4 on a GPU, a sixth of what rounding a gradient to bfloat16 costs,
-    and both products are 2.2 to 2.9 times faster on one H100 (`bench_matmul.py`). Where
-    `jax_default_matmul_precision` is "highest" they are in float32 everywhere.
+    In float32 on CPUs, tensor-float32 on NVIDIA GPUs, three bfloat16 passes on TPUs. The error of
+    the core and the update is 3e-4 on a GPU, a sixth of the error of rounding a gradient to
+    bfloat16, and both products are 2.2 to 2.9 times faster on one H100 (`bench_matmul.py`). With
+    `jax_default_matmul_precision` "highest" they are in float32 everywhere.
     """
     exact = highest_precision_requested()
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST if exact else lax.Precision.HIGH)
 
 
 def rounded_product(a: Array, b: Array, dtype: Any) -> Array:
-    """The same in `dtype`. For bfloat16, accelerators take the factors in it too.
+    """`product` with the result in `dtype`; for bfloat16, on accelerators, the factors too.
 
-    The error of the result, 1.7e-3 by its own rounding, is then 2.9e-3; it moves half
-    the bytes, and XLA can add it to a weight in the same kernel.
+    Bfloat16 factors increase the error from 1.7e-3, the rounding of the result, to 2.9e-3. They
+    halve the memory traffic, and XLA can fuse the addition to a weight.
     """
     wide = lambda a, b: product(a, b).astype(dtype)
     if dtype != jnp.bfloat16 or highest_precision_requested():
@@ -45,20 +45,20 @@ def rounded_product(a: Array, b: Array, dtype: Any) -> Array:
 
 
 def highest_precision_requested() -> bool:
-    """Whether the user wants matmuls in float32."""
+    """Whether `jax_default_matmul_precision` requests matmuls in float32."""
     return jax.config.jax_default_matmul_precision in ("highest", "float32", "F32_F32_F32")
 
 
 def eye_like(A: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
-    """The identity, of A's type: inside `jax.shard_map` a loop must not change it."""
+    """The identity, of A's type, which loops inside `jax.shard_map` require."""
     return jnp.zeros_like(A) + jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
 
 
 def rounded(x: Array, dtype: Any) -> Array:
-    """x in `dtype`, and rounded for all that is computed from it.
+    """x in `dtype`, rounded in every later computation too.
 
-    A plain `astype` may be skipped where the result is widened again (XLA's excess precision, on
-    by default, does so on GPUs): then what is stored is rounded and what is computed is not.
+    XLA may skip an `astype` whose result is widened again (its excess precision, on by default,
+    does so on GPUs). Then the stored array would be rounded, but not the array in computations.
     """
     if x.dtype == dtype:
         return x
@@ -67,11 +67,11 @@ def rounded(x: Array, dtype: Any) -> Array:
 
 
 def power_of_two(x: Float[Array, "*batch"], root: bool = False) -> Float[Array, "*batch"]:
-    """The largest power of two that is at most x, or whose square is with `root`; 1 for x = 0.
+    """The largest power of two that is at most x, or at most √x with `root`; 1 for x = 0.
 
-    Below the least normal number it is that number, or 1 where the machine flushes to zero.
+    For subnormal x it is the least normal number, or 1 on machines that flush to zero.
     """
-    # By the bits of the exponent: the compiler would repeat a frexp and an ldexp at every use.
+    # From the exponent's bits: XLA would recompute frexp and ldexp at every use.
     info = jnp.finfo(x.dtype)
     bits = lax.bitcast_convert_type(jnp.maximum(x, info.tiny), f"int{info.bits}")
     exponent, bias = bits >> info.nmant, 1 - info.minexp
@@ -82,22 +82,23 @@ def power_of_two(x: Float[Array, "*batch"], root: bool = False) -> Float[Array, 
 
 
 def orthonormalise(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
-    """Q of Y = Q R with diag(R) > 0. The sign makes Q a continuous function of Y."""
+    """Q of Y = Q R with diag(R) > 0. The sign convention makes Q continuous in Y."""
     return lax.platform_dependent(Y, cuda=cholesky_qr, default=householder_qr)
 
 
 def householder_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
-    """The same of any Y, by reflections: column by column, so slow on GPUs."""
+    """`orthonormalise` by Householder reflections: for any Y, column by column, slow on GPUs."""
     Q, R = jnp.linalg.qr(Y)
     return Q * jnp.where(jnp.diagonal(R)[None, :] < 0, -1.0, 1.0).astype(Q.dtype)
 
 
 def cholesky_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
-    """The same by Cholesky factors of YᵀY, and by reflections where those do not get there.
+    """`orthonormalise` by Cholesky factors of YᵀY, or by reflections if these do not converge.
 
-    Y R⁻¹ with the factor R of YᵀY + εI is nearer to orthonormal than Y, with columns of length 1
-    to begin with. After one turn to four, for which ε keeps the factor from failing, it is so near
-    that one without ε is orthonormal to rounding. R is triangular, so Q is that of Y throughout.
+    Columns of Y are first scaled to length 1. Q ← Q R⁻¹, with R the Cholesky factor of QᵀQ + εI,
+    brings Q nearer to orthonormal; ε keeps the factorisation from failing. After one to four steps
+    a last step with ε = 0 is orthonormal to rounding. R is triangular, so all steps have the Q of
+    Y.
 
     Reference: Fukaya et al., "Shifted Cholesky QR for computing the QR factorization of
     ill-conditioned matrices" (2020), arXiv:1809.11085.
@@ -107,34 +108,34 @@ def cholesky_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
         R = jnp.linalg.cholesky(gram).mT
         return matmul(Q, lax.linalg.triangular_solve(R, eye_like(R), left_side=True, lower=False))
 
-    def turn(Qn):
+    def step(Qn):
         Q, gram, n = Qn
         shift = 4 * jnp.finfo(Q.dtype).eps * jnp.trace(gram)
         Q = times_inverse(Q, gram + shift * eye_like(gram))
         return Q, matmul(Q.mT, Q), n + 1
 
-    def near(gram):  # no where NaN
+    def is_near(gram):  # False for NaN
         return jnp.abs(gram - eye_like(gram)).sum(axis=-1).max() < 0.5
 
     length = jnp.sqrt(jnp.square(Y).sum(axis=0, keepdims=True))
     Q = Y / jnp.where(length > 0, length, 1.0)
-    far = lambda Qn: ~near(Qn[1]) & (Qn[2] < 4)
-    Q, gram, _ = lax.while_loop(far, turn, (Q, matmul(Q.mT, Q), 0))
+    is_far = lambda Qn: ~is_near(Qn[1]) & (Qn[2] < 4)
+    Q, gram, _ = lax.while_loop(is_far, step, (Q, matmul(Q.mT, Q), 0))
 
     def by_reflections():
-        # By rows, or each step that only reads P would first turn it from cuSOLVER's columns.
+        # Row-major, else every step that reads P would transpose cuSOLVER's column-major result.
         return with_layout_constraint(householder_qr(Y), Layout((0, 1)))
 
-    return lax.cond(near(gram), lambda: times_inverse(Q, gram), by_reflections)
+    return lax.cond(is_near(gram), lambda: times_inverse(Q, gram), by_reflections)
 
 
 def inverse_root(
     A: Float[Array, "*batch r r"], power: float, damping: float
 ) -> Float[Array, "*batch r r"]:
-    """A⁻ᵖ of A = L + λI, with λ at least `damping` of the mean eigenvalue of L, none below 0."""
+    """A⁻ᵖ of A = L + λI, L semidefinite, λ at least `damping` times L's mean eigenvalue."""
     if power == 1.0:
         return jsp.linalg.cho_solve((jnp.linalg.cholesky(A), True), eye_like(A))
-    condition = A.shape[-1] * (1 + 1 / damping)  # the trace of A over its least eigenvalue
+    condition = A.shape[-1] * (1 + 1 / damping)  # bounds tr A over the least eigenvalue of A
     square_root, inverse = newton_schulz(A, condition)
     if power == 0.5:
         return inverse
@@ -144,13 +145,13 @@ def inverse_root(
 def symmetric_inverse_root(
     A: Float[Array, "*batch s s"], power: float, least: Float[Array, "*batch"]
 ) -> Float[Array, "*batch s s"]:
-    """A⁻ᵖ of a symmetric A that may be badly conditioned, by eigenvalues of at least `least`."""
+    """A⁻ᵖ of a symmetric, possibly ill-conditioned A, its eigenvalues raised to `least`."""
 
     def one(A, least):
         values, vectors = jnp.linalg.eigh(A)
         return matmul(vectors * (jnp.maximum(values, least) ** -power)[None], vectors.T)
 
-    # One at a time: batched eigh deadlocked on two cores (jaxlib 0.10.2).
+    # One matrix at a time: batched eigh deadlocked on two cores (jaxlib 0.10.2).
     matrices = A.reshape(-1, *A.shape[-2:]), least.reshape(-1)
     return lax.map(lambda x: one(*x), matrices).reshape(A.shape)
 
@@ -160,13 +161,13 @@ def newton_schulz(
 ) -> tuple[Float[Array, "*batch r r"], Float[Array, "*batch r r"]]:
     """A^½ and A^(-½) by the coupled iteration Y ← Y T, Z ← T Z, T = (3ρ I − ρ³ Z Y)/2.
 
-    Matmuls only, so it batches and shards; in float32 closer than eigh at every size measured.
-    The scales ρ > 1 of the first turns halve their number, and with it the rounding. bfloat16
-    matmuls make it diverge.
+    Matmuls only, so it batches and shards; in float32 more accurate than eigh at every size
+    measured. The scales ρ > 1 of the first steps halve the number of steps, and with it the
+    rounding error. With bfloat16 matmuls it diverges.
 
     Args:
-      A: symmetric, no eigenvalue below its Frobenius norm over `condition`.
-      condition: bounds the number of turns.
+      A: symmetric, with no eigenvalue below its Frobenius norm over `condition`.
+      condition: bounds the number of steps.
 
     References: Higham, "Functions of Matrices" (2008), equation (6.35); Chen and Chow, "A stable
     scaling of Newton-Schulz for improving the sign function computation" (2014), for ρ.
@@ -174,21 +175,21 @@ def newton_schulz(
     eye = eye_like(A)
     norm = jnp.sqrt(jnp.square(A).sum(axis=(-2, -1), keepdims=True))
 
-    def turn(YZ, scale):
+    def step(YZ, scale):
         Y, Z = YZ
         T = 1.5 * scale * eye - 0.5 * scale**3 * matmul(Z, Y)
         return (matmul(Y, T), matmul(T, Z)), None
 
     scales = jnp.asarray(newton_schulz_scales(condition), A.dtype)
-    (Y, Z), _ = lax.scan(turn, (A / norm, eye), scales)
+    (Y, Z), _ = lax.scan(step, (A / norm, eye), scales)
     return Y * jnp.sqrt(norm), Z / jnp.sqrt(norm)
 
 
 def newton_schulz_scales(condition: float) -> list[float]:
-    """ρ of each turn, until float32 rounding.
+    """ρ of each step, until convergence to float32 rounding.
 
-    A turn maps the square root x of an eigenvalue to ρx (3 − ρ²x²)/2. With this ρ the least of
-    [l, 1] comes out of both its ends, none above 1, and that is the next l.
+    A step maps the square root x of an eigenvalue to ρx (3 − ρ²x²)/2. With this ρ both ends of
+    [l, 1] map to the minimum over the interval, the next l, and no x maps above 1.
     """
     scales = []
     least = 1 / math.sqrt(condition)
@@ -199,40 +200,41 @@ def newton_schulz_scales(condition: float) -> list[float]:
 
 
 def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """Nearly the orthogonal factor U Vᵀ of X = U Σ Vᵀ, for X of Frobenius norm 1 at most.
+    """Approximates the orthogonal factor U Vᵀ of X = U Σ Vᵀ, for X of Frobenius norm at most 1.
 
-    Five turns of X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, after which a singular value from 0.01 to 1 lies
-    within 0.68 and 1.14, where more turns of the classical iteration would take it to 1; below it
-    grows by a⁵ = 485 at most, so what is nothing stays so. Nothing of it needs digits: accelerators
-    work in bfloat16, as Muon does, unless `jax_default_matmul_precision` is "highest".
+    Five steps of X ← a X + (b X Xᵀ + c (X Xᵀ)²) X move singular values in [0.01, 1] to
+    [0.68, 1.14]; the classical iteration would need more steps and end at 1. Smaller ones grow at
+    most a⁵ = 485 times, so zeros stay near zero. Low precision is sufficient: accelerators use
+    bfloat16, as in Muon, unless `jax_default_matmul_precision` is "highest".
 
-    Reference: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon, of a, b, c.
+    Reference: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon, for a, b, c.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = X.shape[-2] > X.shape[-1]
 
-    def turn(_, X):
+    def step(_, X):
         A = X @ X.mT
         return a * X + (b * A + c * A @ A) @ X
 
-    def turns(X):
-        return lax.fori_loop(0, 5, turn, X)
+    def iterate(X):
+        return lax.fori_loop(0, 5, step, X)
 
     X, dtype = X.mT if tall else X, X.dtype
     if highest_precision_requested():
-        X = turns(X)
+        X = iterate(X)
     else:
-        narrow = lambda X: turns(X.astype(jnp.bfloat16)).astype(dtype)
-        X = lax.platform_dependent(X, cuda=narrow, tpu=narrow, default=turns)
+        narrow = lambda X: iterate(X.astype(jnp.bfloat16)).astype(dtype)
+        X = lax.platform_dependent(X, cuda=narrow, tpu=narrow, default=iterate)
     return X.mT if tall else X
 
 
 def norms(
     X: Float[Array, "*batch a b"], axes: tuple[int, ...], unit_from: Array | None = None
 ) -> Float[Array, "*batch a_ b_"]:
-    """Square roots of the sums of squares over `axes`, which are kept as ones.
+    """Euclidean norms over `axes`, which are kept with size 1.
 
-    In units of the largest entry there, of X or of `unit_from`: squares of 1e25 are no float32.
+    Computed in units of the largest entry of X, or of `unit_from`, over the same axes: the square
+    of 1e25 overflows float32.
     """
     unit = power_of_two(
         jnp.abs(X if unit_from is None else unit_from).max(axis=axes, keepdims=True)
@@ -241,9 +243,10 @@ def norms(
 
 
 def max_abs(X: Float[Array, "..."], axes: tuple[int, ...] | None = (-2, -1)) -> Float[Array, "..."]:
-    """The largest absolute value over `axes`, or all axes if None; not finite if one is not.
+    """The largest absolute value over `axes`, or all axes if None; NaN if any is not finite.
 
-    On CPUs the maximum of 8192 numbers or more is a number all the same (jaxlib 0.10.2).
+    XLA:CPU's max-reduction drops NaNs for 8192 elements or more (jaxlib 0.10.2), hence the explicit
+    isfinite.
     """
     finite = jnp.isfinite(X).all(axis=axes)
     return jnp.where(finite, jnp.abs(X).max(axis=axes), jnp.nan)

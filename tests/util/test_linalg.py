@@ -39,8 +39,8 @@ def spectra(r):
 @pytest.mark.parametrize("spectrum", spectra(1))
 @pytest.mark.parametrize("r", [pytest.param(32, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize("power", [0.5, 0.25, 1.0])
-def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, tolerance):
-    """Tolerances: eps times the condition r/damping, which is what float32 allows."""
+def test_inverse_roots_at_the_worst_condition(power, r, spectrum, damping, tolerance):
+    """Tolerances: eps times the condition r/damping."""
     values = spectra(r)[spectrum]
     Q = np.linalg.qr(np.random.default_rng(0).normal(size=(r, r)))[0]
     L = (Q * values) @ Q.T
@@ -54,7 +54,7 @@ def test_roots_are_accurate_at_the_worst_condition(power, r, spectrum, damping, 
 @pytest.mark.parametrize("power", [0.5, *slow(0.25, 1.0)])
 @pytest.mark.parametrize("damping", [1.0, *slow(4.0, 100.0)])
 @pytest.mark.parametrize("r", [1, *slow(3, 32)])
-def test_roots_are_accurate_where_damping_is_most_of_it(r, damping, power, key):
+def test_inverse_roots_with_large_damping(r, damping, power, key):
     X = jax.random.normal(key, (r, r))
     L = np.asarray(X @ X.T, np.float64)
     A = damped(jnp.asarray(L, jnp.float32), jnp.float32(1.0), damping)
@@ -63,7 +63,7 @@ def test_roots_are_accurate_where_damping_is_most_of_it(r, damping, power, key):
     assert error < 5e-6 * np.linalg.norm(expected)  # eps times the condition, at most 2 r here
 
 
-def test_newton_schulz_gives_both_roots(key):
+def test_newton_schulz_returns_root_and_inverse_root(key):
     X = jax.random.normal(key, (3, 8, 8))
     A = X @ X.mT + jnp.broadcast_to(jnp.eye(8), X.shape)
     Y, Z = newton_schulz(A, 1e3)
@@ -73,14 +73,14 @@ def test_newton_schulz_gives_both_roots(key):
 
 
 @pytest.mark.parametrize("condition", [2.0, 1e3, 1e6])
-def test_scales_bring_every_eigenvalue_to_one_in_few_turns(condition):
+def test_newton_schulz_scales_converge_in_few_steps(condition):
     scales = newton_schulz_scales(condition)
-    # A turn multiplies a small root by 2.6 at most; from 0.3 on five square its error away.
+    # A step multiplies a small root by at most 2.6; from 0.3 on five steps converge quadratically.
     assert len(scales) <= np.log(condition) / 2 / np.log(1.5 * np.sqrt(3)) + 5
     x = np.geomspace(condition**-0.5, 1, 1001)
     for scale in scales:
         x = scale * x * (3 - (scale * x) ** 2) / 2
-    np.testing.assert_allclose(x, 1, atol=1e-7)  # float32's rounding
+    np.testing.assert_allclose(x, 1, atol=1e-7)  # float32 rounding
 
 
 def sketches():
@@ -94,7 +94,7 @@ def sketches():
         "huge": 1e12 * normal,
         "tiny": 1e-12 * normal,
         "long and short": Q * np.geomspace(1, 1e-6, 24),
-        "a turn from a warm basis": Q * falling @ (np.eye(24) + 0.2 * normal[:24]),
+        "one step from a warm basis": Q * falling @ (np.eye(24) + 0.2 * normal[:24]),
         "columns alike": normal[:, :1] + 1e-4 * normal,
         "rank deficient": normal[:, :8] @ normal[:8, :] + 1e-6 * Q,
         "a column of zeros": normal * (np.arange(24) != 3),
@@ -104,59 +104,59 @@ def sketches():
 
 @pytest.mark.parametrize("sketch", sketches())
 @pytest.mark.parametrize("factorise", [cholesky_qr, householder_qr])
-def test_a_q_is_that_of_a_qr(factorise, sketch):
+def test_qr_factor_matches_numpy(factorise, sketch):
     Y = sketches()[sketch]
     Q = np.asarray(factorise(jnp.asarray(Y, jnp.float32)), np.float64)
     np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=2e-6)  # some eps of float32
     length = np.linalg.norm(Y, axis=0)
     Y = Y / np.where(length > 0, length, 1)
     T = Q.T @ Y
-    small = 5e-6  # eps times the root of the size, in each of some turns
+    small = 5e-6  # eps times the square root of the size, over a few steps
     np.testing.assert_allclose(Q @ T, Y, atol=small)
     np.testing.assert_allclose(np.tril(T, -1), 0, atol=small)
     assert np.diagonal(T).min() > -small
-    if np.linalg.cond(Y) < 100:  # else the last columns hang on digits that float32 has not
+    if np.linalg.cond(Y) < 100:  # else rounding determines the last columns
         exact = np.linalg.qr(Y)
         np.testing.assert_allclose(Q, exact.Q * np.sign(np.diagonal(exact.R)), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "sketch",
-    ["orthonormal", *slow("huge", "long and short", "a turn from a warm basis", "columns alike")],
+    ["orthonormal", *slow("huge", "long and short", "one step from a warm basis", "columns alike")],
 )
-def test_cholesky_qr_does_without_reflections(sketch, monkeypatch):
+def test_cholesky_qr_needs_no_fallback(sketch, monkeypatch):
     monkeypatch.setattr(linalg, "householder_qr", lambda Y: jnp.nan * Y)
     assert np.isfinite(cholesky_qr(jnp.asarray(sketches()[sketch], jnp.float32))).all()
 
 
-def test_cholesky_qr_of_what_is_not_finite_is_not_finite():
+def test_cholesky_qr_propagates_nan():
     assert not np.isfinite(cholesky_qr(jnp.full((8, 2), jnp.nan))).any()
 
 
-@pytest.mark.parametrize(("asked", "precision"), [(None, "HIGH"), ("highest", "HIGHEST")])
-def test_products_are_as_precise_as_jax_is_asked_for(asked, precision):
+@pytest.mark.parametrize(("setting", "precision"), [(None, "HIGH"), ("highest", "HIGHEST")])
+def test_product_precision_follows_the_jax_setting(setting, precision):
     x = jnp.ones((2, 2))
-    with jax.default_matmul_precision(asked):
+    with jax.default_matmul_precision(setting):
         (dot,) = jax.make_jaxpr(product)(x, x).eqns
     assert {str(p) for p in dot.params["precision"]} == {precision}
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
-@pytest.mark.parametrize("asked", [None, "highest"])
+@pytest.mark.parametrize("setting", [None, "highest"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_accelerators_make_a_bfloat16_update_of_bfloat16_factors(platform, asked, dtype):
+def test_rounded_product_dtypes_per_platform(platform, setting, dtype):
     P, U = jnp.ones((64, 8)), jnp.ones((8, 32))
-    with jax.default_matmul_precision(asked):
+    with jax.default_matmul_precision(setting):
         lift = jax.jit(functools.partial(rounded_product, dtype=jnp.dtype(dtype)))
         program = jax.export.export(lift, platforms=[platform])(P, U).mlir_module()
     (types,) = re.findall(r"dot_general.*?: (\(.*>)", program)
-    narrow = (dtype, asked) == ("bfloat16", None) and platform != "cpu"
-    of = "bf16" if narrow else "f32"
-    assert types == f"(tensor<64x8x{of}>, tensor<8x32x{of}>) -> tensor<64x32x{of}>"
+    narrow = (dtype, setting) == ("bfloat16", None) and platform != "cpu"
+    t = "bf16" if narrow else "f32"
+    assert types == f"(tensor<64x8x{t}>, tensor<8x32x{t}>) -> tensor<64x32x{t}>"
 
 
-def test_bfloat16_factors_cost_an_update_less_than_a_digit():
-    """Three roundings of 1.7e-3 each, at random: 2.9e-3."""
+def test_error_of_a_product_of_bfloat16_factors():
+    """Three independent roundings of 1.7e-3 each: 2.9e-3."""
     rng = np.random.default_rng(0)
     P, U = np.linalg.qr(rng.normal(size=(256, 64)))[0], rng.normal(size=(64, 300))
     short = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
@@ -164,14 +164,14 @@ def test_bfloat16_factors_cost_an_update_less_than_a_digit():
     assert 2.5e-3 < np.linalg.norm(error) / np.linalg.norm(U) < 3.3e-3
 
 
-def test_orthonormalise_undoes_no_sign():
-    """Q of an orthonormal P is P itself: warm bases do not flip."""
+def test_orthonormalise_keeps_an_orthonormal_basis():
+    """Signs of warm bases do not flip."""
     P = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 4)))[0].astype(np.float32)
     np.testing.assert_allclose(orthonormalise(jnp.asarray(P)), P, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_rounded_is_to_the_nearest_and_ties_to_even(dtype):
+def test_rounded_is_to_nearest_with_ties_to_even(dtype):
     half = float(jnp.finfo(dtype).eps) / 2
     x = jnp.array([1 + half, 1 + 3 * half, -1 - 1.01 * half, 0.1, 3e4, 0.0], jnp.float32)
     actual = rounded(x, dtype)
@@ -191,12 +191,12 @@ def test_rounded_is_to_the_nearest_and_ties_to_even(dtype):
         (1e-25, 2.0**-84),
     ],
 )
-def test_power_of_two_is_the_largest_below(x, expected):
+def test_power_of_two_examples(x, expected):
     assert power_of_two(jnp.float32(x)) == expected
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_powers_of_two_of_all_sizes(dtype):
+def test_power_of_two_matches_frexp(dtype):
     with jax.enable_x64(True):
         x = dtype(1.1) ** np.arange(-800, 800, 7, dtype=dtype)
         _, exponent = np.frexp(x)
@@ -207,13 +207,13 @@ def test_powers_of_two_of_all_sizes(dtype):
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (20, 8), (16, 16)])
-def test_polar_takes_every_singular_value_near_one(shape):
-    """From 0.005 on, with the same vectors; what is nothing stays so."""
+def test_polar_moves_singular_values_near_one(shape):
+    """Values of at least 0.005, with the same singular vectors; zeros stay near zero."""
     rng = np.random.default_rng(0)
     U, _, V = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
     values = np.concatenate([[0.0, 1e-7], np.geomspace(0.005, 0.7, min(shape[-2:]) - 2)])
     X = jnp.asarray((U * values) @ V, jnp.float32)
-    became = np.diagonal(U.mT @ polar(X) @ V.mT, axis1=-2, axis2=-1)
-    assert np.all(np.abs(became[..., :2]) < 1e-3)  # 485 times that, and rounding
-    assert np.all((became[..., 2:] > 0.68) & (became[..., 2:] < 1.16))
-    np.testing.assert_allclose((U * became[..., None, :]) @ V, polar(X), atol=1e-3)
+    new_values = np.diagonal(U.mT @ polar(X) @ V.mT, axis1=-2, axis2=-1)
+    assert np.all(np.abs(new_values[..., :2]) < 1e-3)  # 485 · 1e-7, and rounding
+    assert np.all((new_values[..., 2:] > 0.68) & (new_values[..., 2:] < 1.16))
+    np.testing.assert_allclose((U * new_values[..., None, :]) @ V, polar(X), atol=1e-3)
