@@ -1,13 +1,15 @@
-"""Reads a tree of parameters that nobody annotated: what is each leaf, and as which matrices?
+"""Infers the batch, row and column axes of every leaf of a parameter tree.
 
-Three kinds of evidence, each used where it is strong. The *words* of a leaf's path say what it is
-for: embeddings, heads, norms, biases, routers, position tables and the like are never projected.
-Its *siblings* say which axes count layers: in a scanned stack even a norm's vector has two axes,
-and all leaves share the size of one. And *sizes* say how an array of three axes or more folds
-into a matrix: a bias has the shape of the output side, a norm the width of the model.
+Three kinds of evidence:
+  * the *words* of a leaf's path give its purpose. Embeddings, output heads, norms, biases, routers,
+    position tables and similar leaves are never projected;
+  * its *siblings* give the layer axes. In a scanned stack even the vector of a norm has two axes,
+    and all leaves share the size of one;
+  * *sizes* give the two sides of an array of three axes or more. A bias has the shape of the output
+    side, a norm the width of the model.
 
-Where nothing tells, the last two axes are the matrix and those before them count matrices; such a
-reading is marked as a guess, and `describe` says so.
+Without evidence the last two axes are the matrix and the axes before them are batch axes. Such a
+reading has `guess=True`, which `describe` shows.
 """
 
 import itertools
@@ -40,19 +42,21 @@ from .name_rules import (
 )
 
 
-SMALLEST_SIDE = 8  # below it a matrix has no subspace worth the name
+SMALLEST_SIDE = 8  # a matrix with a smaller side is not projected
 
-LARGEST_KERNEL = 16  # spatial extent of a convolution's kernel
-SMALLEST_VOCABULARY = 4096  # a smaller one is not told from other sizes
+LARGEST_KERNEL = 16  # largest spatial extent of a convolution kernel
+SMALLEST_VOCABULARY = 4096  # smaller vocabularies are indistinguishable from other sizes
 TABLES = {EMBEDDING, POSITION, HEAD}
 
 
 class Reading(NamedTuple):
-    """A leaf as matrices: rows are the leading side, columns the other.
+    """The axes of a leaf seen as a stack of matrices.
 
     Attributes:
-      batch, rows, cols: axes.
-      guess: whether nothing told how the axes belong together.
+      batch: axes that count matrices.
+      rows: axes of the leading side.
+      cols: axes of the other side.
+      guess: whether the two sides were chosen without evidence.
     """
 
     batch: tuple[int, ...]
@@ -62,17 +66,17 @@ class Reading(NamedTuple):
 
 
 def read(named_shapes: Sequence[tuple[tuple[Any, ...], tuple[int, ...]]]) -> list[Reading | str]:
-    """What each leaf is seen as, or why it is left whole.
+    """The reading of each leaf, or the reason why it is not projected.
 
     Args:
       named_shapes: path, as `jax.tree_util` spells it, and shape of every leaf of a tree.
     """
     paths = [unboxed_path(path) for path, _ in named_shapes]
     if {path_name(path[-1:]) for path in paths} in ({"value"}, {"array"}):
-        paths = [path[:-1] for path in paths]  # boxes too, where all leaves have them
+        paths = [path[:-1] for path in paths]  # a last key that all leaves share is a box
     leaves = [Leaf(path, shape) for path, (_, shape) in zip(paths, named_shapes, strict=True)]
     names = {path_name(leaf.path) for leaf in leaves}
-    for leaf in leaves:  # Haiku's `gating_b` beside `gating_w`, where `wq_b` has no `wq_w`
+    for leaf in leaves:  # Haiku: `gating_b` beside `gating_w` is a bias, `wq_b` alone is not
         name = path_name(leaf.path)
         if name.endswith("_b") and f"{name[:-1]}w" in names:
             leaf.kind = BIAS
@@ -100,7 +104,7 @@ def _read(leaf: Leaf, tree: "_Tree") -> Reading | str:
 
 
 def _convolution(leaf: Leaf, stack: Collection[int]) -> Reading | str | None:
-    """A convolution's kernel: Flax's (*space, in, out) or torch's (out, in, *space)."""
+    """Reading of a convolution kernel: (*space, in, out) in Flax, (out, in, *space) in PyTorch."""
     axes = [a for a in range(len(leaf.shape)) if a not in stack]
     sizes = [leaf.shape[a] for a in axes]
     if len(axes) < (3 if leaf.convolves else 4):
@@ -111,7 +115,7 @@ def _convolution(leaf: Leaf, stack: Collection[int]) -> Reading | str | None:
         return None
     window = sizes[:space] if leading <= trailing else sizes[-space:]
     if not leaf.convolves and (leaf.attends or leaf.role or len(set(window)) > 1):
-        return None  # only a square window betrays a convolution without the name
+        return None  # without the name, only a square window is evidence of a convolution
     if leading <= trailing:
         spatial, (fan_in, fan_out) = axes[:space], axes[space:]
     else:
@@ -124,17 +128,17 @@ def _convolution(leaf: Leaf, stack: Collection[int]) -> Reading | str | None:
 
 
 def _fold(leaf: Leaf, batch: tuple[int, ...], rest: tuple[int, ...], tree: "_Tree") -> Reading:
-    """The axes that count no layers, `rest`, as two sides."""
-    # Two or three projections may be stacked on an axis of their own: gate and up; q, k and v.
+    """Splits the axes `rest`, which count no layers, into two sides."""
+    # Two or three projections may be stacked on an axis: gate and up; query, key and value.
     attention = tree.in_attention(leaf)
-    own = next((a for a in rest[:-1] if leaf.shape[a] in (2, 3)), None)
+    fused = next((a for a in rest[:-1] if leaf.shape[a] in (2, 3)), None)
     if attention:
-        apart = FUSED & set(leaf.near) and len(rest) + sum(leaf.shape[a] == 1 for a in batch) > 3
+        stacked = FUSED & set(leaf.near) and len(rest) + sum(leaf.shape[a] == 1 for a in batch) > 3
     else:
-        apart = len(rest) == 3
-    if own is not None and apart:
-        batch = tuple(sorted((*batch, own)))
-        rest = tuple(a for a in rest if a != own)
+        stacked = len(rest) == 3
+    if fused is not None and stacked:
+        batch = tuple(sorted((*batch, fused)))
+        rest = tuple(a for a in rest if a != fused)
     if len(rest) == 2:
         return Reading(batch, rest[:1], rest[1:])
     side = tree.output_side(leaf, rest)
@@ -151,14 +155,14 @@ def _fold(leaf: Leaf, batch: tuple[int, ...], rest: tuple[int, ...], tree: "_Tre
 
 
 class _Tree:
-    """What only the leaves together can tell."""
+    """Evidence from the leaves of a tree taken together."""
 
     def __init__(self, leaves: list[Leaf]):
-        self.below: dict[tuple, list[Leaf]] = {}
+        self.subtrees: dict[tuple, list[Leaf]] = {}  # the leaves below each prefix of a path
         for leaf in leaves:
             for depth in range(len(leaf.path)):
-                self.below.setdefault(leaf.path[:depth], []).append(leaf)
-        self.stacks = {prefix: _common_axes(members) for prefix, members in self.below.items()}
+                self.subtrees.setdefault(leaf.path[:depth], []).append(leaf)
+        self.stacks = {prefix: _common_axes(members) for prefix, members in self.subtrees.items()}
         tables = [
             x
             for x in leaves
@@ -166,7 +170,7 @@ class _Tree:
         ]
         self.vocabularies = {max(x.shape) for x in tables if max(x.shape) >= SMALLEST_VOCABULARY}
         self.vocabularies |= _vocabularies(leaves)
-        norms = [x for x in leaves if x.kind == NORM and x.role is None]  # not those of queries
+        norms = [x for x in leaves if x.kind == NORM and x.role is None]  # no query norms
         self.widths = {min(x.shape) for x in tables}
         self.widths |= {max(_without(x.shape, self.stack_axes(x)), default=0) for x in norms}
 
@@ -175,28 +179,28 @@ class _Tree:
         for depth in range(len(leaf.path)):
             if axes := self.stacks[leaf.path[:depth]]:
                 return axes
-        # `layers/mlp/up` of three axes without a number is a scanned stack; `layers/0/mlp/up` and
-        # `blocks/block1/up` are each one of a list.
+        # `layers/mlp/up` with three axes and no number is a scanned stack; `layers/0/mlp/up` and
+        # `blocks/block1/up` are items of a list.
         numbered = re.search(r"\d(/|_|$)", path_name(leaf.path))
         if len(leaf.shape) < 3 or numbered or leaf.convolves:
             return ()
         for depth in range(1, len(leaf.path)):
             if STACKS & set(words(leaf.path[depth - 1 : depth])):
-                shapes = [x.shape for x in self.below[leaf.path[:depth]] if len(x.shape) > 1]
+                shapes = [x.shape for x in self.subtrees[leaf.path[:depth]] if len(x.shape) > 1]
                 first, second = ({shape[axis] for shape in shapes} for axis in (0, 1))
                 return (1,) if len(second) == 1 < len(first) else (0,)
         return ()
 
     def in_attention(self, leaf: Leaf) -> bool:
-        """Whether its axes may be heads: its words say so, or queries beside it do."""
+        """Whether the leaf may have head axes: by its words, or by a query projection beside it."""
         after = [i for i, word in enumerate(leaf.words) if word.startswith(ATTENTION)][-1:] or [0]
         if NOT_HEADS & set(leaf.words[after[0] :]):
             return False
-        beside = self.below.get(leaf.path[:-2], []) if leaf.role is OUT_OF_HEADS else [leaf]
-        return leaf.attends or any(x.role is INTO_HEADS for x in beside)
+        siblings = self.subtrees.get(leaf.path[:-2], []) if leaf.role is OUT_OF_HEADS else [leaf]
+        return leaf.attends or any(x.role is INTO_HEADS for x in siblings)
 
     def kind_by_size(self, leaf: Leaf, rest: tuple[int, ...]) -> str | None:
-        """Whether a matrix makes logits: of the vocabulary, or of experts."""
+        """HEAD or ROUTER, by the size of a vocabulary or the number of experts; else None."""
         sizes = {leaf.shape[a] for a in rest}
         if len(rest) != 2:
             return None
@@ -206,15 +210,15 @@ class _Tree:
             return None
         if any("moe" in word for word in leaf.words):
             return ROUTER
-        for x in self.below.get(leaf.path[:-2], []):  # experts beside it
+        for x in self.subtrees.get(leaf.path[:-2], []):  # experts beside it
             *_, count, m, n = (0, 0, 0, *_without(x.shape, self.stack_axes(x)))
             if not self.in_attention(x) and 0 < count < min(m, n) and count in sizes:
                 return ROUTER
         return None
 
     def output_side(self, leaf: Leaf, rest: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The axes that the bias beside a kernel has too."""
-        for bias in self.below.get(leaf.path[:-1], []):
+        """The axes that a kernel shares with the bias beside it."""
+        for bias in self.subtrees.get(leaf.path[:-1], []):
             if bias.kind != BIAS or len(bias.path) != len(leaf.path):
                 continue
             sizes = [n for n in _without(bias.shape, self.stack_axes(bias)) if n > 1]
@@ -227,14 +231,14 @@ class _Tree:
         return None
 
     def width_axis(self, leaf: Leaf, rest: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The axis that has the width of a model: the longest that norms or embeddings have too."""
+        """The axis of the model's width: the longest that a norm or an embedding has too."""
         longest = max((leaf.shape[a] for a in rest if leaf.shape[a] in self.widths), default=0)
         fits = [a for a in rest if leaf.shape[a] == longest]
         return (fits[0],) if len(fits) == 1 else None
 
 
 def _vocabularies(leaves: list[Leaf]) -> set[int]:
-    """Sizes that only a vocabulary has: large, out of proportion, and not in every layer."""
+    """Sizes of vocabularies: large, much larger than the other side, and not in every layer."""
     matrices = [sorted(x.shape) for x in leaves if len(x.shape) == 2 and x.kind not in (NORM, BIAS)]
     count = Counter(size for shape in matrices for size in set(shape))
     return {

@@ -1,7 +1,8 @@
-"""What the name of a leaf says of it, before anything is known of its shape.
+"""Classifies a leaf by the words of its path, without its shape.
 
-The words of a path decide: `Block_0/selfAttention/conv1/kernel` -> block self attention conv
-kernel. Embeddings, heads, norms, biases, routers, position tables and the like are never projected.
+`Block_0/selfAttention/conv1/kernel` has the words block, self, attention, conv and kernel.
+Embeddings, output heads, norms, biases, routers, position tables and similar leaves are never
+projected.
 """
 
 import re
@@ -15,8 +16,9 @@ EMBEDDING, HEAD, NORM, BIAS = "an embedding", "an output head", "a norm", "a bia
 ROUTER, POSITION, DEPTHWISE = "a router", "a position table", "a depthwise convolution"
 TOKEN, STATE, LORA = "a learned token", "a state-space parameter", "a LoRA factor"
 
-# The innermost of these words decides: of a whole path, or of its last two keys, since a dense
-# kernel further in is something else (PreNorm/fn/Dense, time_embed/Dense).
+# The innermost of these words decides. ANYWHERE applies to all words of a path, NEAR to those of
+# the last two keys: a dense kernel below a norm or an embedding is neither (PreNorm/fn/Dense,
+# time_embed/Dense).
 ANYWHERE = {
     HEAD: {
         *("lmhead", "logits", "unembed", "unembedding", "classifier", "readout"),
@@ -38,7 +40,7 @@ NEAR = {
     POSITION: {"pos", "posemb", "posembed", "pe", "position", "positional", "positions", "rpe"},
 }
 DENSE = {"dense", "linear", "fc", "fn", "mlp", "mlps", "ffn", "proj", "projection"}
-# These only name the parameter itself.
+# Words of the last key only.
 OWN = {
     TOKEN: {"token", "tokens", "cls", "register", "registers", "latents", "probe", "prompt"},
     STATE: {"alog", "lambda", "logstep", "logdt", "decay", "timefaaaa", "timefirst"},
@@ -56,7 +58,19 @@ CONVOLUTION = ("conv", "patch", "stem", "downsample", "upsample")
 
 
 class Leaf:
-    """What is looked at of a leaf: its path, shape, the words of the path, and what they say."""
+    """A leaf with its classification by name.
+
+    Attributes:
+      path: path of the leaf, as `jax.tree_util` spells it.
+      shape: shape of the leaf.
+      words: words of the path.
+      near: words of its last two keys.
+      own: words of its last key.
+      role: INTO_HEADS, OUT_OF_HEADS or None, for a projection of an attention layer.
+      attends: whether a word names an attention layer.
+      convolves: whether a word names a convolution.
+      kind: reason why the leaf is never projected, or None.
+    """
 
     def __init__(self, path: tuple[Any, ...], shape: tuple[int, ...]):
         self.path = path
@@ -78,11 +92,11 @@ def words(path: tuple[Any, ...]) -> list[str]:
 
 
 def _kind(leaf: Leaf) -> str | None:
-    """Why a leaf with such a name is never projected."""
+    """Reason why a leaf of this name is never projected, or None."""
     parent, key = path_name(leaf.path[-2:-1]), path_name(leaf.path[-1:])
-    if key == "b":  # Haiku's; `wq_b` is a matrix
+    if key == "b":  # Haiku's bias; `wq_b` is a matrix
         return BIAS
-    if parent == "shared":  # T5's, of encoder and decoder
+    if parent == "shared":  # T5's table, shared by encoder and decoder
         return EMBEDDING
     outermost = [word for word in leaf.words if word != "params"][:1]
     if outermost in (["output"], ["decoder"]) and len(leaf.path) <= 2 + ("params" in leaf.words):
@@ -93,7 +107,7 @@ def _kind(leaf: Leaf) -> str | None:
     for kind, names in OWN.items():
         if "".join(leaf.own) in names or names & set(leaf.own):
             return kind
-    # A head of attention is none, nor is what attends or mixes within one.
+    # An attention head is no output head, nor are attention and MLP layers inside a head.
     return _innermost(leaf.words, ANYWHERE, ()) or _innermost(
         [] if leaf.attends else leaf.words, {HEAD: {"head"}}, INTO_HEADS | {"mlp", "ffn"}
     )
@@ -102,7 +116,7 @@ def _kind(leaf: Leaf) -> str | None:
 def _innermost(
     found: Sequence[str], kinds: Mapping[str, set[str]], unless: Collection[str]
 ) -> str | None:
-    """The kind of the last word that names one, unless one of `unless` comes after it."""
+    """Kind of the last word that names one, or None if a word of `unless` comes after it."""
     for word in reversed(found):
         if word in unless:
             return None
@@ -113,6 +127,7 @@ def _innermost(
 
 
 def _role(near: Sequence[str]) -> Collection[str] | None:
+    """INTO_HEADS or OUT_OF_HEADS, whichever the last such word belongs to."""
     for word in reversed(near):
         if word in INTO_HEADS:
             return INTO_HEADS

@@ -1,6 +1,6 @@
-"""Which leaves are projected, as which matrices, on which side, at which rank: all in one LeafSpec.
+"""Selects the leaves to project: a LeafSpec with matrix view, side and rank for each.
 
-What the user says comes first; of the rest, `infer_axes.py` reads names, siblings and sizes.
+The argument `select` has priority; `infer_axes.py` infers the axes of all other leaves.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ class MatrixView:
     """A leaf as a matrix, or a stack of matrices.
 
     Attributes:
-      rows: the axis or axes that make up one side. Negative ones count from the last, so that one
-        view fits a layer and a scanned stack of layers.
-      cols: those that make up the other.
-      batch: those that count matrices (layers, experts), by default all that are left.
-      blocks: {axis: k} for an axis that holds k matrices of one size side by side, as a fused
-        query, key and value kernel does: `MatrixView(0, 1, blocks={1: 3})` sees (d, 3 d) as three
-        d x d matrices, each with a basis of its own.
+      rows: the axis or axes of one side. Negative axes count from the last, so that one view fits
+        both a layer and a scanned stack of layers.
+      cols: the axis or axes of the other side.
+      batch: the axes that count matrices (layers, experts), by default all remaining axes.
+      blocks: {axis: k} for an axis of k equal blocks side by side, as in a fused query, key and
+        value kernel: `MatrixView(0, 1, blocks={1: 3})` views (d, 3 d) as three d x d matrices,
+        each with its own basis.
 
     Example:
       >>> import jax, natgalore_jax as natgalore
@@ -92,7 +92,7 @@ def _is_rank(x: Any) -> bool:
 SELECT = Argument(
     "select",
     _is_view,
-    "a MatrixView, Optax's GaLoreDimensionNumbers or MuonDimensionNumbers, None (left whole) or "
+    "a MatrixView, Optax's GaLoreDimensionNumbers or MuonDimensionNumbers, None (not projected) or "
     "'auto'",
     default=AUTO,
 )
@@ -111,7 +111,7 @@ def check_rank(rank: Any) -> Any:
 def select(
     params: PyTree, rank: Rank, side: str = "short", chosen: Select = None
 ) -> tuple[PyTree, dict[str, str]]:
-    """The LeafSpec of every leaf that is projected, and why the others are not.
+    """The LeafSpec of every projected leaf, and the reason for every other leaf.
 
     Args:
       params: a tree of arrays, or of anything with a shape and a dtype.
@@ -121,20 +121,20 @@ def select(
 
     Returns:
       A tree like `params` with a LeafSpec at each projected leaf and None elsewhere, and a dict
-      from the name of each other leaf to the reason.
+      from the names of the other leaves to the reasons why they are not projected.
 
     Raises:
-      ValueError: if a rule fits no leaf, or a view does not fit its leaf.
+      ValueError: if a rule matches no leaf, or a view does not fit its leaf.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-    asked = SELECT.per_leaf(AUTO if chosen is None else chosen, params)
+    views = SELECT.per_leaf(AUTO if chosen is None else chosen, params)
     ranks = RANK.per_leaf(rank, params)
     automatic = read([(path, tuple(leaf.shape)) for path, leaf in leaves])
     specs: list[LeafSpec | None] = []
     reasons: dict[str, str] = {}
     index = 0
-    for (path, leaf), said, r, reading in zip(leaves, asked, ranks, automatic, strict=True):
-        spec = _spec(path, leaf, said, reading)
+    for (path, leaf), view, r, reading in zip(leaves, views, ranks, automatic, strict=True):
+        spec = _spec(path, leaf, view, reading)
         if isinstance(spec, LeafSpec):
             spec = _oriented(spec, r, side, index)
             index += spec.matrices
@@ -152,93 +152,93 @@ _decisions: contextvars.ContextVar[dict[str, LeafSpec | str] | None] = contextva
 
 @contextlib.contextmanager
 def decisions() -> Iterator[dict[str, LeafSpec | str]]:
-    """Within it, what becomes of each leaf is noted, by its name: its spec, or why it has none."""
-    made: dict[str, LeafSpec | str] = {}
-    token = _decisions.set(made)
+    """Records each selection inside the context: leaf name -> LeafSpec, or reason for none."""
+    recorded: dict[str, LeafSpec | str] = {}
+    token = _decisions.set(recorded)
     try:
-        yield made
+        yield recorded
     finally:
         _decisions.reset(token)
 
 
 def _note(path: tuple, decision: LeafSpec | str) -> None:
-    made = _decisions.get()
-    if made is not None:
-        made[path_name(path)] = decision
+    recorded = _decisions.get()
+    if recorded is not None:
+        recorded[path_name(path)] = decision
 
 
-def _spec(path: tuple, leaf: Any, said: Any, reading: Reading | str) -> LeafSpec | str:
-    """The leaf as matrices with rows left and columns right, as wide as they are; or why not."""
+def _spec(path: tuple, leaf: Any, view: Any, reading: Reading | str) -> LeafSpec | str:
+    """The LeafSpec of a leaf, without side and rank yet, or the reason why it has none."""
     shape = tuple(leaf.shape)
-    if said is None:
-        return "left whole by `select`"
+    if view is None:
+        return "excluded by `select`"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"not real floating point ({leaf.dtype})"
-    if said != AUTO:
-        return _viewed(path, shape, said)
+    if view != AUTO:
+        return _viewed(path, shape, view)
     if isinstance(reading, str):
         return reading
     batch, rows, cols, guess = reading
     return LeafSpec(path, shape, batch, rows, cols, rank=0, guess=guess)
 
 
-def _viewed(path: tuple, shape: tuple[int, ...], said: View) -> LeafSpec:
-    """The leaf as the user said."""
-    if not isinstance(said, MatrixView):
-        said = MatrixView(said.reduction_axis, said.output_axis)
-    refuse = lambda why: ValueError(
-        f"`select` sees {path_name(path)!r}, of shape {shape}, as {said}, but {why}."
+def _viewed(path: tuple, shape: tuple[int, ...], view: View) -> LeafSpec:
+    """The LeafSpec of a view given by the user."""
+    if not isinstance(view, MatrixView):
+        view = MatrixView(view.reduction_axis, view.output_axis)
+    error = lambda reason: ValueError(
+        f"`select` views {path_name(path)!r}, of shape {shape}, as {view}, but {reason}."
     )
-    place = lambda axes: tuple(range(len(shape))[axis] for axis in axes)
+    nonnegative = lambda axes: tuple(range(len(shape))[axis] for axis in axes)
     try:
-        rows, cols = place(said.rows), place(said.cols)
-        batch = None if said.batch is None else place(said.batch)
-        blocks = {place((axis,))[0]: count for axis, count in said.blocks}
+        rows, cols = nonnegative(view.rows), nonnegative(view.cols)
+        batch = None if view.batch is None else nonnegative(view.batch)
+        blocks = {nonnegative((axis,))[0]: count for axis, count in view.blocks}
     except IndexError:
-        raise refuse(f"it has {len(shape)} axes") from None
+        raise error(f"it has {len(shape)} axes") from None
     named = (*rows, *cols, *(batch or ()))
-    left = tuple(axis for axis in range(len(shape)) if axis not in named)
-    if len(set(named)) < len(named) or not rows or not cols or (batch is not None and left):
-        raise refuse("each axis must be named once, and both sides have at least one")
+    remaining = tuple(axis for axis in range(len(shape)) if axis not in named)
+    if len(set(named)) < len(named) or not rows or not cols or (batch is not None and remaining):
+        raise error("each axis must be named once, and each side needs at least one axis")
     if 0 in shape:
-        raise refuse("it is empty")
-    batch = left if batch is None else batch
+        raise error("it is empty")
+    batch = remaining if batch is None else batch
     for axis, count in blocks.items():
         if axis in batch or count < 1 or shape[axis] % count:
-            raise refuse(f"axis {axis} cannot be cut into {count} blocks of one size")
-    return _cut(LeafSpec(path, shape, batch, rows, cols, rank=0), blocks)
+            raise error(f"axis {axis} cannot be split into {count} equal blocks")
+    return _split(LeafSpec(path, shape, batch, rows, cols, rank=0), blocks)
 
 
-def _cut(spec: LeafSpec, blocks: dict[int, int]) -> LeafSpec:
-    """The spec with each axis of `blocks` as two, of which the first counts matrices."""
+def _split(spec: LeafSpec, blocks: dict[int, int]) -> LeafSpec:
+    """The spec with every axis of `blocks` split in two: (blocks, size), the first a batch axis."""
     sizes: list[int] = []
-    at: dict[int, int] = {}
-    counting: list[int] = []
+    new_axis: dict[int, int] = {}
+    block_axes: list[int] = []
     for axis, size in enumerate(spec.shape):
         if axis in blocks:
-            counting.append(len(sizes))
+            block_axes.append(len(sizes))
             sizes.append(blocks[axis])
-        at[axis] = len(sizes)
+        new_axis[axis] = len(sizes)
         sizes.append(size // blocks.get(axis, 1))
-    moved = lambda axes: tuple(at[axis] for axis in axes)
+    renumbered = lambda axes: tuple(new_axis[axis] for axis in axes)
     return dataclasses.replace(
         spec,
-        batch=(*moved(spec.batch), *counting),
-        rows=moved(spec.rows),
-        cols=moved(spec.cols),
-        split=tuple(sizes) if counting else (),
+        batch=(*renumbered(spec.batch), *block_axes),
+        rows=renumbered(spec.rows),
+        cols=renumbered(spec.cols),
+        split=tuple(sizes) if block_axes else (),
     )
 
 
 def _oriented(spec: LeafSpec, rank: int | float | None, side: str, index: int) -> LeafSpec:
-    """The spec with the projected side first. A square has no short side: it stays as it is."""
+    """The spec with rank and index, and the projected side as rows; a square is not transposed."""
     if rank is None:
         raise ValueError(
-            f"`rank` has no rule for {spec.name!r}: let the last one be a pattern that fits all, "
+            f"`rank` has no rule for {spec.name!r}: end the list with a rule for all leaves, "
             "such as ('', 128)."
         )
-    turn = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
-    spec = spec.transposed if turn else spec
+    transpose = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
+    spec = spec.transposed if transpose else spec
     short, rank = min(spec.m, spec.n), _as_rank(rank)
     rank = max(1, round(rank * short)) if isinstance(rank, float) else min(rank, short)
     return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")

@@ -638,7 +638,7 @@ def test_the_command_has_settings(tmp_path, capsys):
         ("--model 60m --shapes x --rank 8", "not allowed with argument --model"),
         ("--model 9b --rank 8", "invalid choice: '9b'"),
         ("--model 60m --rank many", "'many' is no number"),
-        ("--model 60m --rank 1.5", "`rank` says 1.5 of a leaf"),
+        ("--model 60m --rank 1.5", "`rank` of a leaf is 1.5"),
         ("--model 60m --rank 8 --dtype f33", "no dtype is called 'f33'"),
         ("--model 60m --budget 24XB", "`budget` must be a number of bytes"),
         ("--shapes no.json --rank 8", "No such file or directory: 'no.json'"),

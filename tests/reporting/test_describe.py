@@ -207,7 +207,7 @@ class TestViews:
         assert self.view((5, 16, 40), select=natgalore.MatrixView(1, 2)) == "5 x (16 x 40)"
 
     def test_reasons_are_those_of_the_optimizer_itself(self):
-        assert self.view((16, 40), select=[("", None)]) == "left whole by `select`"
+        assert self.view((16, 40), select=[("", None)]) == "excluded by `select`"
         assert self.view((99, 16), ("wte", "embedding")) == "an embedding"
         both = natgalore.MatrixView(0, 1)
         assert self.view((99, 16), ("wte", "embedding"), select=both) == "16 x 99"

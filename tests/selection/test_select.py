@@ -1,5 +1,5 @@
-"""What the user says of leaves, and how it becomes LeafSpecs; for the automatic reading see
-`test_layout.py`."""
+"""The arguments `select` and `rank`, and the LeafSpecs they give; `test_infer_axes.py` tests the
+automatic reading."""
 
 import re
 
@@ -43,7 +43,7 @@ QUERY, UP, TABLE = "layers/0/attention/query/kernel", "layers/0/mlp/up/kernel", 
 
 
 def views(chosen, params=PARAMS, side="left"):
-    """(batch, rows, cols) of each projected leaf by name, and why the others are not."""
+    """(batch, rows, cols) of each projected leaf by name, the reason for each other leaf."""
     specs, reasons = select(params, 4, side, chosen)
     return {s.name: (s.batch, s.rows, s.cols) for s in jax.tree.leaves(specs)} | reasons
 
@@ -56,20 +56,20 @@ def ranks(rank, params=PARAMS):
     return {s.name: s.rank for s in jax.tree.leaves(specs)}
 
 
-class TestWhatIsProjected:
-    def test_rules_go_before_what_is_read(self):
+class TestProjectedLeaves:
+    def test_rules_override_the_automatic_reading(self):
         seen = views([("query", MatrixView((0, 1), 2)), ("embedding", MatrixView(0, 1))])
         assert seen[QUERY] == ((), (0, 1), (2,))
         assert seen[TABLE] == ((), (0,), (1,))
         assert seen[UP] == AUTOMATIC[UP]
 
-    def test_the_first_rule_that_fits_counts(self):
+    def test_the_first_matching_rule_decides(self):
         seen = views([("layers/0/", None), ("mlp", MatrixView(1, 0)), ("kernel", "auto")])
-        assert seen[UP] == seen[QUERY] == "left whole by `select`"
+        assert seen[UP] == seen[QUERY] == "excluded by `select`"
         assert seen["layers/1/mlp/up/kernel"] == ((), (1,), (0,))
         assert seen["layers/1/attention/query/kernel"] == ((), (0,), (1, 2))
 
-    def test_a_last_rule_for_all_leaves_the_rest_whole(self):
+    def test_a_final_rule_excludes_all_other_leaves(self):
         seen = views([("mlp", "auto"), ("", None)])
         assert {name for name, view in seen.items() if not isinstance(view, str)} == {
             "layers/0/mlp/up/kernel",
@@ -77,7 +77,7 @@ class TestWhatIsProjected:
         }
 
     @pytest.mark.parametrize("spelling", ["tree", "prefix", "function", "one for all"])
-    def test_a_tree_says_what_rules_do(self, spelling):
+    def test_trees_and_functions_equal_rules(self, spelling):
         params = PARAMS["layers"]["1"]
         view = MatrixView(0, -1)
         chosen = {
@@ -87,37 +87,37 @@ class TestWhatIsProjected:
             "one for all": [("query", view), ("mlp", None)],
         }[spelling]
         expected = {"attention/query/kernel": ((1,), (0,), (2,))}
-        assert views(chosen, params) == expected | {"mlp/up/kernel": "left whole by `select`"}
+        assert views(chosen, params) == expected | {"mlp/up/kernel": "excluded by `select`"}
 
     @pytest.mark.parametrize(
         "numbers",
         [optax.contrib.GaLoreDimensionNumbers, optax.contrib.MuonDimensionNumbers],
         ids=lambda kind: kind.__name__,
     )
-    def test_optaxs_own_dimension_numbers(self, numbers):
+    def test_dimension_numbers_of_optax(self, numbers):
         chosen = jax.tree.map(
             lambda x: {2: numbers(), 3: numbers(0, (1, 2))}.get(x.ndim), PARAMS["layers"]["0"]
         )
         seen = views(chosen, PARAMS["layers"]["0"])
         assert seen["attention/query/kernel"] == ((), (0,), (1, 2))
         assert seen["mlp/up/kernel"] == ((), (0,), (1,))
-        assert seen["norm/scale"] == "left whole by `select`"
+        assert seen["norm/scale"] == "excluded by `select`"
 
-    def test_the_two_axes_not_named_count_matrices(self):
-        """As in Muon's dimension numbers, and negative ones count from the last."""
+    def test_unnamed_axes_are_batch_axes(self):
+        """As in Muon's dimension numbers; negative axes count from the last."""
         params = tree({"w": (2, 3, 16, 40)})
         for view in (MatrixView(-2, -1), MatrixView(2, 3, batch=(0, 1)), MatrixView((2,), (3,))):
             assert views(view, params) == {"w": ((0, 1), (2,), (3,))}
         assert views(MatrixView(0, (1, 3)), params) == {"w": ((2,), (0,), (1, 3))}
 
-    def test_a_view_may_be_smaller_than_what_is_read_would_be(self):
+    def test_a_view_may_have_a_side_below_the_automatic_limit(self):
         assert views(MatrixView(0, 1), tree({"gate": (16, 4)})) == {"gate": ((), (0,), (1,))}
 
-    def test_views_can_be_compared_and_hashed(self):
+    def test_views_are_comparable_and_hashable(self):
         assert MatrixView(0, (1, 2)) == MatrixView((0,), [1, 2])
         assert hash(MatrixView(0, 1, blocks={1: 3})) == hash(MatrixView(0, 1, blocks=((1, 3),)))
 
-    def test_what_select_says_reaches_every_spelling(self):
+    def test_every_entry_point_uses_select(self):
         chosen = [("mlp", None)]
         for tx in (
             natgalore.natural_galore(1.0, 4, select=chosen),
@@ -126,14 +126,14 @@ class TestWhatIsProjected:
             natgalore.chain(natgalore.project(4, select=chosen), optax.trace(0.9)),
         ):
             rows = {row.path: row for row in natgalore.describe(tx, PARAMS).rows}
-            assert rows[UP].view == "left whole by `select`"
+            assert rows[UP].view == "excluded by `select`"
             assert rows[QUERY].rank == 4
 
 
 class TestBlocks:
-    """Several matrices side by side on one axis."""
+    """Several matrices side by side on one axis: `MatrixView(blocks=...)`."""
 
-    def test_each_block_is_a_matrix_of_its_own(self):
+    def test_each_block_is_its_own_matrix(self):
         spec = jax.tree.leaves(
             select(tree({"qkv": (5, 12)}), 2, chosen=MatrixView(0, 1, blocks={1: 3}))[0]
         )[0]
@@ -147,24 +147,28 @@ class TestBlocks:
 
     @settings(deadline=None, max_examples=10)  # each compiles a few reshapes
     @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.data())
-    def test_an_axis_is_cut_as_numpy_cuts_it(self, layers, size, count, data):
-        """In any place, below a stack and beside other axes of its side."""
+    def test_blocks_equal_a_numpy_reshape(self, layers, size, count, data):
+        """For a block axis at any position, with a batch axis and a second axis on its side."""
         sizes = {"stack": layers, "blocks": size * count, "beside": 2, "other": 5}
         order = data.draw(st.permutations(list(sizes)))
-        at = {name: axis for axis, name in enumerate(order)}
+        position = {name: axis for axis, name in enumerate(order)}
         shape = tuple(sizes[name] for name in order)
-        view = MatrixView((at["blocks"], at["beside"]), at["other"], blocks={at["blocks"]: count})
+        view = MatrixView(
+            (position["blocks"], position["beside"]),
+            position["other"],
+            blocks={position["blocks"]: count},
+        )
         spec = jax.tree.leaves(select(tree({"w": shape}), 1, "left", view)[0])[0]
         x = np.arange(float(np.prod(shape))).reshape(shape)
-        moved = x.transpose([at[name] for name in sizes])
-        cut = moved.reshape(layers, count, size, 2, 5)
+        moved = x.transpose([position[name] for name in sizes])
+        blocks = moved.reshape(layers, count, size, 2, 5)
         np.testing.assert_array_equal(
-            spec.to_view(jnp.asarray(x)), cut.reshape(layers, count, size * 2, 5)
+            spec.to_view(jnp.asarray(x)), blocks.reshape(layers, count, size * 2, 5)
         )
         np.testing.assert_array_equal(spec.from_view(spec.to_view(jnp.asarray(x))), x)
 
-    def test_training_a_fused_kernel_is_training_its_parts(self):
-        """Bases, moments and refreshes of one leaf of three blocks and of three leaves agree."""
+    def test_training_a_fused_kernel_equals_training_its_parts(self):
+        """One leaf of three blocks and three leaves have the same bases, moments and refreshes."""
         parts = [jax.random.normal(jax.random.key(i), (16, 12)) for i in range(3)]
         fused = {"qkv": jnp.concatenate(parts, axis=1)}
         apart = {name: part for name, part in zip("abc", parts, strict=True)}
@@ -178,20 +182,20 @@ class TestBlocks:
             apart_updates, three_state = jax.jit(three.update)(apart, three_state, apart)
             fused = optax.apply_updates(fused, fused_updates)
             apart = optax.apply_updates(apart, apart_updates)
-        # The same numbers through batched and single matmuls: roundings of five steps of 1e-2.
+        # Batched and single matmuls round differently: five steps of 1e-2 in float32.
         expected = jnp.concatenate(list(apart.values()), axis=1)
         np.testing.assert_allclose(fused["qkv"], expected, rtol=2e-5, atol=2e-6)
 
 
-class TestWhatIsRefused:
+class TestErrors:
     @pytest.mark.parametrize("argument", ["select", "rank"])
-    def test_a_rule_without_a_leaf_names_near_misses(self, argument):
+    def test_a_rule_without_a_leaf_lists_similar_names(self, argument):
         value = {"select": MatrixView(0, 1), "rank": 8}[argument]
-        message = re.escape(f"`{argument}` has a rule for 'querry/kernel$', which is found in no")
+        message = re.escape(f"`{argument}` has a rule for 'querry/kernel$', which matches no")
         with pytest.raises(ValueError, match=message + ".*'layers/0/attention/query/kernel'"):
             natgalore.galore(1.0, **{argument: [("querry/kernel$", value)]}).init(PARAMS)
 
-    def test_a_masked_leaf_may_be_named(self):
+    def test_rules_may_name_masked_leaves(self):
         rules = [("query", None), ("", "auto")]
         mask = jax.tree.map(lambda x: x.ndim < 3, PARAMS)
         tx = optax.masked(natgalore.galore(1.0, 4, select=rules), mask)
@@ -199,43 +203,45 @@ class TestWhatIsRefused:
             "layers/0/mlp/up/kernel",
             "layers/1/mlp/up/kernel",
         }
-        natgalore.galore(1.0, 4, select=rules).init({})  # nor does an empty tree miss it
+        natgalore.galore(1.0, 4, select=rules).init({})  # no error for an empty tree either
 
     @pytest.mark.parametrize(
         ("chosen", "message"),
         [
             ([("up", MatrixView(0, 2))], "'layers/0/mlp/up/kernel', of shape (16, 40).*has 2 axes"),
             ([("up", MatrixView(0, 0))], "each axis must be named once"),
-            ([("up", MatrixView(0, ()))], "both sides have at least one"),
+            ([("up", MatrixView(0, ()))], "each side needs at least one axis"),
             ([("query", MatrixView(0, 1, batch=()))], "each axis must be named once"),
-            ([("up", MatrixView(0, 1, blocks={1: 3}))], "axis 1 cannot be cut into 3 blocks"),
-            ([("query", MatrixView(0, 2, blocks={1: 2}))], "axis 1 cannot be cut into 2 blocks"),
+            ([("up", MatrixView(0, 1, blocks={1: 3}))], "axis 1 cannot be split into 3"),
+            ([("query", MatrixView(0, 2, blocks={1: 2}))], "axis 1 cannot be split into 2"),
             ([("(up", None)], "bad pattern '(up'"),
-            ([("up", "matrix")], "says 'matrix' of a leaf; it must be a MatrixView"),
+            ([("up", "matrix")], "of a leaf is 'matrix'; it must be a MatrixView"),
             ({"layers": None}, "does not fit the tree of params"),
         ],
     )  # fmt: skip
-    def test_views_that_fit_no_leaf(self, chosen, message):
+    def test_views_that_do_not_fit(self, chosen, message):
         with pytest.raises(ValueError, match=re.escape(message).replace(re.escape(".*"), ".*")):
             natgalore.galore(1.0, 4, select=chosen).init(PARAMS)
 
     @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, float("nan"), True, "8", None])
-    def test_ranks_that_are_none(self, rank):
+    def test_invalid_ranks(self, rank):
         with pytest.raises((ValueError, TypeError), match="`rank`"):
             natgalore.galore(1.0, rank)
 
     @pytest.mark.parametrize("rank", [[("mlp", 0), ("", 4)], {"layers": 4, "wte": 2.0}])
-    def test_ranks_of_some_leaves_that_are_none(self, rank):
-        with pytest.raises(ValueError, match="of a leaf; it must be an int of at least 1 or"):
+    def test_invalid_ranks_in_rules_and_trees(self, rank):
+        with pytest.raises(
+            ValueError, match=r"of a leaf is .*; it must be an int of at least 1 or"
+        ):
             natgalore.galore(1.0, rank).init(PARAMS)
 
-    def test_a_leaf_without_a_rank(self):
+    def test_a_leaf_without_a_rank_rule(self):
         with pytest.raises(ValueError, match=r"no rule for 'layers/0/attention/query/kernel'.*128"):
             natgalore.galore(1.0, [("mlp", 4)]).init(PARAMS)
 
 
 class TestRank:
-    def test_a_fraction_is_of_the_short_side(self):
+    def test_a_fraction_of_the_short_side(self):
         assert ranks(0.25) == {name: 4 for name in NAMES if "kernel" in name}
         assert ranks(1.0)[UP] == 16
         assert ranks(1e-9)[UP] == 1
@@ -249,13 +255,13 @@ class TestRank:
         assert ranks(lambda p: jax.tree_util.tree_map_with_path(by_path, p)) == expected
 
     @pytest.mark.parametrize("side", SIDES)
-    def test_it_is_limited_by_the_short_side(self, side):
-        """On the long side too: the gradient has no more directions than its short side."""
+    def test_rank_is_at_most_the_short_side(self, side):
+        """Also for side="long": the rank of a gradient is at most its short side."""
         specs, _ = select(tree({"a/kernel": (64, 10), "b/kernel": (64, 40)}), 16, side)
         assert [s.rank for s in jax.tree.leaves(specs)] == [10, 16]
 
 
-# The projected axes and the others of a tall, a wide, a square and a kernel out of heads.
+# (rows, cols) of a tall, a wide and a square matrix and of an attention output kernel.
 ORIENTED = {
     "short": [((1,), (0,)), ((0,), (1,)), ((0,), (1,)), ((2,), (0, 1))],
     "long": [((0,), (1,)), ((1,), (0,)), ((0,), (1,)), ((0, 1), (2,))],
@@ -266,7 +272,7 @@ ORIENTED = {
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_side_is_the_stored_one(side):
+def test_rows_are_the_projected_side(side):
     shapes = {"a/tall": (40, 10), "b/wide": (10, 40), "c/square": (10, 10)}
     specs, _ = select(tree(shapes | {"d/attention/out/kernel": (4, 5, 12)}), 8, side)
     specs = jax.tree.leaves(specs)
@@ -276,18 +282,18 @@ def test_a_side_is_the_stored_one(side):
     assert [s.transposed.basis_shape for s in specs] == [(s.n, 8) for s in specs]
 
 
-def test_indices_follow_the_leaves_and_count_every_matrix():
+def test_index_counts_matrices_in_leaf_order():
     specs, _ = select(tree({"a/kernel": (8, 9), "b/kernel": (5, 8, 9), "c/kernel": (8, 9)}), 4)
     assert [(s.index, s.matrices) for s in jax.tree.leaves(specs)] == [(0, 1), (1, 5), (6, 1)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64], ids=lambda d: d.__name__)
-def test_what_is_not_real_is_left_alone(dtype):
+def test_leaves_that_are_not_real_are_not_projected(dtype):
     _, reasons = select({"up": {"kernel": jax.ShapeDtypeStruct((16, 16), dtype)}}, 4)
     assert reasons["up/kernel"].startswith("not real floating point")
 
 
-def test_holes_stay_holes():
+def test_empty_nodes_are_kept():
     params = {"a": {"kernel": jnp.ones((8, 9))}, "frozen": None, "masked": optax.MaskedNode()}
     for chosen in (
         None,
