@@ -1,16 +1,18 @@
-"""Where a tagged weight is used: an array that has what the weight could add attached to it.
+"""Products of a :class:`TangentWeight`, with the term of B attached to their tangent alone.
 
-Of y = x W at W + P B Qᵀ and B = 0 that is the second term of
+For y = x W at W + P B Qᵀ and B = 0,
 
-    y(B) = x W + (x P) B Qᵀ,    dy(B)/dB is linear,    B's cotangent: (x P)ᵀ (ȳ Q)               (1)
+    y(B) = x W + (x P) B Qᵀ,    cotangent of B: (x P)ᵀ (ȳ Q)                                    (1)
+    W(B) =   W + P B Qᵀ,        cotangent of B: Pᵀ G Q, with G formed first                     (2)
 
-and a weight that is taken whole has P B Qᵀ itself attached. B = 0 is never multiplied: `attach`
-adds to the tangent alone, so values are those of the program as it was, to the bit.
+:func:`dot` computes (1). :func:`materialise` computes (2), for an operation without a rule. B = 0
+enters no primal product: :func:`attach` adds the term to the tangent, so the values of the program
+are bit for bit those without B.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from .tangent_weight import Labels, TangentWeight
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(delta: Callable[..., Array], y: Array, core: Array, *constants: Array) -> Array:
-    """y + delta(core, *constants), for a `delta` linear in the core, which is zero: y."""
+    """y + delta(core, *constants) for a zero core, and a `delta` that is linear in it: y."""
     return y
 
 
@@ -31,85 +33,14 @@ def _attach_jvp(delta, primals, tangents):
     return y, tangents[0] + delta(tangents[1], *constants).astype(y.dtype)
 
 
-def plain(v: TangentWeight) -> Array:
-    """The weight as an array that hands its gradient, whole, on to the core."""
-    axes = tuple(label for group in v.axes for label in group)
-    along = lambda core, *bases: product(core, v.core_axes, bases, v.bases_axes, axes)
-    delta = lambda core, *bases: along(core, *bases).reshape(v.weight.shape)
+def materialise(v: TangentWeight) -> Array:
+    """The weight as an array, equation (2): its full gradient is formed and then projected."""
+
+    def delta(core, *bases):
+        full = product(core, v.core_axes, bases, v.bases_axes, _flat(v.axes))
+        return full.reshape(v.weight.shape)
+
     return attach(delta, v.weight, v.core, *v.bases)
-
-
-def product(
-    x: Array,
-    axes: Labels,
-    others: Sequence[Array],
-    others_axes: Sequence[Labels],
-    out: Labels,
-    **settings: Any,
-) -> Array:
-    """x times the others, one after the other, summed over the labels that are not in `out`."""
-    for y, (x_axes, y_axes, to) in zip(others, steps(axes, others_axes, out), strict=True):
-        place = {label: j for j, label in enumerate(dict.fromkeys((*x_axes, *y_axes)))}
-        of = lambda labels, place=place: [place[label] for label in labels]
-        x = jnp.einsum(x, of(x_axes), y, of(y_axes), of(to), **settings)
-    return x
-
-
-def steps(
-    axes: Labels, others_axes: Sequence[Labels], out: Labels
-) -> Iterator[tuple[Labels, Labels, Labels]]:
-    """Of a `product`: the labels of both factors of each, and of what comes out."""
-    for i, y_axes in enumerate(others_axes):
-        later = {label for rest in others_axes[i + 1 :] for label in rest}
-        kept = tuple(n for n in dict.fromkeys((*axes, *y_axes)) if n in later or n in out)
-        to = out if i == len(others_axes) - 1 else kept
-        yield axes, y_axes, to
-        axes = to
-
-
-class Terms(NamedTuple):
-    """What (1) is in labels, for the `dot_general` of a weight and x.
-
-    Attributes:
-      x_axes: the labels of x, in one row.
-      order: of the factors (B, P) or (B, P, Q): those that x is summed with come before B.
-      axes: the labels of the factors, in that order.
-      out: those of the result, in one row.
-      sizes: of each label.
-    """
-
-    x_axes: Labels
-    order: tuple[int, ...]
-    axes: tuple[Labels, ...]
-    out: Labels
-    sizes: dict[int, int]
-
-
-def terms(
-    v: TangentWeight,
-    shape: Sequence[int],
-    contracted: tuple[Sequence[int], Sequence[int]],
-    batch: tuple[Sequence[int], Sequence[int]],
-    first: bool,
-) -> Terms:
-    """The labels of a product with an x of that shape; the other arguments are those of `dot`."""
-    of_x: list[Labels] = [(v.fresh + i,) for i in range(len(shape))]
-    for at_v, at_x in (contracted, batch):
-        for i, j in zip(at_v, at_x, strict=True):
-            of_x[j] = v.axes[i]
-    sizes = {n: size for size, group in zip(shape, of_x, strict=True) for n in group} | v.sizes
-    in_v, in_x = {*contracted[0], *batch[0]}, {*contracted[1], *batch[1]}
-    free_v = [group for i, group in enumerate(v.axes) if i not in in_v]
-    free_x = [group for i, group in enumerate(of_x) if i not in in_x]
-    shared = [v.axes[i] for i in batch[0]]
-    groups = [*shared, *(free_v + free_x if first else free_x + free_v)]
-    summed = {label for i in contracted[0] for label in v.axes[i]} - {*v.core_axes}
-    factors = (v.core_axes, *v.bases_axes)
-    before = [i for i, axes in enumerate(factors) if i and summed & {*axes}]
-    after = [i for i, axes in enumerate(factors) if i and not summed & {*axes}]
-    order = (*before, 0, *after)
-    flat = lambda groups: tuple(label for group in groups for label in group)
-    return Terms(flat(of_x), order, tuple(factors[i] for i in order), flat(groups), sizes)
 
 
 def dot(
@@ -121,23 +52,61 @@ def dot(
     first: bool,
     precision: Any,
 ) -> Array:
-    """y, the `dot_general` of a weight and x, with (1) attached to it.
+    """Attaches (1) to y, the `dot_general` of a weight and x.
 
     Args:
       v: the weight.
       x: the other operand.
       y: their product.
-      contracted: axes of the weight, and of x.
-      batch: the same of batch axes.
+      contracted: contracted axes of the weight, and of x.
+      batch: batch axes of the weight, and of x.
       first: whether the weight is the first operand.
-      precision: of the products.
+      precision: precision of the products.
     """
-    x_axes, order, axes, out, sizes = terms(v, x.shape, contracted, batch, first)
+    (v_contracted, x_contracted), (v_batch, x_batch) = contracted, batch
+    x_axes: list[Labels] = [(v.next_label + j,) for j in range(x.ndim)]
+    sizes = dict(enumerate(x.shape, v.next_label)) | v.sizes
+    for i, j in zip((*v_contracted, *v_batch), (*x_contracted, *x_batch), strict=True):
+        x_axes[j] = v.axes[i]
+    v_free = [axis for i, axis in enumerate(v.axes) if i not in (*v_contracted, *v_batch)]
+    x_free = [axis for j, axis in enumerate(x_axes) if j not in (*x_contracted, *x_batch)]
+    y_axes = [*(v.axes[i] for i in v_batch), *(v_free + x_free if first else x_free + v_free)]
+
+    # A basis whose own labels are contracted comes before B: x P is then the residual, not x.
+    factors_axes = (v.core_axes, *v.bases_axes)
+    summed = {*_flat([v.axes[i] for i in v_contracted])} - {*v.core_axes}
+    before = [i for i, axes in enumerate(factors_axes) if summed & {*axes}]
+    after = [i for i in range(1, len(factors_axes)) if i not in before]
+    order = (*before, 0, *after)
 
     def delta(core, x, *bases):
-        factors = (core, *bases)
-        arrays = [factors[i].astype(x.dtype) for i in order]  # x P comes first, and is kept for x
-        x = x.reshape([sizes[label] for label in x_axes])
-        return product(x, x_axes, arrays, axes, out, precision=precision).reshape(y.shape)
+        x = x.reshape([sizes[label] for label in _flat(x_axes)])
+        factors = [(core, *bases)[i].astype(x.dtype) for i in order]
+        axes = [factors_axes[i] for i in order]
+        out = product(x, _flat(x_axes), factors, axes, _flat(y_axes), precision=precision)
+        return out.reshape(y.shape)
 
     return attach(delta, y, v.core, x, *v.bases)
+
+
+def product(
+    x: Array,
+    axes: Labels,
+    factors: Sequence[Array],
+    factors_axes: Sequence[Labels],
+    out: Labels,
+    **settings: Any,
+) -> Array:
+    """x times the factors from left to right, summed over the labels that are not in `out`."""
+    for i, (factor, factor_axes) in enumerate(zip(factors, factors_axes, strict=True)):
+        both = tuple(dict.fromkeys((*axes, *factor_axes)))
+        later = {*out}.union(*factors_axes[i + 1 :])
+        to = out if i == len(factors) - 1 else tuple(label for label in both if label in later)
+        place = {label: j for j, label in enumerate(both)}  # an einsum has few labels
+        x_axes, y_axes, z_axes = ([place[n] for n in labels] for labels in (axes, factor_axes, to))
+        x, axes = jnp.einsum(x, x_axes, factor, y_axes, z_axes, **settings), to
+    return x
+
+
+def _flat(axes: Sequence[Labels]) -> Labels:
+    return tuple(label for group in axes for label in group)

@@ -1,26 +1,29 @@
-"""Which weight is used how by a loss, and what the gradient of each costs: whole, and as it is."""
+"""Reports how a loss uses each weight, and which gradients `value_and_grad` forms as cores."""
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend import core as jax_core
 from jaxtyping import Array, PyTree
 
 from ..selection.select import decisions
 from ..sharding.partitioning import use_mesh_of
 from ..subspace.engine import SubspaceState
+from ..subspace.lift import expanded
 from ..subspace.projection import core_dtype
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import LeafSpec, path_name
-from ..util.text_tables import group_similar, human_bytes, human_count, rich_table, table
-from .flops import Cost, costs_of, projecting
-from .loss import bases_of, program_of
+from ..tree.leaf_spec import Basis, LeafSpec, path_name
+from ..util.text_tables import group_similar, human_bytes, rich_table, table
+from .interpreter import Use, as_arrays, evaluate
+from .loss import Bases, bases_of, program_of
+from .tangent_weight import TangentWeight, reshape, tag
 from .value_and_grad import check_paths, engines_of
 
 
@@ -29,18 +32,16 @@ class Row:
     """One weight in an :class:`Explanation`.
 
     Attributes:
-      path: its name.
-      shape: its shape.
-      operations: where it becomes part of an array, and how often in a step.
-      in_while: whether some of them are in a `while`, whose turns count as one.
-      core: whether its gradient is a core, of which nothing is formed whole.
-      why: if it is not: the operations that fell back, or why it is not projected.
-      whole_bytes: of its whole gradient.
-      core_bytes: of its core; 0 where it is not projected.
-      here_bytes: of the core, and of the whole gradient of each use that fell back; or of the whole
-        gradient, where it is not projected.
-      whole_flops: of the products of its whole gradient, and of projecting it.
-      here_flops: of those that `value_and_grad` takes.
+      path: name of the weight.
+      shape: shape of the weight.
+      operations: operations that use it, with their number of executions in a step.
+      in_while: whether one of them is in a `while`, where one iteration is counted.
+      core: whether its gradient is a core and no use of it falls back.
+      reason: the operations that fall back, or why it is not projected; empty if `core`.
+      full_bytes: bytes of its full gradient.
+      core_bytes: bytes of its core; 0 if it is not projected.
+      formed_bytes: bytes of the gradients formed: its core, and the full gradient of each use that
+        falls back; its full gradient if it is not projected.
     """
 
     path: str
@@ -48,59 +49,51 @@ class Row:
     operations: dict[str, int]
     in_while: bool
     core: bool
-    why: str
-    whole_bytes: int
+    reason: str
+    full_bytes: int
     core_bytes: int
-    here_bytes: int
-    whole_flops: int
-    here_flops: int
+    formed_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; a table when printed, which fits the screen with `rich.print`.
+    """Result of :func:`explain`; prints as a table, with `rich.print` fitted to the screen.
 
     Attributes:
-      rows: one for each weight. In the table, those that differ by a number in their path alone
-        share a line: `layers/*/mlp/up/kernel (24)`, with the sums of all of them.
+      rows: one per weight. In the table, weights whose paths differ only by a number share a line,
+        `layers/*/mlp/up/kernel (24)`, with their bytes added up.
     """
 
     rows: list[Row]
 
     def __str__(self) -> str:
-        return table(self._cells(), numbers=len(SUMS))
+        return table(self._cells(), numbers=2)
 
     def __rich__(self) -> Any:
-        """What `rich.print` and its consoles show, where rich is installed."""
-        not_core = lambda row: row[2] != "core"
-        return rich_table(self._cells(), len(SUMS), wrapped=(0, 1, 2), dim=not_core)
+        """The table for `rich.print`."""
+        return rich_table(self._cells(), 2, wrapped=(0, 1, 2), dim=lambda row: row[2] != "core")
 
     def _cells(self) -> list[tuple[str, ...]]:
-        """The table's head, its lines and the line of totals."""
-        said = lambda row: (_operations(row), "core" if row.core else f"whole: {row.why}")
-        sums = lambda rows: [
-            human(sum(getattr(row, field) for row in rows)) for field, human in SUMS.values()
+        """Head, lines and totals of the table."""
+        text = lambda row: (_operations(row), "core" if row.core else f"full: {row.reason}")
+        sums = lambda rows: (
+            human_bytes(sum(row.full_bytes for row in rows)),
+            human_bytes(sum(row.formed_bytes for row in rows)),
+        )
+        body = [
+            (name, *text(rows[0]), *sums(rows))
+            for name, rows in group_similar(
+                self.rows, lambda row: row.path, lambda row: (row.shape, *text(row))
+            )
         ]
-        of = lambda row: (row.shape, *said(row))
-        lines = [
-            (name, *said(rows[0]), *sums(rows))
-            for name, rows in group_similar(self.rows, lambda row: row.path, of)
-        ]
-        head = ("weight", "used by", "gradient", *SUMS)
-        return [head, *lines, ("total", "", "", *sums(self.rows))]
-
-
-SUMS: dict[str, tuple[str, Callable[[int], str]]] = {
-    "whole": ("whole_bytes", human_bytes),
-    "here": ("here_bytes", human_bytes),
-    "FLOPs whole": ("whole_flops", human_count),
-    "FLOPs here": ("here_flops", human_count),
-}
+        head = ("weight", "used by", "gradient", "full", "formed")
+        return [head, *body, ("total", "", "", *sums(self.rows))]
 
 
 def _operations(row: Row) -> str:
+    """Cell of the operations, such as `gather, dot_general x 24`."""
     each = [name if n == 1 else f"{name} x {n}" for name, n in row.operations.items()]
-    return (", ".join(each) or "nothing") + ("; of a while, one turn" if row.in_while else "")
+    return (", ".join(each) or "nothing") + ("; one iteration of a while" if row.in_while else "")
 
 
 def explain(
@@ -108,15 +101,13 @@ def explain(
     tx: optax.GradientTransformation | optax.MultiSteps,
     has_aux: bool = False,
 ) -> Callable[..., Explanation]:
-    """Says of every weight how a loss uses it, and what `value_and_grad` makes of its gradient.
+    """Reports for each weight how a loss uses it, and whether its gradient is formed as a core.
 
-    It reads the program as `natgalore.value_and_grad` does, with the same rules, and computes
-    nothing: arrays may be `jax.ShapeDtypeStruct`, the state `jax.eval_shape(tx.init, params)`.
+    The loss is evaluated abstractly by the rules of :func:`value_and_grad`; nothing is computed.
+    Arrays may be `jax.ShapeDtypeStruct`, and the state `jax.eval_shape(tx.init, params)`.
 
-    Counted are the products of a hot step for the gradient of each weight, x P among them. In a
-    `scan` they count as often as it turns, in a `while` once, in each branch of a `cond` once, and
-    under `remat` once. What follows an operation that is not a product, and fell back, is the same
-    either way and is in neither column.
+    An operation in a `scan` counts once per iteration, in a `while` once, in each branch of a
+    `cond` once, under `remat` once. Bytes of a use that falls back in a loop are of one iteration.
 
     Args:
       loss_fn: as for :func:`value_and_grad`.
@@ -124,11 +115,11 @@ def explain(
       has_aux: whether `loss_fn` returns a pair.
 
     Returns:
-      A function `(params, opt_state, *args, **kwargs) -> Explanation`; `print` what it returns.
+      A function `(params, opt_state, *args, **kwargs) -> Explanation`, which prints as a table.
 
     Raises:
-      ValueError: when called, if the loss is no real number, or for what :func:`value_and_grad`
-        refuses of a state.
+      ValueError: when called, if the loss is not a real number, or if :func:`value_and_grad`
+        refuses the state.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore
@@ -138,8 +129,10 @@ def explain(
       >>> opt_state = jax.eval_shape(tx.init, params)
       >>> x = jax.ShapeDtypeStruct((100, 64), jnp.float32)
       >>> (row,) = natgalore.explain(loss_fn, tx)(params, opt_state, x).rows
-      >>> row.whole_flops, row.here_flops  # 2·100·64·256 + 2·64·256·16, 2·100·16·(64 + 256)
-      (3801088, 1024000)
+      >>> row.operations, row.core
+      ({'dot_general': 1}, True)
+      >>> row.full_bytes, row.formed_bytes  # 4·64·256, 4·16·256
+      (65536, 16384)
     """
 
     def fn(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> Explanation:
@@ -147,11 +140,11 @@ def explain(
         is_array = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
         rows: list[Row] = []
 
-        def read(arrays):
-            given = treedef.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
-            rows.extend(_rows(loss_fn, tx, has_aux, *given))
+        def trace(arrays):  # other leaves, such as a string argument, stay static
+            arguments = treedef.unflatten([arrays.get(i, x) for i, x in enumerate(leaves)])
+            rows.extend(_rows(loss_fn, tx, has_aux, *arguments))
 
-        jax.eval_shape(read, {i: x for i, x in enumerate(leaves) if is_array(x)})
+        jax.eval_shape(trace, {i: x for i, x in enumerate(leaves) if is_array(x)})
         return Explanation(rows)
 
     return fn
@@ -168,67 +161,108 @@ def _rows(
 ) -> list[Row]:
     is_subspace = lambda x: isinstance(x, SubspaceState)
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_subspace) if is_subspace(x)]
-    with decisions() as made:
+    with decisions() as recorded:
         engines_of(tx, params, opt_state)
     check_paths(states, params)
     bases = bases_of(states)
-    flat = jax.tree_util.tree_leaves_with_path(unbox(params))
+    leaves = jax.tree_util.tree_leaves_with_path(unbox(params))
     with use_mesh_of(params):
-        program, form = program_of(loss_fn, params, args, kwargs)
-        _check_loss(form[0] if has_aux else form)
-        costs = costs_of(program, flat, bases)
+        program, outputs = program_of(loss_fn, params, args, kwargs)
+        _check_loss(outputs[0] if has_aux else outputs)
+        uses = _uses(program, leaves, bases)
     rows = []
-    for path, w in flat:
-        name, (P, *_) = path_name(path), bases.get(path, (None,))
-        if P is None:
-            decision = made.get(name, "not given to natgalore")
-            why = "not projected" if isinstance(decision, LeafSpec) else decision
-            rows.append(_row(name, w, costs[name], why))
-        else:
-            nbytes = math.prod(P.spec.core_shape) * core_dtype(P, w).itemsize
-            rows.append(_projected(_row(name, w, costs[name], ""), costs[name], P.spec, nbytes))
+    for path, w in leaves:
+        name = path_name(path)
+        decision = recorded.get(name, "not passed to natgalore")
+        reason = "not projected" if isinstance(decision, LeafSpec) else decision
+        rows.append(_row(name, w, uses[name], bases.get(path, ()), reason))
     return rows
 
 
-def _check_loss(form: Any) -> None:
-    """Raises if the loss is no real number."""
-    of = (getattr(form, "shape", None), getattr(form, "dtype", None))
-    if of[0] != () or not jnp.issubdtype(of[1], jnp.floating):
-        found = jax.tree.map(lambda x: f"{x.dtype}{[*x.shape]}", form)
+def _check_loss(loss: Any) -> None:
+    """Raises if the loss is not a real number."""
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        found = jax.tree.map(lambda x: f"{x.dtype}{[*x.shape]}", loss)
         raise ValueError(f"`loss_fn` must return a real number, got {found}; see `has_aux`.")
 
 
-def _row(name: str, w: Array, costs: list[Cost], why: str) -> Row:
-    """The row of a weight that is not projected."""
+def _uses(
+    program: jax_core.ClosedJaxpr, leaves: Sequence[tuple[Any, Array]], bases: Bases
+) -> dict[str, list[Use]]:
+    """The uses of each leaf in a program, by the leaf's name.
+
+    Args:
+      program: program of the leaves; its first output is the loss.
+      leaves: paths and traced arrays.
+      bases: bases of the projected leaves.
+    """
+    found: dict[Any, Use] = {}
+
+    def report(use: Use):  # JAX may trace the body of a loop twice: each place counts once
+        found[*map(id, use.enclosing), id(use.eqn), use.operand] = use
+
+    for projected in (True, False):  # two passes: a product of two TangentWeights has no rule
+        values = [
+            _tagged(path, w, bases.get(path, ())) if (path in bases) == projected else w
+            for path, w in leaves
+        ]
+        as_arrays(evaluate(program, values, report)[:1], None, report)
+    uses: dict[str, list[Use]] = {path_name(path): [] for path, _ in leaves}
+    for use in found.values():
+        uses[use.weight.name].append(use)
+    return uses
+
+
+def _tagged(path: tuple[Any, ...], w: Array, sides: Sequence[Basis]) -> TangentWeight:
+    """The weight W + P B Qᵀ; without bases W + B, so that its uses are reported too."""
+    if sides:
+        P, *_ = sides
+        dtype = core_dtype(P, w)
+        return tag(P.spec, w, jnp.zeros(P.spec.core_shape, dtype), *expanded(dtype, *sides))
+    labels = tuple(range(w.ndim))
+    axes = tuple((label,) for label in labels)
+    v = TangentWeight(w, jnp.zeros_like(w), (), axes, labels, (), path_name(path))
+    v = reshape(v, w.shape)  # axes of length 1 lose their labels
+    assert v is not None
+    return v
+
+
+def _row(name: str, w: Array, uses: list[Use], sides: Sequence[Basis], reason: str) -> Row:
+    """The row of one weight; `reason` is why it is not projected."""
     operations: Counter[str] = Counter()
-    for each in costs:
-        operations[each.operation] += each.times
-    nbytes = w.size * np.dtype(w.dtype).itemsize
-    flops = sum(each.whole_flops for each in costs)
+    for use in uses:
+        operations[use.operation] += _times(use)
+    fell_back = [use for use in uses if use.fell_back]
+    full_bytes = formed_bytes = _nbytes(w)
+    core_bytes = 0
+    if sides:
+        P, *_ = sides
+        core_bytes = math.prod(P.spec.core_shape) * core_dtype(P, w).itemsize
+        formed_bytes = core_bytes + sum(_nbytes(use.weight.weight) for use in fell_back)
+        reason = ", ".join(dict.fromkeys(use.operation for use in fell_back))
     return Row(
         path=name,
         shape=tuple(w.shape),
         operations=dict(operations),
-        in_while=any(each.in_while for each in costs),
-        core=False,
-        why=why,
-        whole_bytes=nbytes,
-        core_bytes=0,
-        here_bytes=nbytes,
-        whole_flops=flops,
-        here_flops=flops,
+        in_while=any(_is_in(use, "while") for use in uses),
+        core=bool(sides) and not fell_back,
+        reason=reason,
+        full_bytes=full_bytes,
+        core_bytes=core_bytes,
+        formed_bytes=formed_bytes,
     )
 
 
-def _projected(row: Row, costs: list[Cost], spec: LeafSpec, nbytes: int) -> Row:
-    """The row of a weight that is."""
-    fell_back = [each for each in costs if each.fell_back]
-    return dataclasses.replace(
-        row,
-        core=not fell_back,
-        why=", ".join(dict.fromkeys(each.operation for each in fell_back)),
-        core_bytes=nbytes,
-        here_bytes=nbytes + sum(each.whole_bytes for each in fell_back),
-        whole_flops=row.whole_flops + projecting(spec),
-        here_flops=sum(each.core_flops for each in costs),
-    )
+def _times(use: Use) -> int:
+    """Executions in a step: the product of the lengths of the scans around the operation."""
+    scans = [eqn for eqn in use.enclosing if eqn.primitive.name == "scan"]
+    return math.prod(eqn.params["length"] for eqn in scans)
+
+
+def _is_in(use: Use, primitive: str) -> bool:
+    return any(eqn.primitive.name == primitive for eqn in use.enclosing)
+
+
+def _nbytes(x: Array) -> int:
+    return x.size * np.dtype(x.dtype).itemsize

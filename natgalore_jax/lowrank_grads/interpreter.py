@@ -1,10 +1,17 @@
-"""Evaluates a program at tagged weights, so that its gradients by their cores are low-rank.
+"""Evaluates a jaxpr at projected weights, so that JAX differentiates it by their cores alone.
 
-An operation on a :class:`TangentWeight` weight has a rule in `primitive_rules.py`, giving another
-or an
-array, and programs within the program are evaluated in the same way. Where there is no rule, or it
-does not hold, the weight is an array: still exact, but the gradient of that one use is formed whole
-before it is projected. Every use is reported, with or without a rule.
+Each projected weight enters as a :class:`TangentWeight`, which stands for
+
+    W(B) = W + P B Qᵀ at B = 0,    dL/dB = Pᵀ G Q                                               (1)
+
+An equation with such an operand is evaluated by a rule of `primitive_rules.py`; the jaxprs of
+`scan`, `cond`, `while`, `remat` and `jit` are evaluated recursively. Without a rule, or where the
+rule does not hold, the weight is materialised: the result is still exact, but that use forms its
+full gradient before the projection. Every use of a weight is reported.
+
+Kin: Quax (patrick-kidger/quax), whose interpreter dispatches primitives on custom array types; its
+LoraArray is W + A B with trained A and B. This interpreter adds rules for `scan` and `remat`, and
+falls back where a rule is missing.
 """
 
 import functools
@@ -17,95 +24,89 @@ from jax import lax
 from jax.extend import core as jax_core
 
 from ..util.jaxprs import apply, called, read
-from .dot_general import plain
-from .primitive_rules import USES, Value
+from .dot_general import materialise
+from .primitive_rules import RULES, Value
 from .tangent_weight import TangentWeight
 
 
 class Use(NamedTuple):
-    """Where a weight becomes part of an array.
+    """An operation in which a weight becomes part of an array.
 
     Attributes:
-      within: the equations whose programs it is in, the outermost first.
-      eqn: the operation; None where the weight leaves the last of `within`, or the program.
-      place: of the weight among its operands.
-      weight: as it comes there.
-      whole: whether it is taken as an array, for want of a rule.
+      enclosing: equations whose jaxprs contain the operation, the outermost first.
+      eqn: the operation; None where the weight is an output of the innermost jaxpr.
+      operand: position of the weight among the operands, or the outputs.
+      weight: the weight, as the operation receives it.
+      fell_back: whether the weight was materialised for want of a rule.
     """
 
-    within: tuple[jax_core.JaxprEqn, ...]
+    enclosing: tuple[jax_core.JaxprEqn, ...]
     eqn: jax_core.JaxprEqn | None
-    place: int
+    operand: int
     weight: TangentWeight
-    whole: bool
+    fell_back: bool
 
     @property
     def operation(self) -> str:
-        named = self.within[-1:] if self.eqn is None else (self.eqn,)
-        return named[0].primitive.name if named else "output"
+        """Name of the operation's primitive; "output" for an output of the whole program."""
+        eqns = self.enclosing[-1:] if self.eqn is None else (self.eqn,)
+        return eqns[0].primitive.name if eqns else "output"
 
 
 Report = Callable[[Use], None]
 
 
 def evaluate(program: jax_core.ClosedJaxpr, values: Sequence[Value], report: Report) -> list[Value]:
-    """The program's outputs, which may be TangentWeight where inputs are."""
-    return read(program, values, lambda x: x, functools.partial(_through, report))
+    """The outputs of a program; an output may be a TangentWeight if an input is."""
+    return read(program, values, lambda x: x, functools.partial(_evaluate_eqn, report))
 
 
-def arrays(
+def as_arrays(
     values: Sequence[Value],
     eqn: jax_core.JaxprEqn | None,
     report: Report,
-    which: Callable[[int, TangentWeight], bool] = lambda place, v: True,
+    where: Callable[[int, TangentWeight], bool] = lambda operand, v: True,
 ) -> list[Any]:
-    """The values, operands of `eqn`, with those weights as arrays of which `which` holds."""
+    """Materialises the weights among the operands of `eqn`, or the outputs if it is None.
 
-    def whole(place, x):
-        if not isinstance(x, TangentWeight) or not which(place, x):
+    `where(operand, weight)` selects weights; by default all.
+    """
+
+    def as_array(operand, x):
+        if not isinstance(x, TangentWeight) or not where(operand, x):
             return x
-        report(Use((), eqn, place, x, whole=True))
-        return plain(x)
+        report(Use((), eqn, operand, x, fell_back=True))
+        return materialise(x)
 
-    return [whole(place, x) for place, x in enumerate(values)]
-
-
-def inside(report: Report, eqn: jax_core.JaxprEqn) -> Report:
-    """For what is used in a program of `eqn`."""
-    return lambda use: report(use._replace(within=(eqn, *use.within)))
+    return [as_array(operand, x) for operand, x in enumerate(values)]
 
 
-def _through(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
-    if not any(isinstance(x, TangentWeight) for x in values):
+def _evaluate_eqn(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
+    weights = [(i, x) for i, x in enumerate(values) if isinstance(x, TangentWeight)]
+    if not weights:
         return apply(eqn, values)
     name = eqn.primitive.name
-    outputs = None
-    if name in CONTROL:
-        outputs = CONTROL[name](report, eqn, values)
-    elif name in USES:
-        outputs = USES[name](eqn, *values)
-        outputs = outputs if outputs is None or isinstance(outputs, list) else [outputs]
+    if name in CONTROL_FLOW:
+        outputs = CONTROL_FLOW[name](report, eqn, values)
+    else:
+        outputs = RULES[name](eqn, *values) if name in RULES else None
+        if outputs is not None and not isinstance(outputs, list):
+            outputs = [outputs]
         if outputs is not None and not any(isinstance(x, TangentWeight) for x in outputs):
-            for place, x in enumerate(values):
-                if isinstance(x, TangentWeight):
-                    report(Use((), eqn, place, x, whole=False))
-    return apply(eqn, arrays(values, eqn, report)) if outputs is None else outputs
+            for operand, x in weights:
+                report(Use((), eqn, operand, x, fell_back=False))
+    return apply(eqn, as_arrays(values, eqn, report)) if outputs is None else outputs
+
+
+# Control flow: `(report, eqn, operands)` to the outputs, or None where the rule does not hold.
 
 
 def _call(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
-    return evaluate(called(eqn), values, inside(report, eqn))
-
-
-def _arrays_of(
-    report: Report, eqn: jax_core.JaxprEqn, program: jax_core.ClosedJaxpr, values: Sequence[Value]
-) -> list[Any]:
-    """The outputs of a program of `eqn` that no weight may leave as such."""
-    report = inside(report, eqn)
-    return arrays(evaluate(program, values, report), None, report)
+    return evaluate(called(eqn), values, _report_within(eqn, report))
 
 
 def _remat(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
-    body = lambda *values: _arrays_of(report, eqn, called(eqn), values)
+    body = lambda *values: _array_outputs(report, eqn, called(eqn), values)
     settings = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
     return jax.checkpoint(body, **settings)(*values)
 
@@ -114,7 +115,7 @@ def _cond(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[V
     index, *operands = values
     if isinstance(index, TangentWeight):
         return None
-    run = lambda branch, *xs: _arrays_of(report, eqn, branch, xs)
+    run = lambda branch, *values: _array_outputs(report, eqn, branch, values)
     branches = [functools.partial(run, branch) for branch in eqn.params["branches"]]
     return lax.switch(index, branches, *operands)
 
@@ -122,71 +123,90 @@ def _cond(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[V
 def _while(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
     n = eqn.params["cond_nconsts"]
     k = n + eqn.params["body_nconsts"]
-    values = arrays(values, eqn, report, lambda place, _: place >= k)
-    of_cond, of_body = values[:n], values[n:k]
-    run = lambda key, *xs: _arrays_of(report, eqn, eqn.params[key], xs)
+    values = as_arrays(values, eqn, report, lambda operand, _: operand >= k)
+    cond_constants, body_constants, carry = values[:n], values[n:k], values[k:]
+    run = lambda key, *values: _array_outputs(report, eqn, eqn.params[key], values)
     return lax.while_loop(
-        lambda carry: run("cond_jaxpr", *of_cond, *carry)[0],
-        lambda carry: run("body_jaxpr", *of_body, *carry),
-        values[k:],
+        lambda carry: run("cond_jaxpr", *cond_constants, *carry)[0],
+        lambda carry: run("body_jaxpr", *body_constants, *carry),
+        carry,
     )
 
 
 def _scan(report: Report, eqn: jax_core.JaxprEqn, values: list[Value]) -> list[Value]:
     program = eqn.params["jaxpr"]
-    # What is scanned over, or stacked up, has one axis more outside than inside. The parameters
-    # that count them have other names from one JAX to the next.
+    # Scanned inputs and stacked outputs have one axis more outside the body than inside. The
+    # params that count them are named differently in different JAX versions.
     ndims = lambda vars: [len(var.aval.shape) for var in vars]
-    grows = lambda outer, inner: sum(a > b for a, b in zip(ndims(outer), ndims(inner), strict=True))
-    scanned = grows(eqn.invars, program.jaxpr.invars)
-    carried = len(eqn.outvars) - grows(eqn.outvars, program.jaxpr.outvars)
-    last = len(values) - scanned
-    first = last - carried
-    cannot = lambda place, v: place >= first and (place < last or _unscannable(v))
-    values = arrays(values, eqn, report, cannot)
-    constants, carry, over = values[:first], values[first:last], values[last:]
-    split = [_sliced(x) for x in over]
+    count_longer = lambda outer, inner: sum(
+        a > b for a, b in zip(ndims(outer), ndims(inner), strict=True)
+    )
+    scanned = count_longer(eqn.invars, program.jaxpr.invars)
+    carried = len(eqn.outvars) - count_longer(eqn.outvars, program.jaxpr.outvars)
+    j = len(values) - scanned
+    i = j - carried
+    where = lambda operand, v: operand >= i and (operand < j or not _scannable(v))
+    values = as_arrays(values, eqn, report, where)
+    constants, carry, stacks = values[:i], values[i:j], values[j:]
+    split = [_split_stack(x) for x in stacks]
 
-    def body(carry, parts):
-        xs = [join(part) for (_, join), part in zip(split, parts, strict=True)]
-        outputs = _arrays_of(report, eqn, program, [*constants, *carry, *xs])
+    def body(carry, layers):
+        xs = [join(layer) for (_, join), layer in zip(split, layers, strict=True)]
+        outputs = _array_outputs(report, eqn, program, [*constants, *carry, *xs])
         return outputs[:carried], outputs[carried:]
 
     settings = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    carry, stacked = lax.scan(body, carry, [parts for parts, _ in split], **settings)
+    carry, stacked = lax.scan(body, carry, [arrays for arrays, _ in split], **settings)
     return [*carry, *stacked]
 
 
-def _unscannable(v: TangentWeight) -> bool:
-    """Whether the leading axis is not that of matrices: B would not be cut along it."""
-    return len(v.axes[0]) != 1 or v.axes[0][0] not in v.core_axes
+def _scannable(v: TangentWeight) -> bool:
+    """Whether the leading axis counts matrices, so that B is scanned along it too."""
+    return len(v.axes[0]) == 1 and v.axes[0][0] in v.core_axes
 
 
-def _sliced(x: Value) -> tuple[Any, Callable[[Any], Value]]:
-    """What a scan goes over of x, and x's slice from what it then has."""
+def _split_stack(x: Value) -> tuple[Any, Callable[[Any], Value]]:
+    """The arrays of a stack for `lax.scan`, and a function from their slices to the stack's slice.
+
+    A factor without the stack's axis is not scanned: every slice has it whole.
+    """
     if not isinstance(x, TangentWeight):
-        return x, lambda part: part
+        return x, lambda layer: layer
     ((label,), *axes) = x.axes
-    factors = [x.core, *x.bases]
-    of_factors = [x.core_axes, *x.bases_axes]
-    places = [labels.index(label) if label in labels else None for labels in of_factors]
-    moved = [
-        None if place is None else jnp.moveaxis(f, place, 0)
-        for f, place in zip(factors, places, strict=True)
+    factors = (x.core, *x.bases)
+    factors_axes = (x.core_axes, *x.bases_axes)
+    scanned = [
+        jnp.moveaxis(factor, labels.index(label), 0) if label in labels else None
+        for factor, labels in zip(factors, factors_axes, strict=True)
     ]
-    core_axes, *bases_axes = [tuple(n for n in labels if n != label) for labels in of_factors]
+    core_axes, *bases_axes = [tuple(n for n in labels if n != label) for labels in factors_axes]
 
-    def join(parts):
-        weight, parts = parts
-        core, *bases = [f if part is None else part for f, part in zip(factors, parts, strict=True)]
+    def join(layer):
+        weight, slices = layer
+        core, *bases = [
+            factor if part is None else part for factor, part in zip(factors, slices, strict=True)
+        ]
         return TangentWeight(
             weight, core, tuple(bases), tuple(axes), core_axes, tuple(bases_axes), x.name
         )
 
-    return (x.weight, moved), join
+    return (x.weight, scanned), join
 
 
-CONTROL: dict[str, Callable[..., Any]] = {
+def _array_outputs(
+    report: Report, eqn: jax_core.JaxprEqn, program: jax_core.ClosedJaxpr, values: Sequence[Value]
+) -> list[Any]:
+    """The outputs of a jaxpr of `eqn`, with weights among them materialised."""
+    report = _report_within(eqn, report)
+    return as_arrays(evaluate(program, values, report), None, report)
+
+
+def _report_within(eqn: jax_core.JaxprEqn, report: Report) -> Report:
+    """Reports uses in a jaxpr of `eqn`."""
+    return lambda use: report(use._replace(enclosing=(eqn, *use.enclosing)))
+
+
+CONTROL_FLOW: dict[str, Callable[..., Any]] = {
     **{name: _call for name in ("jit", "pjit", "closed_call")},
     **{name: _remat for name in ("remat", "remat2", "checkpoint")},
     "cond": _cond,

@@ -17,7 +17,7 @@ from ..subspace.projection import core_dtype, working_dtype
 from ..tree.flax_boxes import rebox, unbox
 from ..tree.leaf_spec import Basis, Core, cores
 from ..util.linalg import max_abs
-from .interpreter import Use, arrays, evaluate
+from .interpreter import Use, as_arrays, evaluate
 from .tangent_weight import TangentWeight, tag
 
 
@@ -44,7 +44,7 @@ def backward(
     fallbacks: dict[tuple[str, str], None] = {}
 
     def report(use: Use):
-        if use.whole:
+        if use.fell_back:
             fallbacks.setdefault((use.operation, use.weight.name))
 
     def run(bases: Bases, turn: Any = None) -> Result:
@@ -68,7 +68,7 @@ def backward(
         def loss(free: list[Array], part: PyTree):
             values = [*map(tagged, paths, tied, free), *jax.tree.leaves(part)]
             outputs = evaluate(program, values, report)
-            outputs[:1] = arrays(outputs[:1], None, report)
+            outputs[:1] = as_arrays(outputs[:1], None, report)
             outputs = [x.weight if isinstance(x, TangentWeight) else x for x in outputs]
             value = jax.tree.structure(shapes).unflatten(outputs)
             return value if has_aux else (value, None)

@@ -1,17 +1,18 @@
-"""A weight that stands for W + P B Qᵀ at B = 0, and what happens to it until it is used.
+"""A projected weight W with the linear term P B Qᵀ attached at B = 0, and its shape operations.
 
-The gradient with respect to B is the core Pᵀ G Q, so a program that is evaluated at such a weight,
-and differentiated by B alone, has the core as its gradient and never needs G. For y = x W,
+For the gradient G of a loss L with respect to W (Q is the identity if one side is projected),
 
-    y(B) = x W + (x P) B Qᵀ,    dy(B)/dB is linear,    B's cotangent: (x P)ᵀ (ȳ Q)               (1)
+    W(B) = W + P B Qᵀ,    dL/dB at B = 0 is the core Pᵀ G Q                                     (1)
 
-Every axis of W is a group of *labels*, and so are the axes of P, B and Q, which together own them
-all: rows belong to P, columns to B (or to Q on both sides), layers and experts to all of them.
-Then no operation need know of orientation. A transpose permutes groups, a reshape regroups labels,
-a slice acts on what owns the label that it cuts, and a product is an `einsum` over labels.
+so a program evaluated at W(0) and differentiated with respect to B gives the core without
+forming G.
 
-The nearest published idea is that of Shamshoum et al., "CompAct", arXiv:2410.15352, which keeps
-x P in place of x for a random P.
+Each axis of W is a tuple of integer *labels*, as in an `einsum`, and each label is an axis of P, B
+or Q: rows belong to P, columns to B (to Q if both sides are projected), layers and experts to all
+factors. A transpose permutes the tuples, a reshape regroups labels, a slice cuts the factors that
+have the sliced label. The orientation of the matrix occurs in :func:`tag` alone.
+
+Reference: Shamshoum et al., "CompAct", arXiv:2410.15352, stores x P in place of x, for a random P.
 """
 
 import dataclasses
@@ -37,16 +38,16 @@ Labels = tuple[int, ...]
 )
 @dataclasses.dataclass(frozen=True)
 class TangentWeight:
-    """The weight W, or what has become of it, and the factors of what could be added to it.
+    """W(0) of (1), after any shape operations.
 
     Attributes:
       weight: W.
       core: B, zeros.
-      bases: P, or P and Q.
-      axes: the labels of each axis of W, the slower first; () of an axis of length 1.
-      core_axes: the label of each axis of B.
-      bases_axes: the same of P, or of P and Q.
-      name: of the leaf of the params.
+      bases: (P,) or (P, Q).
+      axes: labels of each axis of W, the slowest first; () for an axis of length 1.
+      core_axes: label of each axis of B.
+      bases_axes: label of each axis of P, and of Q.
+      name: name of the leaf of the params.
     """
 
     weight: Array
@@ -59,65 +60,69 @@ class TangentWeight:
 
     @property
     def sizes(self) -> dict[int, int]:
-        """Of each label."""
+        """Length of each label's axis."""
         pairs = [(self.core, self.core_axes), *zip(self.bases, self.bases_axes, strict=True)]
         return {label: n for x, axes in pairs for label, n in zip(axes, x.shape, strict=True)}
 
     @property
-    def fresh(self) -> int:
-        """From here on labels are free."""
+    def next_label(self) -> int:
+        """The smallest label above all labels in use."""
         return 1 + max(self.sizes, default=-1)
 
     def owners(self, label: int) -> int:
-        """How many of the factors have the label."""
+        """Number of factors that have the label."""
         return sum(label in axes for axes in (self.core_axes, *self.bases_axes))
 
     def replace(self, **changes: Any) -> "TangentWeight":
         return dataclasses.replace(self, **changes)
 
-    def change(self, label: int, new: Labels, f: Callable[[Array, int], Array]) -> "TangentWeight":
-        """`f(factor, axis)` for each factor that has the label, which `new` ones replace there.
+    def replace_label(
+        self, label: int, new: Labels, f: Callable[[Array, int], Array]
+    ) -> "TangentWeight":
+        """Applies `f(factor, axis)` to each factor with the label, and relabels that axis `new`.
 
-        The weight is left as it is: `reshape` and its kin know what becomes of it as a whole.
+        `weight` is unchanged: the caller replaces it.
         """
-        swap = lambda axes: tuple(y for x in axes for y in (new if x == label else (x,)))
-        at = lambda x, axes: f(x, axes.index(label)) if label in axes else x
+        relabel = lambda axes: tuple(y for x in axes for y in (new if x == label else (x,)))
+        apply = lambda x, axes: f(x, axes.index(label)) if label in axes else x
         return self.replace(
-            core=at(self.core, self.core_axes),
-            bases=tuple(map(at, self.bases, self.bases_axes)),
-            axes=tuple(map(swap, self.axes)),
-            core_axes=swap(self.core_axes),
-            bases_axes=tuple(map(swap, self.bases_axes)),
+            core=apply(self.core, self.core_axes),
+            bases=tuple(map(apply, self.bases, self.bases_axes)),
+            axes=tuple(map(relabel, self.axes)),
+            core_axes=relabel(self.core_axes),
+            bases_axes=tuple(map(relabel, self.bases_axes)),
         )
 
 
 def tag(spec: LeafSpec, weight: Array, core: Array, *bases: Array) -> TangentWeight:
-    """The leaf `weight` with B = `core`, zeros of `spec.core_shape`.
+    """W(0) for a leaf of the params.
 
     Args:
-      spec: the leaf's; the only source of orientation.
-      weight: in the leaf's shape.
-      core: (*batch, r, n), or (*batch, r, r).
+      spec: the leaf's spec.
+      weight: the leaf.
+      core: B, zeros of (*batch, r, n), or (*batch, r, r) if both sides are projected.
       *bases: P (*batch, m, r), or P and Q (*batch, n, r).
     """
-    of = lambda axes: tuple(spec.sizes[axis] for axis in axes)
-    k = len(spec.sizes)
-    last, last_axes = ((spec.rank,), (k + 1,)) if spec.both else (of(spec.cols), spec.cols)
-    sides = [(spec.rows, k), (spec.cols, k + 1)][: len(bases)]
-    whole = TangentWeight(
-        weight.reshape(spec.sizes),
-        core.reshape(*spec.batch_shape, spec.rank, *last),
-        tuple(
-            P.reshape(*spec.batch_shape, *of(axes), spec.rank)
-            for P, (axes, _) in zip(bases, sides, strict=True)
+    ndim = len(spec.sizes)  # axis i of the leaf has label i; the ranks follow
+    P_rank, Q_rank = ndim, ndim + 1
+    sizes = lambda axes: tuple(spec.sizes[axis] for axis in axes)
+    cols = (Q_rank,) if spec.both else spec.cols
+    col_sizes = (spec.rank,) if spec.both else sizes(spec.cols)
+    sides = [(spec.rows, P_rank), (spec.cols, Q_rank)][: len(bases)]
+    split = TangentWeight(
+        weight=weight.reshape(spec.sizes),
+        core=core.reshape(*spec.batch_shape, spec.rank, *col_sizes),
+        bases=tuple(
+            basis.reshape(*spec.batch_shape, *sizes(axes), spec.rank)
+            for basis, (axes, _) in zip(bases, sides, strict=True)
         ),
-        tuple((axis,) for axis in range(k)),
-        (*spec.batch, k, *last_axes),
-        tuple((*spec.batch, *axes, rank) for axes, rank in sides),
-        spec.name,
+        axes=tuple((axis,) for axis in range(ndim)),
+        core_axes=(*spec.batch, P_rank, *cols),
+        bases_axes=tuple((*spec.batch, *axes, rank) for axes, rank in sides),
+        name=spec.name,
     )
-    leaf = reshape(whole, spec.shape)
-    assert leaf is not None  # axes are merged, and merged axes need not be taken apart
+    leaf = reshape(split, spec.shape)
+    assert leaf is not None  # merging axes splits no label
     return leaf
 
 
@@ -127,54 +132,56 @@ def transpose(v: TangentWeight, permutation: Sequence[int]) -> TangentWeight:
 
 
 def reshape(v: TangentWeight, shape: Sequence[int]) -> TangentWeight | None:
-    """The weight in another shape; None if that would cut across labels."""
+    """The weight in another shape; None where a label's size is no multiple of an axis's."""
     weight = v.weight.reshape(shape)
     for label, n in v.sizes.items():
         if n == 1 and any(label in group for group in v.axes):
-            v = v.change(label, (), lambda x, axis: x.squeeze(axis))
-    left = [label for group in v.axes for label in group]
-    groups = []
+            v = v.replace_label(label, (), lambda x, axis: x.squeeze(axis))
+    remaining = [label for group in v.axes for label in group]
+    axes = []
     for size in shape:
         group: list[int] = []
         while size > 1:
-            label, n = left[0], v.sizes[left[0]]
+            label, n = remaining[0], v.sizes[remaining[0]]
             if size % n == 0:
-                group.append(left.pop(0))
+                group.append(remaining.pop(0))
                 size //= n
-            elif n % size == 0:
-                two = (v.fresh, v.fresh + 1)
-                parts = (size, n // size)
-                v = v.change(
-                    label,
-                    two,
-                    lambda x, axis, parts=parts: x.reshape(
-                        *x.shape[:axis], *parts, *x.shape[axis + 1 :]
-                    ),
-                )
-                left[:1] = two
+            elif n % size == 0:  # the axis ends inside the label
+                new = (v.next_label, v.next_label + 1)
+                v = v.replace_label(label, new, functools.partial(_split_axis, size=size))
+                remaining[:1] = new
             else:
                 return None
-        groups.append(tuple(group))
-    return v.replace(weight=weight, axes=tuple(groups))
+        axes.append(tuple(group))
+    return v.replace(weight=weight, axes=tuple(axes))
 
 
-def cut(v: TangentWeight, axis: int, start: Any, size: int) -> TangentWeight | None:
-    """Entries of one axis from `start`, a number or, where the axis is of one label, an array."""
-    n = v.weight.shape[axis]
-    if size == n:
+def _split_axis(x: Array, axis: int, size: int) -> Array:
+    """x with one axis of n entries as two, of `size` and n / `size`."""
+    return x.reshape(*x.shape[:axis], size, -1, *x.shape[axis + 1 :])
+
+
+def slice_axis(v: TangentWeight, axis: int, start: Any, size: int) -> TangentWeight | None:
+    """`size` entries of one axis from `start`; None where the slice cuts an inner label.
+
+    `start` is an int, or an array if the axis has one label.
+    """
+    if size == v.weight.shape[axis]:
         return v
-    group = v.axes[axis]
-    inner = math.prod(v.sizes[label] for label in group[1:])
-    traced = isinstance(start, jax.Array)
-    if len(group) > 1 and (traced or start % inner or size % inner):
+    outer, *inner = v.axes[axis]
+    unit = math.prod(v.sizes[label] for label in inner)
+    if inner and (isinstance(start, jax.Array) or start % unit or size % unit):
         return None
     weight = lax.dynamic_slice_in_dim(v.weight, start, size, axis)
-    at = start if len(group) == 1 else start // inner
-    take = lambda x, axis: lax.dynamic_slice_in_dim(x, at, size // inner, axis)
-    return v.change(group[0], (group[0],), take).replace(weight=weight)
+    first = start // unit if inner else start
+    take = lambda x, axis: lax.dynamic_slice_in_dim(x, first, size // unit, axis)
+    return v.replace_label(outer, (outer,), take).replace(weight=weight)
 
 
-def scale(v: TangentWeight, by: Array) -> TangentWeight:
-    """Times a number; through the weight as it is, that has its gradient."""
-    core = v.core * lax.stop_gradient(by).reshape(()).astype(v.core.dtype)
-    return v.replace(weight=v.weight * by.reshape(()), core=core)
+def scale(v: TangentWeight, factor: Array) -> TangentWeight:
+    """The weight times a number.
+
+    The gradient with respect to `factor` is that of `weight * factor`; B = 0 contributes nothing.
+    """
+    core = v.core * lax.stop_gradient(factor).reshape(()).astype(v.core.dtype)
+    return v.replace(weight=v.weight * factor.reshape(()), core=core)

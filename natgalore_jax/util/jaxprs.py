@@ -1,4 +1,4 @@
-"""Reads a program, with its values replaced by what is known of them."""
+"""Interpretation of jaxprs on values other than arrays."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 CALLS = {
     *("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"),
-    *("remat", "remat2", "checkpoint"),  # one by different releases
+    *("remat", "remat2", "checkpoint"),  # names of one primitive in different JAX versions
 }
 
 
@@ -22,31 +22,34 @@ def read(
     of_constant: Callable[[jax.typing.ArrayLike], T],
     through: Callable[[jax_core.JaxprEqn, list[T]], list[T]],
 ) -> list[T]:
-    """What is known of a program's outputs from what is of its inputs.
+    """Interprets a program: the values of its outputs.
 
     Args:
-      program: with its constants.
-      inputs: what is known of each.
-      of_constant: what is known of a number or array in it.
-      through: what is known of the results of an equation from what is of its inputs.
+      program: the closed jaxpr.
+      inputs: a value for each input.
+      of_constant: the value of a constant or literal.
+      through: the values of an equation's outputs, from the equation and its operands' values.
     """
     jaxpr = program.jaxpr
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
-    known |= zip(jaxpr.constvars, map(of_constant, program.consts), strict=True)
-    of = lambda var: of_constant(var.val) if isinstance(var, jax_core.Literal) else known[var]
+    values = dict(zip(jaxpr.invars, inputs, strict=True))
+    values |= zip(jaxpr.constvars, map(of_constant, program.consts), strict=True)
+    value = lambda var: of_constant(var.val) if isinstance(var, jax_core.Literal) else values[var]
     for eqn in jaxpr.eqns:
-        known |= zip(eqn.outvars, through(eqn, [of(var) for var in eqn.invars]), strict=True)
-    return [of(var) for var in jaxpr.outvars]
+        values |= zip(eqn.outvars, through(eqn, [value(var) for var in eqn.invars]), strict=True)
+    return [value(var) for var in jaxpr.outvars]
 
 
 def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr:
-    """The program that one of `CALLS` calls."""
+    """The jaxpr of an equation of `CALLS`."""
     call = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
     return call if isinstance(call, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(call, ())
 
 
 def apply(eqn: jax_core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The results of one equation on arrays, by JAX's own evaluation of a program of just that."""
+    """Evaluates one equation on arrays, as JAX evaluates a jaxpr of that equation alone.
+
+    So the equation keeps its name stack and its context, through JAX's public interface.
+    """
     inputs = {
         var: x
         for var, x in zip(eqn.invars, values, strict=True)
@@ -60,5 +63,5 @@ def apply(eqn: jax_core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 @functools.cache
 def _empty() -> jax_core.Jaxpr:
-    """A program of nothing, with all that JAX wants to know of one."""
+    """An empty jaxpr, to `replace` from."""
     return jax.make_jaxpr(lambda: ())().jaxpr

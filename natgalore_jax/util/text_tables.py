@@ -72,12 +72,3 @@ def human_bytes(n: int | float) -> str:
             break
         n /= 1024
     return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-
-
-def human_count(n: int | float) -> str:
-    """`1234567` as `1.2 M`."""
-    for unit in ("", " k", " M", " G", " T", " P"):
-        if n < 1000 or unit == " P":
-            break
-        n /= 1000
-    return f"{n:.1f}{unit}" if unit else f"{n:.0f}"

@@ -268,11 +268,11 @@ def small():
 
 # Two layers of 64 x 256 with cores of 16 x 256.
 TABLE = """\
-weight      used by      gradient                  full    formed
-bias        add          full: a bias              40 B      40 B
-head        dot_general  full: an output head  10.0 KiB  10.0 KiB
-layer* (2)  dot_general  core                 128.0 KiB  32.0 KiB
-total                                         138.0 KiB  42.0 KiB
+weight      used by      gradient                   full    formed
+bias        add          full: a bias               40 B      40 B
+head        dot_general  full: an output head   10.0 KiB  10.0 KiB
+layer* (2)  dot_general  core                  128.0 KiB  32.0 KiB
+total                                          138.0 KiB  42.0 KiB
 """
 
 
