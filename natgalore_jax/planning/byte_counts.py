@@ -1,4 +1,4 @@
-"""Where the bytes of training go: weights, gradients, state and, of a compiled step, the rest."""
+"""Bytes of training: weights, gradients, state and, for a compiled step, its temporaries."""
 
 import collections
 import dataclasses
@@ -23,18 +23,18 @@ from ..tree.leaf_spec import Basis, LeafSpec, path_name
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One leaf of the params, in bytes.
+    """Bytes of one leaf of the params.
 
     Attributes:
-      path: its name.
-      shape: its shape.
-      rank: r, or None where it is not projected.
-      why: it is not.
-      weights: of itself.
-      gradients: of its gradient, a core where that is what is made.
-      state: of what the optimizer keeps for it.
-      energy: the share of the given gradients' energy that r directions hold, in the matrix of the
-        leaf where it is least; None where there are none.
+      path: name of the leaf.
+      shape: shape of the leaf.
+      rank: r, or None if it is not projected.
+      why: reason it is not projected; empty if it is.
+      weights: bytes of the leaf.
+      gradients: bytes of its gradient, or of its core under low-rank gradients.
+      state: bytes of its optimizer state.
+      energy: share of the gradients' energy in r directions, the minimum over the leaf's matrices;
+        None without gradients.
     """
 
     path: str
@@ -49,13 +49,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class ByteCount:
-    """What :func:`byte_count_of` counted.
+    """Result of :func:`byte_count_of`.
 
     Attributes:
-      rows: one for each leaf.
-      dtypes: bytes by kind and, of arrays that are known, by dtype. The kinds are weights,
-        gradients and state or, of a compiled step, weights, state and temporaries. Of the state
-        they hold what belongs to no leaf too, counts and keys.
+      rows: one per leaf.
+      dtypes: bytes by kind, then by dtype. The kinds are weights, gradients and state; for a
+        compiled step weights, state and temporaries. The state includes arrays of no leaf, such as
+        counts and keys.
     """
 
     rows: list[Row]
@@ -63,8 +63,8 @@ class ByteCount:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By kind."""
-        return {kind: sum(held.values()) for kind, held in self.dtypes.items()}
+        """Bytes by kind."""
+        return {kind: sum(by_dtype.values()) for kind, by_dtype in self.dtypes.items()}
 
     @property
     def total(self) -> int:
@@ -78,16 +78,16 @@ def byte_count_of(
     step: Callable[..., Any] | None = None,
     batch: tuple[Any, ...] = (),
 ) -> ByteCount:
-    """Counts what training holds, from shapes: nothing is allocated.
+    """Counts the bytes of training from shapes: nothing is allocated.
 
     Args:
       tx: any optimizer.
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`.
-      low_rank_gradients: whether gradients come from :func:`value_and_grad`, as cores, and not
-        whole; in each case all at once.
-      step: of `(params, opt_state, *batch)`, which is compiled, and whose temporaries take the
-        place of the gradients, that are among them.
-      batch: arrays, or shapes.
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`.
+      low_rank_gradients: whether gradients are the cores of :func:`value_and_grad`. All gradients
+        of a step are counted.
+      step: a training step `(params, opt_state, *batch)`. It is compiled, and its temporaries,
+        which include the gradients, replace the count of gradients.
+      batch: further arguments of `step`, as arrays or shapes.
 
     Example:
       >>> import natgalore_jax as natgalore
@@ -96,7 +96,7 @@ def byte_count_of(
       {'weights': 32768, 'gradients': 16384, 'state': 36884}
     """
     state, bases, reasons = state_of(tx, params)
-    held = bytes_by_leaf(state, params)
+    state_bytes = bytes_by_leaf(state, params)
     rows, gradients = [], []
     for path, w in jax.tree_util.tree_leaves_with_path(unbox(params)):
         name, (P, *_) = path_name(path), bases.get(path, (None,))
@@ -110,7 +110,7 @@ def byte_count_of(
                 why="" if P is not None else reasons.get(name, "not given to natgalore"),
                 weights=nbytes(w),
                 gradients=nbytes(G),
-                state=held[name],
+                state=state_bytes[name],
             )
         )
     dtypes = {"weights": _by_dtype(params), "gradients": _by_dtype(gradients)}
@@ -124,45 +124,47 @@ def byte_count_of(
 def state_of(
     tx: optax.GradientTransformation, params: PyTree
 ) -> tuple[PyTree, Bases, Mapping[str, str]]:
-    """The shapes of the state of `tx`, its bases, and why other leaves are not projected."""
-    with warnings.catch_warnings(), decisions() as made:
-        warnings.filterwarnings("ignore", "natgalore projects none")  # the reasons say why
-        state = jax.eval_shape(lambda params: tx.init(params), params)  # traced, not remembered
+    """Returns the shapes of the state of `tx`, its bases, and why other leaves have none."""
+    with warnings.catch_warnings(), decisions() as recorded:
+        warnings.filterwarnings("ignore", "natgalore projects none")  # `reasons` has them
+        # A fresh function, so that JAX's cache cannot skip the trace and with it the decisions.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
     is_subspace = lambda x: isinstance(x, SubspaceState)
     nodes = jax.tree.leaves(unbox(state), is_leaf=is_subspace)
-    reasons = {name: why for name, why in made.items() if not isinstance(why, LeafSpec)}
+    reasons = {name: why for name, why in recorded.items() if not isinstance(why, LeafSpec)}
     return state, bases_of(list(filter(is_subspace, nodes))), reasons
 
 
 def temporaries(step: Callable[..., Any], params: PyTree, state: PyTree, *batch: Any) -> int:
-    """What a compiled step holds beside weights and state, in bytes.
+    """Bytes that a compiled step needs beside weights and state.
 
-    That is what its compiler has set aside for gradients, activations and all else on the way, the
-    batch, and what it returns that does not take the place of what it was given.
+    These are XLA's temporary buffers (gradients, activations), the batch, and outputs that do not
+    alias a donated argument.
 
     Args:
-      step: a function of `(params, state, *batch)`; under `jax.jit` already, or it is put there,
-        donating the first two.
-      params, state, batch: arrays, or shapes.
+      step: a function of `(params, state, *batch)`, jitted or not; if not, it is jitted with the
+        first two arguments donated.
+      params, state, batch: arrays or shapes.
     """
     program = step if hasattr(step, "lower") else jax.jit(step, donate_argnums=(0, 1))
     memory = program.lower(params, state, *batch).compile().memory_analysis()
-    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + returned + sum(_by_dtype(batch).values())
+    not_aliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + not_aliased + sum(_by_dtype(batch).values())
 
 
 def _gradient(w: Any, P: Basis | None) -> jax.ShapeDtypeStruct:
-    """Of a weight; its core, where it has a basis."""
+    """The shape of a weight's gradient, or of its core if there is a basis."""
     if P is None:
         real = jnp.issubdtype(w.dtype, jnp.inexact)
         return jax.ShapeDtypeStruct(w.shape, w.dtype if real else jax.dtypes.float0)
-    kept = P.replace(P.value.scales) if is_quantized(P.value) else P  # in the dtype of its scales
-    return jax.ShapeDtypeStruct(P.spec.core_shape, core_dtype(kept, w))
+    # A quantized basis decodes to the dtype of its scales.
+    decoded = P.replace(P.value.scales) if is_quantized(P.value) else P
+    return jax.ShapeDtypeStruct(P.spec.core_shape, core_dtype(decoded, w))
 
 
 def _by_dtype(tree: PyTree | Iterable[Any]) -> dict[str, int]:
-    """Bytes of arrays by the name of their dtype, most first."""
-    held: collections.Counter[str] = collections.Counter()
+    """Bytes of arrays by dtype name, largest first."""
+    counts: collections.Counter[str] = collections.Counter()
     for x in jax.tree.leaves(tree):
-        held[str(x.dtype)] += nbytes(x)
-    return {name: count for name, count in held.most_common() if count}
+        counts[str(x.dtype)] += nbytes(x)
+    return {name: count for name, count in counts.most_common() if count}

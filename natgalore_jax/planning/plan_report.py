@@ -1,4 +1,4 @@
-"""What a plan says: the settings of an optimizer, where bytes go, and what does not fit."""
+"""The result of `plan`: an optimizer's settings, its bytes, and whether they fit."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,20 +17,20 @@ KINDS = ("weights", "gradients", "state")
 
 @dataclasses.dataclass(frozen=True)
 class Plan(ByteCount):
-    """What :func:`natgalore.plan` decided and counted; prints as a table and a verdict.
+    """Result of :func:`natgalore.plan`; prints as a table and a verdict.
 
     Attributes:
-      settings: of the recipe: `rank`, `stagger`, those that were given, and `refresh_every` where
-        gradients are low-rank.
-      roles: what :func:`quantized` keeps in 8 bits; () if it is not to be used.
-      low_rank_gradients: whether gradients are to come from :func:`value_and_grad`.
-      rows: one for each leaf.
-      dtypes: bytes by kind, and by dtype: weights, gradients, state and what is reserved; of a
-        given step weights, state and temporaries, of which gradients are a part.
-      budget: in bytes, or None.
-      adamw: bytes of weights, whole gradients and the state of `optax.adamw`.
-      savings: where it does not fit, what would help, by bytes.
-      recipe: of the optimizer.
+      settings: arguments of the recipe: `rank`, `stagger`, the given ones, and `refresh_every`
+        under low-rank gradients.
+      roles: roles that :func:`quantized` keeps in 8 bits; () if it is not used.
+      low_rank_gradients: whether gradients are the cores of :func:`value_and_grad`.
+      rows: one per leaf.
+      dtypes: bytes by kind, then by dtype: weights, gradients, state and reserved bytes; with a
+        training step weights, state and temporaries, which include the gradients.
+      budget: bytes, or None.
+      adamw: bytes of weights, full gradients and the state of `optax.adamw`.
+      savings: if it does not fit, changes that help, with the bytes each saves.
+      recipe: the function that builds the optimizer.
     """
 
     settings: dict[str, Any]
@@ -43,7 +43,7 @@ class Plan(ByteCount):
 
     @property
     def rank(self) -> Rank:
-        """As the recipes take it: a number, or rules."""
+        """The `rank` argument of the recipe: a number or rules."""
         return self.settings["rank"]
 
     @property
@@ -53,7 +53,7 @@ class Plan(ByteCount):
     def optimizer(
         self, learning_rate: optax.ScalarOrSchedule, **settings: Any
     ) -> optax.GradientTransformation:
-        """The optimizer that was counted; of a schedule it keeps a count too, 4 bytes."""
+        """The optimizer that was counted. A schedule adds a count of 4 bytes to its state."""
         tx = self.recipe(learning_rate, **self.settings, **settings)
         return quantized(tx, self.roles) if self.roles else tx
 
@@ -61,66 +61,69 @@ class Plan(ByteCount):
         return "\n".join([table(self._cells(), self._numbers), "", *self._lines()])
 
     def __rich__(self) -> Any:
-        """What `rich.print` and its consoles show, where rich is installed."""
+        """The table and the lines for `rich.print`."""
         from rich.console import Group
 
-        whole = lambda row: not row[2].isdigit()
-        shown = rich_table(self._cells(), self._numbers, wrapped=(0, 2), dim=whole)
-        return Group(shown, *self._lines())
+        not_projected = lambda row: not row[2].isdigit()
+        rendered = rich_table(self._cells(), self._numbers, wrapped=(0, 2), dim=not_projected)
+        return Group(rendered, *self._lines())
 
     @property
     def _numbers(self) -> int:
+        """The number of numeric columns."""
         return 3 + any(row.energy is not None for row in self.rows)
 
     def _cells(self) -> list[tuple[str, ...]]:
-        """The table's head, its lines and the line of totals."""
-        said = lambda row: (str(row.shape), row.why if row.rank is None else str(row.rank))
+        """Head, lines and totals of the table."""
+        text = lambda row: (str(row.shape), row.why if row.rank is None else str(row.rank))
         sums = lambda rows: [human_bytes(sum(getattr(row, kind) for row in rows)) for kind in KINDS]
         body = [
-            (name, *said(rows[0]), _energy(rows), *sums(rows))
-            for name, rows in group_similar(self.rows, lambda row: row.path, said)
+            (name, *text(rows[0]), _energy(rows), *sums(rows))
+            for name, rows in group_similar(self.rows, lambda row: row.path, text)
         ]
         head = ("leaf", "shape", "rank, or why not projected", "energy", *KINDS)
         cells = [head, *body, ("total", "", "", "", *sums(self.rows))]
         return cells if self._numbers == 4 else [(*row[:3], *row[4:]) for row in cells]
 
     def _lines(self) -> list[str]:
-        """What is below the table: bytes by dtype, the optimizer, the verdict."""
+        """The lines below the table: bytes by dtype, the optimizer, the verdict."""
         kinds = [
-            f"{kind}: {', '.join(f'{human_bytes(n)} {dtype}' for dtype, n in held.items())}"
-            for kind, held in self.dtypes.items()
+            f"{kind}: {', '.join(f'{human_bytes(n)} {dtype}' for dtype, n in by_dtype.items())}"
+            for kind, by_dtype in self.dtypes.items()
         ]
         settings = "".join(f", {name}={value!r}" for name, value in self.settings.items())
         name = getattr(self.recipe, "__name__", "recipe")
         tx = f"{name}(learning_rate{settings})"
-        too = self.budget is not None and self.adamw <= self.budget
+        adamw_fits = self.budget is not None and self.adamw <= self.budget
         return [
             *kinds,
             f"optimizer: {f'quantized({tx}, roles={self.roles})' if self.roles else tx}",
             f"AdamW: {human_bytes(self.adamw)} of weights, gradients and state"
-            f"{', which fits too' if too else ''}",
+            f"{', which fits too' if adamw_fits else ''}",
             self._verdict(),
         ]
 
     def _verdict(self) -> str:
-        measured = "temporaries" in self.dtypes
-        parts = "activations, decoded state" if self.roles else "activations"
-        unknown = "" if measured else f"{parts} and other temporaries, which are not counted"
+        uncounted = "activations, decoded state" if self.roles else "activations"
+        uncounted += " and other temporaries, which are not counted"
+        if "temporaries" in self.dtypes:
+            uncounted = ""
         total = human_bytes(self.total)
         if self.budget is None:
-            return f"{total} in all{unknown and f', without {unknown}'}"
+            return f"{total} in all{uncounted and f', without {uncounted}'}"
         budget, spare = human_bytes(self.budget), self.budget - self.total
         if spare >= 0:
-            left = f"{human_bytes(spare)} left{unknown and f' for {unknown}'}"
-            return f"fits in {budget}: {total}, {left}"
-        helps = ", ".join(f"{what} ({human_bytes(n)} less)" for what, n in self.savings.items())
+            remaining = f"{human_bytes(spare)} left{uncounted and f' for {uncounted}'}"
+            return f"fits in {budget}: {total}, {remaining}"
+        changes = [f"{change} ({human_bytes(n)} less)" for change, n in self.savings.items()]
+        helps = ", ".join(changes)
         return (
             f"does not fit in {budget}: {total}, {human_bytes(-spare)} too much"
-            f"{unknown and f', without {unknown}'}{helps and f'; what helps: {helps}'}"
+            f"{uncounted and f', without {uncounted}'}{helps and f'; what helps: {helps}'}"
         )
 
 
 def _energy(rows: list[Row]) -> str:
-    """The least of rows that share a line."""
+    """The smallest energy of rows that share a line."""
     known = [row.energy for row in rows if row.energy is not None]
     return f"{min(known):.3f}" if known else ""
