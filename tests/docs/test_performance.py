@@ -3,16 +3,9 @@
 import itertools
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
-
-import natgalore_jax as natgalore
-from examples.common import llama
 
 
 ROOT = Path(__file__).parents[2]
@@ -181,21 +174,6 @@ def test_what_cores_take_in_a_period():
     times = [f"{min(of):.2f} to {max(of):.2f}" for of in to.values()]
     assert f"takes {times[0]} of `galore`'s time and {times[1]} of AdamW's" in CORES
     assert f"with {min(peaks):.2f} to {max(peaks):.2f} of AdamW's peak" in CORES
-
-
-@pytest.mark.parametrize("size", ["350m", pytest.param("1b", marks=pytest.mark.slow)])
-def test_gradient_bytes_by_rank(size):
-    config = replace(llama.CONFIGS[size], scan=True, remat=True, dtype=jnp.bfloat16)
-    structure, params = llama.structure(config), llama.abstract_params(config)
-    loss = lambda params, x: llama.next_token_loss(nnx.merge(structure, params), x)
-    tokens, sizes = jax.ShapeDtypeStruct((8, 1025), jnp.int32), []
-    for rank in (128, 256, 512):
-        tx = natgalore.galore(1e-3, rank, stagger=False)
-        state = jax.eval_shape(tx.init, params)
-        total = str(natgalore.explain(loss, tx)(params, state, tokens)).splitlines()[-1]
-        full, formed = re.split(r"  +", total)[1:]
-        sizes = [*(sizes or [full]), formed]
-    assert f"\n| {size} | {' | '.join(sizes)} |\n" in CORES
 
 
 def test_what_cores_move_and_hold():

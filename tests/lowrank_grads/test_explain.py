@@ -291,9 +291,7 @@ def test_rich_table_fits_the_screen():
 
 def test_table_in_the_documentation(capsys):
     page = (Path(__file__).parents[2] / "docs/low-rank-gradients.md").read_text()
-    section = page.split("## How each weight is used")[1]
-    code, printed = (
-        re.search(rf"```{kind}\n(.*?)```", section, re.S)[1] for kind in ("python", "text")
-    )
+    blocks = dict(re.findall(r"```python\n([^`]*)```\n+```text\n(.*?)```", page, re.S))
+    ((code, printed),) = [block for block in blocks.items() if "natgalore.explain" in block[0]]
     exec(code, {})
     assert capsys.readouterr().out == printed
