@@ -1,14 +1,14 @@
-"""Weights kept in bfloat16 alone: sums that are rounded at random, so that their mean is right.
+"""Stochastic rounding of updated bfloat16 weights, without a float32 copy.
 
-A bfloat16 number has eight digits, and neighbours that lie 0.4 to 0.8 % apart. An update smaller
-than half of that is lost if p + u is rounded to nearest, step after step. Rounded to one of the two
-neighbours at random, each as likely as it is near,
+A bfloat16 number has eight significant bits, so adjacent numbers differ by 0.4 to 0.8 %. If p + u
+is rounded to nearest, an update smaller than half of that is lost on every step. Stochastic
+rounding to one of the two adjacent numbers,
 
     P(p' = above) = (p + u - below) / (above - below),    so    E[p'] = p + u,                 (1)
 
-no update is lost but in the noise. The neighbours of a float32 number in bfloat16 are its own
-first sixteen bits, and these plus one: sixteen random bits, added to its last sixteen, carry as
-often as (1) asks.
+keeps every update in the mean. The two bfloat16 neighbours of a float32 number are its upper
+sixteen bits and these plus one. Sixteen random bits added to the lower sixteen carry with the
+probability of (1).
 
 References: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv:1502.02551;
 Zamirai et al., "Revisiting BFloat16 Training", arXiv:2010.06192.
@@ -29,10 +29,10 @@ from .dynamic_8bit import GENERATOR
 
 
 class RoundingState(NamedTuple):
-    """What :func:`stochastic_rounding` remembers.
+    """State of :func:`stochastic_rounding`.
 
     Attributes:
-      key: that of the next rounding, two words of uint32.
+      key: key data of the next rounding, two uint32 words.
     """
 
     key: Array
@@ -42,22 +42,22 @@ register_state(RoundingState, key="scalar")
 
 
 def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
-    """The last stage of an optimizer of bfloat16 weights that have no float32 copy.
+    """Stochastic rounding of bfloat16 weights, as the last stage of an optimizer.
 
-    It turns each update of a bfloat16 leaf into a float32 one, after which `optax.apply_updates`
-    gives p + u rounded at random to a neighbour in bfloat16, equation (1) of this module. Updates
-    of leaves in other dtypes pass as they are. An update of 0 moves nothing.
+    Replaces each update of a bfloat16 leaf by a float32 update with which `optax.apply_updates`
+    returns p + u stochastically rounded to bfloat16, equation (1) of this module. Updates of leaves
+    with other dtypes are unchanged, and so are weights with an update of 0.
 
     Args:
       seed: of the random numbers.
 
     Returns:
-      A transformation with state :class:`RoundingState`. It needs `params`, and takes one random
-      number a weight and step, made where it is used.
+      A transformation with state :class:`RoundingState`. It needs `params` and generates one random
+      number per weight and step, on the weight's device.
 
     Raises:
-      TypeError, ValueError: if `seed` is no integer from 0 on; at init, inside a projection; at
-        update, without params.
+      TypeError, ValueError: if `seed` is not a nonnegative integer; at init, inside a projection;
+        at update, without params.
 
     Example:
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -74,19 +74,23 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
 
     def init(params: PyTree) -> RoundingState:
         if cores(params):
-            raise ValueError("`stochastic_rounding` goes after `natgalore.project`, not into it.")
+            raise ValueError(
+                "`stochastic_rounding` must follow `natgalore.project`, not be inside."
+            )
         return RoundingState(jax.random.key_data(jax.random.key(seed, impl=GENERATOR)))
 
     def update(updates: PyTree, state: RoundingState, params: PyTree = None):
         if params is None:
             raise ValueError(
-                "`stochastic_rounding` needs the params: tx.update(grads, state, params)."
+                "`stochastic_rounding` needs params: call tx.update(grads, state, params)."
             )
-        now, following = jax.random.split(jax.random.wrap_key_data(state.key, impl=GENERATOR))
+        current, following = jax.random.split(jax.random.wrap_key_data(state.key, impl=GENERATOR))
         leaves, treedef = jax.tree.flatten(updates)
         weights = treedef.flatten_up_to(params)
         rounded = [
-            with_auto_axes(_to_neighbours, array_partition(w), u, w, jax.random.fold_in(now, i))
+            with_auto_axes(
+                _rounding_update, array_partition(w), u, w, jax.random.fold_in(current, i)
+            )
             if getattr(w, "dtype", None) == jnp.bfloat16
             else u
             for i, (u, w) in enumerate(zip(leaves, weights, strict=True))
@@ -96,14 +100,14 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _to_neighbours(u: Float[Array, "..."], w: Any, key: Array) -> Float[Array, "..."]:
-    """The update in float32 that takes w to the neighbour of w + u which the key draws."""
+def _rounding_update(u: Float[Array, "..."], w: Any, key: Array) -> Float[Array, "..."]:
+    """The float32 update from w to the stochastically rounded w + u."""
     w = w.astype(jnp.float32)
     return neighbour(w + u.astype(jnp.float32), key) - w
 
 
 def neighbour(x: Float[Array, "*axes"], key: Array) -> Float[Array, "*axes"]:
-    """x, float32, rounded at random to a bfloat16 number, equation (1).
+    """The float32 array x stochastically rounded to bfloat16 numbers, equation (1).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -112,5 +116,5 @@ def neighbour(x: Float[Array, "*axes"], key: Array) -> Float[Array, "*axes"]:
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), cut, x)
+    truncated = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), truncated, x)

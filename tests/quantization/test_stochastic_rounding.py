@@ -1,4 +1,4 @@
-"""Weights in bfloat16 without a float32 copy: every sum has the right mean, and is a neighbour."""
+"""Rounded sums are bfloat16 neighbours of the exact sums, with the exact mean."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ numbers = st.builds(
 
 
 def neighbours(x):
-    """The bfloat16 numbers on both sides of x, from NumPy's own rounding."""
+    """The bfloat16 numbers below and above x, by NumPy's rounding."""
     near = np.asarray(x, np.float64).astype(ml_dtypes.bfloat16)
     other = np.nextafter(near, np.where(near > x, -np.inf, np.inf).astype(near.dtype))
     pair = np.sort(np.stack([near, other]).astype(np.float64), axis=0)
@@ -33,18 +33,18 @@ def neighbours(x):
 
 @settings(max_examples=40, deadline=None)
 @given(numbers)
-def test_each_neighbour_comes_as_often_as_it_is_near(x):
+def test_probability_of_each_neighbour(x):
     drawn = np.asarray(jax.vmap(neighbour, (None, 0))(jnp.asarray(x), KEYS), np.float64)
     below, above = neighbours(np.float64(x))
     assert set(drawn) <= {below, above}
     gap = above - below
-    share = (x - below) / gap if gap else 0.0
+    probability = (x - below) / gap if gap else 0.0
     # Five standard deviations of a mean of 4096 draws; hypothesis tries 40 numbers.
-    tolerance = 5 * np.sqrt(share * (1 - share) / len(KEYS)) + 1e-9
-    assert abs(np.mean(drawn == above) * (gap > 0) - share) <= tolerance
+    tolerance = 5 * np.sqrt(probability * (1 - probability) / len(KEYS)) + 1e-9
+    assert abs(np.mean(drawn == above) * (gap > 0) - probability) <= tolerance
 
 
-def test_what_bfloat16_holds_stays_and_what_is_not_finite_too():
+def test_bfloat16_numbers_and_nonfinite_numbers_are_unchanged():
     x = jnp.array([0.0, -0.0, 1.5, -(2.0**-120), jnp.inf, -jnp.inf, jnp.nan])
     np.testing.assert_array_equal(neighbour(x, jax.random.key(1)), x)
     last = np.array([0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)  # the largest NaNs
@@ -68,34 +68,34 @@ def stepped(tx, params, grads, steps):
     return params, state
 
 
-def test_small_updates_add_up():
-    """A hundred steps of 2e-4 of the weight: to nearest none of them moves it."""
+def test_small_updates_accumulate():
+    """100 steps of 2e-4 of the weight; with rounding to nearest none changes it."""
     params, rate = weights(), 2e-4
-    rounded = optax.chain(optax.sgd(rate), natgalore.stochastic_rounding())
-    moved = stepped(rounded, params, params, 100)[0]["up"]
-    stuck = stepped(optax.sgd(rate), params, params, 100)[0]["up"]
-    whole = np.asarray(params["up"], np.float64)
-    assert np.array_equal(np.asarray(stuck), np.asarray(params["up"]))
-    lost = np.sum(whole * (np.asarray(moved, np.float64) - whole)) / np.sum(whole**2)
-    # The gradient is the weight before: 100 steps of 2e-4. The noise of one is 2^-8 of a weight at
-    # most, and over 100 steps and 16384 weights 2^-8 * 10 / 128 = 3e-4.
-    assert lost == pytest.approx(-100 * rate, abs=5e-4)
+    rounding = optax.chain(optax.sgd(rate), natgalore.stochastic_rounding())
+    stochastic = stepped(rounding, params, params, 100)[0]["up"]
+    nearest = stepped(optax.sgd(rate), params, params, 100)[0]["up"]
+    initial = np.asarray(params["up"], np.float64)
+    assert np.array_equal(np.asarray(nearest), np.asarray(params["up"]))
+    change = np.sum(initial * (np.asarray(stochastic, np.float64) - initial)) / np.sum(initial**2)
+    # The gradient is the initial weight: 100 steps of 2e-4. The noise of a step is at most 2^-8 of
+    # a weight, and over 100 steps and 16384 weights 2^-8 * 10 / 128 = 3e-4.
+    assert change == pytest.approx(-100 * rate, abs=5e-4)
 
 
-def test_the_update_is_one_to_a_neighbour_of_the_sum():
-    """Of all sizes of updates, beside weights of all sizes, applied by Optax."""
+def test_updated_weight_is_a_neighbour_of_the_sum():
+    """For updates and weights of all magnitudes, applied by Optax."""
     rng = np.random.default_rng(1)
     w = jnp.asarray(rng.normal(size=4096) * 10.0 ** rng.integers(-8, 8, 4096), jnp.bfloat16)
     u = jnp.asarray(rng.normal(size=4096) * 10.0 ** rng.integers(-8, 8, 4096), jnp.bfloat16)
     tx = natgalore.stochastic_rounding(3)
     updates, _ = tx.update(u, tx.init(w), w)
     assert updates.dtype == jnp.float32
-    got = np.asarray(optax.apply_updates(w, updates), np.float64)
+    result = np.asarray(optax.apply_updates(w, updates), np.float64)
     below, above = neighbours(np.asarray(w, np.float32) + np.asarray(u, np.float32))
-    assert np.all((got == below) | (got == above))
+    assert np.all((result == below) | (result == above))
 
 
-def test_an_update_of_zero_and_other_dtypes_pass():
+def test_zero_updates_and_other_dtypes_are_unchanged():
     params = weights()
     tx = natgalore.stochastic_rounding()
     grads = {"up": jnp.zeros_like(params["up"]), "norm": jnp.full(256, 1e-9), "none": None}
@@ -106,7 +106,7 @@ def test_an_update_of_zero_and_other_dtypes_pass():
     assert not np.array_equal(state.key, tx.init(params).key)
 
 
-def test_steps_and_leaves_have_numbers_of_their_own():
+def test_random_numbers_differ_between_steps_leaves_and_seeds():
     params = {"a": jnp.ones(512, jnp.bfloat16), "b": jnp.ones(512, jnp.bfloat16)}
     grads = jax.tree.map(lambda w: w * jnp.bfloat16(2.0**-9), params)
     draws = []
@@ -120,21 +120,21 @@ def test_steps_and_leaves_have_numbers_of_their_own():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_on_a_mesh_it_draws_the_same(axis_type):
+def test_sharded_rounding_equals_one_device(axis_type):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(axis_type, axis_type))
     params = {name: w for name, w in weights().items() if w is not None}
     tx = optax.chain(optax.sgd(1e-3), natgalore.stochastic_rounding())
-    alone, state = stepped(tx, params, params, 2)
-    lies = {"up": NamedSharding(mesh, P("a", "b")), "norm": NamedSharding(mesh, P())}
-    placed = jax.device_put(params, lies)
+    expected, state = stepped(tx, params, params, 2)
+    shardings = {"up": NamedSharding(mesh, P("a", "b")), "norm": NamedSharding(mesh, P())}
+    placed = jax.device_put(params, shardings)
     with jax.set_mesh(mesh):
-        sharded, its_state = stepped(tx, placed, placed, 2)
-    assert sharded["up"].sharding.is_equivalent_to(lies["up"], 2)
-    np.testing.assert_array_equal(np.asarray(sharded["up"]), np.asarray(alone["up"]))
-    np.testing.assert_array_equal(np.asarray(its_state[-1].key), np.asarray(state[-1].key))
+        sharded, sharded_state = stepped(tx, placed, placed, 2)
+    assert sharded["up"].sharding.is_equivalent_to(shardings["up"], 2)
+    np.testing.assert_array_equal(np.asarray(sharded["up"]), np.asarray(expected["up"]))
+    np.testing.assert_array_equal(np.asarray(sharded_state[-1].key), np.asarray(state[-1].key))
 
 
-def test_with_nnx_and_a_projection():
+def test_nnx_optimizer_with_a_projection():
     model = nnx.Linear(64, 256, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     tx = optax.chain(natgalore.galore(1e-3, rank=8), natgalore.stochastic_rounding())
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -150,11 +150,11 @@ def test_with_nnx_and_a_projection():
     assert np.mean(np.asarray(model.kernel[...]) != before) > 0.1
 
 
-def test_what_it_refuses():
+def test_errors():
     tx, params = natgalore.stochastic_rounding(), {"kernel": jnp.ones((16, 64), jnp.bfloat16)}
-    with pytest.raises(ValueError, match=r"goes after `natgalore.project`, not into it"):
+    with pytest.raises(ValueError, match=r"must follow `natgalore.project`, not be inside"):
         natgalore.project(4, tx).init(params)
-    with pytest.raises(ValueError, match="needs the params"):
+    with pytest.raises(ValueError, match="needs params"):
         tx.update(params, tx.init(params))
     with pytest.raises(ValueError, match="`seed` must be in"):
         natgalore.stochastic_rounding(-1)
