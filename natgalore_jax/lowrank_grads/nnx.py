@@ -1,8 +1,8 @@
-"""`value_and_grad` for modules of Flax NNX and `nnx.Optimizer`. Flax is needed here alone.
+"""`value_and_grad` for Flax NNX modules and `nnx.Optimizer`. The only module that imports Flax.
 
-A pass of the loss is a function of arrays: params, and beside them all other state of the module
-(statistics, random streams), which every pass of a step starts from and returns as it left it. The
-state that the last of them returns is kept.
+The loss becomes a pure function of the params and of the module's other state (statistics, random
+streams). Every pass of a step starts from the same other state and returns the changed one; the
+module receives the one of the last pass.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from ..tree.leaf_spec import is_core
-from . import value_and_grad as gradients
+from .value_and_grad import value_and_grad as pure_value_and_grad
 
 
 def value_and_grad(
@@ -25,30 +25,31 @@ def value_and_grad(
     refresh: str = "auto",
     on_fallback: str = "warn",
 ) -> Callable[..., Any]:
-    """`nnx.value_and_grad`, of which the gradients of projected params are cores.
+    """`nnx.value_and_grad` whose gradients of projected params are cores.
 
-    Where matrices are due for new bases these are stored in `optimizer.opt_state`. Whatever the
-    loss changes in the module beside its params is changed once, as `nnx.value_and_grad` does it,
-    though a refresh takes several passes.
+    New bases are stored in `optimizer.opt_state` on steps where a refresh is due. The module's
+    other state advances once per step, as under `nnx.value_and_grad`, although a refresh takes
+    several passes.
 
     Args:
-      loss_fn: `loss_fn(model, *args, **kwargs)`, a real number, or that and arrays if `has_aux`.
-      has_aux: whether it returns a pair.
-      micro_batches: see :func:`natgalore_jax.value_and_grad`. Each starts from the state of the
-        module as it is, with random streams of its own, as `nnx.split_rngs` makes them. Afterwards
-        floating-point state is the mean of theirs, any other that of the last.
-      refresh: see there.
-      on_fallback: see there.
+      loss_fn: `loss_fn(model, *args, **kwargs)`, which returns a real number, or that and a tree of
+        arrays if `has_aux`.
+      has_aux: whether `loss_fn` returns a pair.
+      micro_batches: see :func:`natgalore_jax.value_and_grad`. Each micro-batch starts from the
+        module's state, with random streams of its own as from `nnx.split_rngs`. Afterwards
+        floating-point state is the mean over micro-batches, any other state that of the last.
+      refresh: see :func:`natgalore_jax.value_and_grad`.
+      on_fallback: see :func:`natgalore_jax.value_and_grad`.
 
     Returns:
-      A function `(model, optimizer, *args, **kwargs) -> loss, grads`, or `(loss, aux), grads`, with
-      an `nnx.Optimizer`, to whose `update(model, grads)` they go. `grads` is a State as that of
-      `nnx.grad`, by the `wrt` of the optimizer, with a Core in the Variable of a projected param.
+      A function `(model, optimizer, *args, **kwargs) -> loss, grads`, or `(loss, aux), grads`, for
+      an `nnx.Optimizer`; pass `grads` to `optimizer.update(model, grads)`. `grads` is a State as
+      from `nnx.grad` for the optimizer's `wrt`, with a Core in the Variable of a projected param.
 
     Raises:
-      TypeError: when called, if the second argument is no `nnx.Optimizer`.
-      ValueError: as :func:`natgalore_jax.value_and_grad`; or if the loss adds to the module, takes
-        something from it, or changes what is no array.
+      TypeError: when called, if the second argument is not an `nnx.Optimizer`.
+      ValueError: as :func:`natgalore_jax.value_and_grad`; or if the loss changes the structure of
+        the module or a static attribute.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore
@@ -68,73 +69,78 @@ def value_and_grad(
                 "arguments are (model, optimizer, *args): the second must be an nnx.Optimizer, got "
                 f"{type(optimizer).__name__}."
             )
-        wrt, several = optimizer.wrt, micro_batches > 1
-        graph, params, streams, rest = nnx.split(model, wrt, nnx.RngState, ...)
+        graph, params, streams, rest = nnx.split(model, optimizer.wrt, nnx.RngState, ...)
         streams, rest = nnx.as_pure(streams), nnx.as_pure(rest)
+        split = micro_batches > 1
 
-        def loss(pure, *args, **kwargs):
-            own, *args = args if several else (streams, *args)
-            inside = nnx.merge(graph, pure, own, rest)
-            out = loss_fn(inside, *args, **kwargs)
-            value, aux = out if has_aux else (out, None)
-            after, _, *others = nnx.split(inside, wrt, nnx.RngState, ...)
-            if after != graph:
+        def pure_loss(params, *args, **kwargs):
+            own_streams, *args = args if split else (streams, *args)
+            merged = nnx.merge(graph, params, own_streams, rest)
+            output = loss_fn(merged, *args, **kwargs)
+            value, aux = output if has_aux else (output, None)
+            new_graph, _, *new_state = nnx.split(merged, optimizer.wrt, nnx.RngState, ...)
+            if new_graph != graph:
                 raise ValueError(
-                    "the loss changes what the module is made of: what is new it "
-                    "can return as `aux`."
+                    "the loss changes the structure of the module: return new values as `aux`."
                 )
-            return value, (aux, *map(nnx.as_pure, others))
+            return value, (aux, *map(nnx.as_pure, new_state))
 
-        of = gradients.value_and_grad(
-            loss,
+        gradients = pure_value_and_grad(
+            pure_loss,
             optimizer.tx,
             has_aux=True,
             micro_batches=micro_batches,
             refresh=refresh,
             on_fallback=on_fallback,
         )
-        if several:
-            streams, each = _split(streams, micro_batches)
-            args = (each, *args)
+        if split:
+            streams, streams_of_each = _split_streams(streams, micro_batches)
+            args = (streams_of_each, *args)
         opt_state = nnx.as_pure(optimizer.opt_state)
-        ((value, (aux, drawn, rest)), grads), opt_state = of(
+        ((value, (aux, new_streams, rest)), grads), opt_state = gradients(
             nnx.as_pure(params), opt_state, *args, **kwargs
         )
-        if several:
-            drawn, rest = streams, jax.tree.map(_mean_or_last, rest)
+        if split:
+            new_streams, rest = streams, jax.tree.map(_mean_or_last, rest)
         nnx.update(optimizer.opt_state, nnx.state(opt_state))
-        nnx.update(model, drawn, rest)
-        return (value, aux) if has_aux else value, _boxed(grads, params)
+        nnx.update(model, new_streams, rest)
+        return (value, aux) if has_aux else value, _in_variables(grads, params)
 
     return fn
 
 
-def _split(streams: PyTree, number: int) -> tuple[PyTree, PyTree]:
-    """Random streams after one more key of each, and those that this key is split into.
+def _split_streams(streams: PyTree, number: int) -> tuple[PyTree, PyTree]:
+    """Draws a key from each random stream and splits it into `number` new streams.
 
-    As `nnx.split_rngs`, but of the streams of stacked layers too.
+    As `nnx.split_rngs`, also for the streams of stacked layers.
+
+    Returns:
+      The streams after the draw, and the new streams, stacked on a leading axis.
     """
-    after, each = dict(nnx.to_flat_state(streams)), {}
-    for path in [path for path in after if path[-1] == "key"]:
-        key, at = after[path], (*path[:-1], "count")
-        drawn = jax.vmap(jax.random.fold_in)(key.ravel(), after[at].ravel())
-        split = jax.vmap(lambda key: jax.random.split(key, number), out_axes=1)(drawn)
-        each[path] = split.reshape(number, *key.shape)
-        each[at] = jnp.zeros((number, *key.shape), after[at].dtype)
-        after[at] = after[at] + 1
-    return nnx.from_flat_state(after), nnx.from_flat_state(each)
+    advanced, split = dict(nnx.to_flat_state(streams)), {}
+    for path in [path for path in advanced if path[-1] == "key"]:
+        key, count = advanced[path], (*path[:-1], "count")
+        drawn = jax.vmap(jax.random.fold_in)(key.ravel(), advanced[count].ravel())
+        keys = jax.vmap(lambda key: jax.random.split(key, number), out_axes=1)(drawn)
+        split[path] = keys.reshape(number, *key.shape)
+        split[count] = jnp.zeros((number, *key.shape), advanced[count].dtype)
+        advanced[count] = advanced[count] + 1
+    return nnx.from_flat_state(advanced), nnx.from_flat_state(split)
 
 
 def _mean_or_last(x: jax.Array) -> jax.Array:
-    """Of what micro-batches left, on the leading axis; what none has changed is as it was."""
+    """The mean over micro-batches, on the leading axis, of floating-point state; else the last.
+
+    An entry that is equal in all micro-batches stays exact.
+    """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x[-1]
     mean = x.mean(axis=0, dtype=jnp.float32).astype(x.dtype)
     return jnp.where((x == x[:1]).all(axis=0), x[0], mean)
 
 
-def _boxed(grads: PyTree, params: PyTree) -> PyTree:
-    """Gradients in Variables as those of the params; a Core's has no metadata, which is W's."""
+def _in_variables(grads: PyTree, params: PyTree) -> PyTree:
+    """Gradients in Variables of the params' types; a Core's carries none of W's metadata."""
     put = lambda w, G: type(w)(G) if is_core(G) else w.replace(G)
     is_variable = lambda x: isinstance(x, nnx.Variable)
     return jax.tree.map(put, params, grads, is_leaf=is_variable)

@@ -1,6 +1,6 @@
-"""`natgalore.nnx.value_and_grad` trains as `nnx.value_and_grad` with the same optimizer does.
+"""Training with `natgalore.nnx.value_and_grad` equals that with `nnx.value_and_grad`.
 
-Tolerances are those of `test_gradients.py`: a core's sums round otherwise than PᵀG's.
+ATOL is that of `test_value_and_grad.py`: the sums of (x P)ᵀ ȳ and of PᵀG round differently.
 """
 
 import re
@@ -24,10 +24,10 @@ RANK, ATOL = 3, 2e-5
 
 
 class Model(nnx.Module):
-    """A layer with statistics, one with random masks, a stack of two with masks of their own."""
+    """Linear layers with optional batch statistics, dropout, and a scanned stack with dropout."""
 
     def __init__(self, rngs, statistics=True, masks=True, stacked=False):
-        self.up = nnx.Linear(12, 16, use_bias=False, rngs=rngs)  # the mean takes a bias away
+        self.up = nnx.Linear(12, 16, use_bias=False, rngs=rngs)  # BatchNorm removes a bias
         self.norm = nnx.BatchNorm(16, rngs=rngs) if statistics else None
         self.drop = nnx.Dropout(0.5, rngs=rngs) if masks else None
         make = nnx.vmap(Inner)
@@ -70,71 +70,74 @@ def batches(steps=5):
     return [jax.random.normal(jax.random.key(i), (8, 12)) for i in range(steps)]
 
 
-def whole(loss=loss_fn, has_aux=False, wrt=nnx.Param):
-    slopes = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, wrt), has_aux=has_aux)
-    return lambda model, optimizer, *args, **kwargs: slopes(model, *args, **kwargs)
+def full_gradients(loss=loss_fn, has_aux=False):
+    gradients = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.Param), has_aux=has_aux)
+    return lambda model, optimizer, *args, **kwargs: gradients(model, *args, **kwargs)
 
 
 def trained(gradients, model, optimizer, data=None, jit=nnx.jit):
-    """The model, the optimizer's and what the gradients came with, after each step."""
+    """(value, model state, optimizer state) after each step."""
 
     def step(model, optimizer, x):
         value, grads = gradients(model, optimizer, x)
         optimizer.update(model, grads)
         return value
 
-    step, seen = jit(step), []
+    step, history = jit(step), []
     for x in batches() if data is None else data:
         value = step(model, optimizer, x)
         states = (nnx.as_pure(nnx.state(x)) for x in (model, optimizer))
-        seen.append((value, *map(without_keys, states)))
-    return seen
+        history.append((value, *map(key_data, states)))
+    return history
 
 
-def without_keys(state):
+def key_data(state):
+    """The state with random keys as integers."""
     data = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     return jax.tree.map(data, state)
 
 
-def both_ways(ours, whole, **settings):
+def both_ways(ours, reference, **settings):
     model = Model(nnx.Rngs(0), **settings.pop("model", {}))
     other = nnx.clone(model)
     return (
         trained(ours, model, optimizer_of(model), **settings),
-        trained(whole, other, optimizer_of(other), **settings),
+        trained(reference, other, optimizer_of(other), **settings),
     )
 
 
-def assert_same_training(ours, whole):
-    for got, want in zip(ours, whole, strict=True):
+def assert_same_training(ours, reference):
+    for got, want in zip(ours, reference, strict=True):
         chex.assert_trees_all_close(got[:2], want[:2], atol=ATOL)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         chex.assert_trees_all_equal_shapes_and_dtypes(got[2], want[2])
 
 
 @pytest.mark.parametrize("refresh", ["passes", "gradient"])
-def test_training_is_that_of_whole_gradients_through_refreshes(refresh):
-    """Params, statistics, counters and random streams alike, after each step."""
+def test_training_through_refreshes(refresh):
+    """Params, statistics, counters and random streams, after each step."""
     ours = natgalore.nnx.value_and_grad(loss_fn, refresh=refresh, on_fallback="error")
-    seen, expected = both_ways(ours, whole())
-    assert_same_training(seen, expected)
-    assert [int(state["calls"]) for _, state, _ in seen] == [1, 2, 3, 4, 5]
-    mean = [np.asarray(state["norm"]["mean"]) for _, state, _ in seen]
+    actual, expected = both_ways(ours, full_gradients())
+    assert_same_training(actual, expected)
+    assert [int(state["calls"]) for _, state, _ in actual] == [1, 2, 3, 4, 5]
+    mean = [np.asarray(state["norm"]["mean"]) for _, state, _ in actual]
     assert np.abs(mean[1] - mean[0]).max() > 1e-3
-    assert int(seen[-1][1]["drop"]["rngs"]["count"]) == 5
+    assert int(actual[-1][1]["drop"]["rngs"]["count"]) == 5
 
 
 @pytest.mark.slow
 def test_without_jit():
     ours = natgalore.nnx.value_and_grad(loss_fn, on_fallback="error")
     data = batches(3)
-    assert_same_training(*both_ways(ours, whole(), data=data, jit=lambda f: f))
+    assert_same_training(*both_ways(ours, full_gradients(), data=data, jit=lambda f: f))
 
 
 @pytest.mark.slow
-def test_stacked_layers_with_masks():
+def test_stacked_layers_with_dropout():
     ours = natgalore.nnx.value_and_grad(loss_fn, on_fallback="error")
-    assert_same_training(*both_ways(ours, whole(), data=batches(3), model={"stacked": True}))
+    assert_same_training(
+        *both_ways(ours, full_gradients(), data=batches(3), model={"stacked": True})
+    )
 
 
 @pytest.mark.slow
@@ -144,14 +147,15 @@ def test_auxiliary_outputs_and_keywords():
 
     ours = natgalore.nnx.value_and_grad(loss, has_aux=True)
     fixed = lambda f: lambda model, optimizer, x: f(model, optimizer, x, power=4)
-    seen, expected = both_ways(fixed(ours), fixed(whole(loss, has_aux=True)), data=batches(3))
-    assert_same_training(seen, expected)
-    assert [int(aux["calls"]) for (_, aux), *_ in seen] == [1, 2, 3]
+    reference = fixed(full_gradients(loss, has_aux=True))
+    actual, expected = both_ways(fixed(ours), reference, data=batches(3))
+    assert_same_training(actual, expected)
+    assert [int(aux["calls"]) for (_, aux), *_ in actual] == [1, 2, 3]
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_what_the_optimizer_trains():
-    """By its `wrt`: here kernels alone. A core is in a Variable of the weight's kind."""
+def test_gradients_follow_the_wrt_of_the_optimizer():
+    """Here the kernels. A core is in a Variable of its weight's type."""
     kernels = nnx.All(nnx.Param, nnx.PathContains("kernel"))
     model = Model(nnx.Rngs(0))
     optimizer = optimizer_of(model, wrt=kernels)
@@ -167,8 +171,8 @@ def test_gradients_are_those_of_what_the_optimizer_trains():
 
 
 @pytest.mark.slow
-def test_names_of_axes_stay_with_whole_gradients():
-    """A core has other axes than its weight."""
+def test_only_full_gradients_keep_sharding_metadata():
+    """The axes of a core are not those of its weight."""
     named = lambda init, *names: nnx.with_metadata(init, out_sharding=names)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
@@ -181,7 +185,7 @@ def test_names_of_axes_stay_with_whole_gradients():
         _, grads = nnx.jit(gradients)(model, optimizer_of(model), batches()[0])
         ours, expected = (
             trained(f, x, optimizer_of(x), batches(3))
-            for f, x in ((gradients, model), (whole(loss), other))
+            for f, x in ((gradients, model), (full_gradients(loss), other))
         )
     assert grads["bias"].get_metadata()["out_sharding"] == ("d",)
     assert "out_sharding" not in grads["kernel"].get_metadata()
@@ -189,17 +193,16 @@ def test_names_of_axes_stay_with_whole_gradients():
 
 
 @pytest.mark.slow
-def test_micro_batches_are_one_batch():
-    """Of a model without masks; its statistics are the means of theirs."""
+def test_micro_batches_equal_one_batch():
+    """For a model without statistics and dropout."""
     ours = natgalore.nnx.value_and_grad(loss_fn, micro_batches=4)
     split = lambda model, optimizer, x: ours(model, optimizer, x.reshape(4, 2, 12))
-    none = {"statistics": False, "masks": False}
-    seen, expected = both_ways(split, whole(), model=none)
-    assert_same_training(seen, [(value, *rest) for value, *rest in expected])
+    plain = {"statistics": False, "masks": False}
+    assert_same_training(*both_ways(split, full_gradients(), model=plain))
 
 
 def test_state_after_micro_batches():
-    """Statistics are means, a counter has its last value, and what is not trained stays."""
+    """Statistics are means, a counter has its last value, untrained params are unchanged."""
     model = Model(nnx.Rngs(0), masks=False)
     model.down.bias[...] = jnp.full(10, 0.1).at[0].set(-jnp.inf)
     alone, x = nnx.clone(model), jax.random.normal(jax.random.key(0), (7, 2, 12))
@@ -216,27 +219,27 @@ def test_state_after_micro_batches():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_each_micro_batch_has_masks_of_its_own(stacked):
-    """And the next step others: those of `nnx.split_rngs`."""
+def test_dropout_masks_differ_between_micro_batches(stacked):
+    """And between steps; they are those of `nnx.split_rngs`."""
     model = Model(nnx.Rngs(0), statistics=False, stacked=stacked)
     before = nnx.clone(model)
     masks = lambda model, x: (loss_fn(model, x), model.drop(jnp.ones(64)))
     gradients = nnx.jit(natgalore.nnx.value_and_grad(masks, True, micro_batches=3))
     optimizer, x = optimizer_of(model), jnp.ones((3, 2, 12))
-    seen = []
+    drawn = []
     for _ in range(2):
-        (_, drawn), _ = gradients(model, optimizer, x)
-        seen.extend(np.asarray(drawn))
-    assert len({mask.tobytes() for mask in seen}) == 6
+        (_, each), _ = gradients(model, optimizer, x)
+        drawn.extend(np.asarray(each))
+    assert len({mask.tobytes() for mask in drawn}) == 6
     assert int(model.drop.rngs.count[...]) == int(before.drop.rngs.count[...]) + 2
     if not stacked:
         with nnx.split_rngs(before, splits=3):
             key = before.drop.rngs.key[...]
         second = jax.random.fold_in(key[1], 1)  # the loss itself draws the first
-        np.testing.assert_array_equal(jax.random.bernoulli(second, 0.5, (64,)), seen[1] > 0)
+        np.testing.assert_array_equal(jax.random.bernoulli(second, 0.5, (64,)), drawn[1] > 0)
 
 
-def test_refusals():
+def test_errors():
     model = Model(nnx.Rngs(0))
     optimizer, x = optimizer_of(model), batches()[0]
     gradients = natgalore.nnx.value_and_grad(loss_fn)
@@ -249,7 +252,7 @@ def test_refusals():
         model.seen = nnx.Intermediate(x)
         return loss_fn(model, x)
 
-    with pytest.raises(ValueError, match="can return as `aux`") as error:
+    with pytest.raises(ValueError, match="return new values as `aux`") as error:
         natgalore.nnx.value_and_grad(keeps)(model, optimizer, x)
     assert "\n" not in str(error.value)
     power = lambda model, x: loss_fn(model, x) + jnp.sum(model.up.kernel[...] ** 3)
@@ -259,8 +262,8 @@ def test_refusals():
         natgalore.nnx.value_and_grad(loss_fn, refresh="never")(model, optimizer, x)
 
 
-def test_the_library_does_not_need_flax():
-    """Nor does it import it, until its NNX is asked for."""
+def test_flax_is_optional():
+    """The library imports Flax on access to `natgalore.nnx`."""
     program = (
         "import sys; sys.modules['flax'] = None\n"
         "import natgalore_jax as natgalore\n"
@@ -278,8 +281,7 @@ def test_the_library_does_not_need_flax():
 
 
 @pytest.mark.slow
-def test_adam_alone_is_optax():
-    """Nothing is projected: the gradients are those of NNX."""
+def test_without_projection_gradients_are_those_of_nnx():
     model = Model(nnx.Rngs(0))
     other, x = nnx.clone(model), batches()[0]
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
@@ -287,7 +289,7 @@ def test_adam_alone_is_optax():
     chex.assert_trees_all_close(*map(nnx.as_pure, (got, nnx.value_and_grad(loss_fn)(other, x))))
 
 
-def test_what_the_page_says_runs():
+def test_example_in_the_documentation():
     page = (Path(__file__).parents[2] / "docs/low-rank-gradients.md").read_text()
     code = re.search(r"## NNX\n.*?```python\n(.*?)```", page, re.S)[1]
     scope = {"jnp": jnp, "natgalore": natgalore}
