@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..sharding.partitioning import with_auto_axes
-from ..tree.leaf_spec import core_arrays, replace_cores, subspace_only, zeros_at_cores
+from ..tree.leaf_spec import core_arrays, replace_cores, require_cores, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.control_flow import run_if_due
 from ..util.linalg import POWERS, eye_like, inverse_root, power_of_two, product
@@ -83,7 +83,7 @@ def scale_by_core_fisher(
       A transformation whose updates have the shapes of the cores.
 
     Raises:
-      TypeError, ValueError: if an argument is out of range, or, at init, outside a subspace.
+      TypeError, ValueError: if an argument is out of range, or, at update, outside a subspace.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -103,7 +103,6 @@ def scale_by_core_fisher(
     least_damping = LEAST_DAMPING if isinstance(damping, jax.core.Tracer) else float(damping)
 
     def init(params: PyTree) -> CoreFisherState:
-        subspace_only("scale_by_core_fisher", params)
         per_matrix = lambda: zeros_at_cores(params, lambda r, n: ())
         square = lambda: zeros_at_cores(params, lambda r, n: (r, r))
         return CoreFisherState(
@@ -117,6 +116,7 @@ def scale_by_core_fisher(
 
     def update(updates: PyTree, state: CoreFisherState, params: PyTree = None, **extra_args):
         del params, extra_args
+        require_cores("scale_by_core_fisher", state.fisher)
         count = optax.safe_increment(state.count)
         Rs = core_arrays(updates)
         if not Rs:

@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..sharding.partitioning import with_auto_axes
-from ..tree.leaf_spec import core_arrays, replace_cores, subspace_only, zeros_at_cores
+from ..tree.leaf_spec import core_arrays, replace_cores, require_cores, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.linalg import POWERS, eye_like, power_of_two, rounded, symmetric_inverse_root
 from ..util.validation import Scalar, check_choice, check_int, check_number
@@ -83,7 +83,7 @@ def scale_by_fisher(
       A transformation whose updates have the shapes of the cores.
 
     Raises:
-      TypeError, ValueError: if an argument is out of range, or, at init, outside a subspace.
+      TypeError, ValueError: if an argument is out of range, or, at update, outside a subspace.
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -104,7 +104,6 @@ def scale_by_fisher(
         raise ValueError(f"`window_dtype` must be a floating dtype or None, got {window_dtype!r}.")
 
     def init(params: PyTree) -> FisherState:
-        subspace_only("scale_by_fisher", params)
         return FisherState(
             count=zeros_at_cores(params, lambda r, n: (), jnp.int32),
             window=zeros_at_cores(params, lambda r, n: (window, r, n), window_dtype),
@@ -114,6 +113,7 @@ def scale_by_fisher(
 
     def update(updates: PyTree, state: FisherState, params: PyTree = None, **extra_args):
         del params, extra_args
+        require_cores("scale_by_fisher", state.window)
         Rs = core_arrays(updates)
         if not Rs:
             return updates, state

@@ -35,7 +35,7 @@ from ..sharding.partitioning import (
 )
 from ..sharding.shard_map import check_reduced, varying_as
 from ..tree.flax_boxes import is_box, rebox, unbox, with_boxes
-from ..tree.leaf_spec import Basis, Core, LeafSpec, cores, is_core, replace_cores, subspace
+from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core, replace_cores
 from ..tree.state_roles import is_per_leaf_scalar, register_state, slice_shape, walk
 from .basis import basis_key
 from .learning_rate_check import check_learning_rate
@@ -148,9 +148,8 @@ class Engine:
             return zeros if spec is None else Core(zeros, spec)
 
         proxies = jax.tree.map(proxy, params, specs)
-        with subspace():
-            inner_state = inner.init(proxies)
-            origins = inspect(inner, proxies, inner_state, self.check) if cores(proxies) else None
+        inner_state = allow_no_cores(inner.init(proxies))
+        origins = inspect(inner, proxies, inner_state, self.check) if cores(proxies) else None
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
         state = SubspaceState(

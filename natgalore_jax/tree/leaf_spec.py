@@ -6,11 +6,9 @@ Gradients in the subspace are Cores; Optax's transformations map over the node a
 arrays in their states are Cores too. `state_roles.py` defines the contents of such arrays.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -224,8 +222,10 @@ def zeros_at_cores(
 ) -> PyTree:
     """Zeros of (*batch, *shape(r, n)) at each Core of `params`, None at every other leaf.
 
-    The default of `dtype` is the core's.
+    The default of `dtype` is the core's. :class:`NoCores` if no leaf is a Core.
     """
+    if jax.tree.leaves(params) and not cores(params):
+        return NoCores()
 
     def zeros(x):
         if not is_core(x):
@@ -236,25 +236,28 @@ def zeros_at_cores(
     return jax.tree.map(zeros, params, is_leaf=is_core)
 
 
-_inside = contextvars.ContextVar("inside a subspace", default=False)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NoCores:
+    """Marks the state of a transformation on cores whose params at init had none.
+
+    The projection removes it (:func:`allow_no_cores`), since it may project no leaf. Outside a
+    projection it remains, and the first update raises (:func:`require_cores`).
+    """
 
 
-@contextlib.contextmanager
-def subspace() -> Iterator[None]:
-    """Within it, inner transformations are initialised, even where no leaf is projected."""
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
+def allow_no_cores(state: PyTree) -> PyTree:
+    """`state` with None in place of every :class:`NoCores`."""
+    is_marker = lambda x: isinstance(x, NoCores)
+    return jax.tree.map(lambda x: None if is_marker(x) else x, state, is_leaf=is_marker)
 
 
-def subspace_only(name: str, params: PyTree) -> None:
-    """Raises if the transformation `name` is initialised outside a subspace."""
-    if jax.tree.leaves(params) and not cores(params) and not _inside.get():
+def require_cores(name: str, field: PyTree) -> None:
+    """Raises if `field` of the state of the transformation `name` is :class:`NoCores`."""
+    if isinstance(field, NoCores):
         raise ValueError(
-            f"`{name}` works on cores: give it to `natgalore.project` as (part of) `inner`, or put "
-            "it after `natgalore.project` in `natgalore.chain`. Here it would see whole weights."
+            f"`{name}` works on cores, but its input has none: pass it to `natgalore.project` as "
+            "(part of) `inner`, or put it after `natgalore.project` in `natgalore.chain`."
         )
 
 

@@ -304,8 +304,16 @@ class TestBothForms:
         np.testing.assert_array_equal(updates["w"].value, tree["w"].value)
 
     def test_outside_a_subspace_it_raises(self, form):
+        tx, params = optax.chain(form(), optax.scale_by_adam()), {"w": jnp.ones((8, 8))}
         with pytest.raises(ValueError, match=r"works on cores.*natgalore\.chain"):
-            optax.chain(form(), optax.scale_by_adam()).init({"w": jnp.ones((8, 8))})
+            jax.jit(tx.update)(params, jax.jit(tx.init)(params))
+
+    @pytest.mark.filterwarnings("ignore:natgalore projects none")
+    def test_projection_without_projected_leaves(self, form):
+        params = {"scale": jnp.ones(8)}
+        tx = natgalore.project(R, form())
+        updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params))
+        np.testing.assert_array_equal(updates["scale"], params["scale"])
 
     def test_a_tree_without_leaves_is_nothing_to_raise_about(self, form):
         form().init({})
