@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from matplotlib.figure import Figure
 
+from benchmarks.common.doc_tables import compared
 from benchmarks.learning import bench_convergence
 from benchmarks.learning.convergence import contenders, corpus, results, search, training
 from benchmarks.learning.convergence.search import Done, next_run
@@ -179,7 +179,6 @@ class TestContenders:
         assert [*map(lasts_five_steps, names)] == [True, False, True]
 
 
-ROOT = Path(__file__).parents[2]
 SETTING = training.Setting(
     size="toy",
     vocabulary=64,
@@ -412,135 +411,12 @@ class TestCommand:
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-GROUPS = results.groups(ROOT / "benchmarks/results/convergence.jsonl")
-
-
-def measured(steps=2000, batch=64, size="33m", rest_rate=0.016, dataset="python"):
-    asked = {"steps": steps, "batch": batch, "size": size, "rest_rate": rest_rate}
-    (runs,) = (
-        runs
-        for about, runs in GROUPS
-        if about["data"]["dataset"] == dataset and asked.items() <= about["setting"].items()
-    )
-    return runs
-
-
-PAGE = (ROOT / "docs/convergence.md").read_text()
-EVERY_200 = "natural_galore:refresh_every=200"
-
-
-IN_A_SENTENCE = (0.004, 0.008)  # rates of the rest, with one run each
-
-
-@pytest.mark.parametrize(
-    "runs", [runs for of, runs in GROUPS if of["setting"]["rest_rate"] not in IN_A_SENTENCE]
-)
-def test_the_page_has_the_tables_that_the_results_make(runs):
-    assert results.markdown(runs) in PAGE
-
-
-def test_the_page_says_what_the_results_do():
-    losses = [f"{measured(1000, rest_rate=rate)[0].loss:.3f}" for rate in IN_A_SENTENCE]
-    assert f"({', '.join(losses)}, 2.558)" in PAGE
-    for name in ("adamw", EVERY_200, "muon"):
-        longest = [run for run in measured(10_000) if run.method == name]
-        lowest = min((x for run in longest for x in run.records), key=results.loss_of)
-        assert f"{lowest['validation_loss']:.3f}" in PAGE
-        assert f"{lowest['step']:,}" in PAGE
-
-
-def test_the_page_says_how_far_ahead_longer_runs_are():
-    def ahead(ours, adamw, steps, dataset):
-        of = {
-            (run.method, run.rate): {x["step"]: x["validation_loss"] for x in run.records}
-            for run in measured(steps, dataset=dataset)
-            if run.seed == 0
-        }
-        ours, adamw = of[ours, 0.0025], of[adamw, 0.001]
-        return {step: f"{adamw[step] - ours[step]:.3f}" for step in ours}
-
-    lengths = [
-        ahead("natural_galore", "adamw_b2_95", 10_000, "wheels"),
-        ahead(EVERY_200, "adamw_b2_95", 10_000, "wheels"),
-        *(ahead(EVERY_200, "adamw", steps, "python") for steps in (2000, 4000, 10_000)),
-    ]
-    for step in (1000, 2000, 4000, 6000, 8000, 10_000):
-        cells = (f"{step:,}", *(length.get(step, "") for length in lengths))
-        assert f"| {' | '.join(cells)} |\n" in PAGE
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(2000, 8), (4000, 16), (2000, 64), (500, 256)])
-def test_the_page_compares_batches(steps, batch):
-    row = {row["method"]: row for row in results.rows(measured(steps, batch))}
-    apart = lambda name: f"{row[name]['to_reference']:+.3f}" if name in row else "-"
-    names = ("galore", "natural_galore", EVERY_200, "muon", "soap")
-    cells = (f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *map(apart, names))
-    assert f"| {' | '.join(cells)} |\n" in PAGE
-
-
 PAPERS = "natural_galore:fisher=window+residual=None+b2=0.999+refresh_every=200"
 
 
 @pytest.mark.parametrize("name", sorted({*contenders.CONTENDERS, PAPERS}))
 def test_every_method_had_its_search_and_three_seeds(name):
-    (of,) = (one for one in results.summaries(measured()) if one.method == name)
+    (of,) = (one for one in results.summaries(compared()) if one.method == name)
     assert len(of.tried) >= 4
     assert of.search == f"of {len(of.tried)}"  # not at an end
     assert {run.seed for run in of.runs} == {0, 1, 2}
-
-
-def test_the_readme_has_the_rows_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    row = {row["method"]: row for row in results.rows(measured())}
-    ours = [f"natural_galore:{x}+refresh_every=200" for x in ("fisher=core", "rank=32", "bits=8")]
-    ours += [EVERY_200, "galore:residual=isotropic+refresh_every=20", PAPERS]
-    for name in (*ours, *contenders.CONTENDERS):
-        of = row[name]
-        spread = f" ± {of['spread']:.3f}" if of["seeds"] > 1 else ""
-        state, milliseconds = of["matrix_state_bytes"] / 1e6, of["step_ms"]
-        state = f"{state:.0f}" if state > 1 else f"{state:.1f}"
-        cells = f"{of['loss']:.3f}{spread} | {state} MB | {milliseconds:.0f} ms |"
-        assert f" | {cells}\n" in readme, name
-
-
-CHOOSING = (ROOT / "docs/choosing.md").read_text()
-
-
-def test_headlines_are_differences_of_the_same_seeds():
-    best = {one.method: one for one in results.summaries(measured())}
-    of = {name: {run.seed: run.loss for run in one.runs} for name, one in best.items()}
-
-    def below(better, worse, digits=2):
-        seeds = of[better].keys() & of[worse].keys()
-        return f"{np.mean([of[worse][s] - of[better][s] for s in seeds]):.{digits}f}"
-
-    ours = "natural_galore"
-    adamw, b2, galore = (below(ours, name) for name in ("adamw", "adamw_b2_95", "galore"))
-    words = f"ends {adamw} nats below AdamW, {b2} below AdamW with b2 = 0.95, and "
-    assert words + f"{galore} below GaLore" in PAGE
-    assert f"{adamw} nats below AdamW, {b2} below AdamW with b2 = 0.95, {galore} below" in CHOOSING
-    assert f"SOAP ends {below('soap', ours, 3)} below it" in PAGE
-    assert f"Muon {below(ours, 'muon', 3)} above it" in PAGE
-    assert f"LDAdam is nearest ({below(ours, 'ldadam', 3)} behind" in PAGE
-    assert f"Dion ({below(ours, 'dion', 3)} behind)" in PAGE
-    window = "natural_galore:fisher=window+refresh_every=200"
-    assert f"the window form loses {below(EVERY_200, window, 3)}." in PAGE
-    assert f"the window ends {below(PAPERS, 'galore', 3)} below GaLore" in PAGE
-    whole = best[ours].runs[0].records[-1]["tokens"]
-    parts = [best[ours].tokens_to(best[x].loss) / whole for x in ("adamw", "adamw_b2_95")]
-    assert "needs {:.2f} and {:.2f} of the tokens".format(*parts) in PAGE
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(2000, 8), (4000, 16), (2000, 64), (500, 256)])
-def test_best_rates_are_those_to_choose_from(steps, batch):
-    rate = {one.method: one.rate for one in results.summaries(measured(steps, batch))}
-    rates = f"{rate['natural_galore']:.3g} | {rate['adamw']:.3g}"
-    assert f"| {256 * batch:,} | 33M | {rates} |\n" in CHOOSING
-
-
-def test_what_to_begin_with_runs():
-    (snippet,) = re.findall(r"```python\n(.*?)```", CHOOSING, flags=re.DOTALL)
-    names = {}
-    exec(snippet, names)
-    basis = names["tx"].init({"kernel": jnp.zeros((512, 1024))})[0].basis["kernel"].value
-    assert basis.shape == (512, names["width"] // 4)

@@ -1,0 +1,570 @@
+"""Which tables of README.md and docs/*.md are out of date with benchmarks/results?
+
+A page marks each generated table with two comments; only the text between them is replaced:
+
+    <!-- table: NAME -->
+
+    | ... |
+
+    <!-- end -->
+
+    python -m benchmarks.common.doc_tables            rewrites the tables of all pages
+    python -m benchmarks.common.doc_tables --check    lists the pages that are out of date, exits 1
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.convergence import results as convergence
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+NAMES = {"contrib_galore": "optax.contrib.galore", "muon": "optax.contrib.muon"}
+OURS = ("galore", "natural_galore_fisher")
+
+Row = tuple[str, ...]
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def table(name: str, *header: str) -> Callable[[Callable[[], Iterable[Row]]], Callable]:
+    """Registers a function that yields the rows of the table `name`."""
+
+    def register(rows: Callable[[], Iterable[Row]]) -> Callable[[], Iterable[Row]]:
+        TABLES[name] = lambda: markdown(header, rows())
+        return rows
+
+    return register
+
+
+def markdown(header: Row, rows: Iterable[Row]) -> str:
+    """A Markdown table.
+
+    Example:
+        >>> print(markdown(("rank", "MB"), [("8", "0.5")]))
+        | rank | MB |
+        | --- | --- |
+        | 8 | 0.5 |
+    """
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def regenerated(page: str) -> str:
+    """The text of a page with its tables generated anew.
+
+    Raises:
+      KeyError: the page marks a table that no function here generates.
+    """
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", page)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@cache
+def read(name: str) -> Any:
+    """A results file: JSON by the name without its suffix."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def trained(name: str) -> dict[str, Any]:
+    """The methods of bench_train.py in its results for one device."""
+    return read(name)["layouts"]["data"]["methods"]
+
+
+code = lambda name: f"`{NAMES.get(name, name)}`"
+megabytes = lambda n, digits=0: f"{n / 1e6:,.{digits}f} MB"
+gigabytes = lambda n: f"{n / 1e9:.1f} GB"
+gib = lambda n: f"{n / 2**30:.2f} GiB"
+ratio = lambda x, reference: f"{x / reference:.2f}"
+device = lambda name: read(name)["environment"]["device"].split(" ")[1]
+
+
+# --- The update alone: benchmarks/speed/bench_step.py ---------------------------------------------
+
+
+@table(
+    "update-350m",
+    *("optimizer", "step without refresh, ms", "to AdamW", "slowest step / median"),
+    *("first step, ms", "compile, s", "temporary", "state"),
+)
+def update_350m() -> Iterator[Row]:
+    methods = read("step")["trees"][0]["methods"]
+    for name, row in methods.items():
+        yield (
+            code(name),
+            f"{row['hot_ms']:.2f}",
+            ratio(row["hot_ms"], methods["adamw"]["hot_ms"]),
+            ratio(row["slowest_ms"], row["median_ms"]),
+            f"{row['first_ms']:.0f}",
+            f"{row['compile_seconds']:.1f}",
+            megabytes(row["temp_bytes"]),
+            megabytes(row["state_bytes"]),
+        )
+
+
+@table(
+    "update-dtypes",
+    *("device", "weights", "weight decay", "`adamw`, ms"),
+    *("`galore` to it", "`natural_galore_fisher` to it"),
+)
+def update_dtypes() -> Iterator[Row]:
+    for name in ("step", "step-h100"):
+        for tree in read(name)["trees"][:3]:
+            adamw, *ours = (tree["methods"][method]["hot_ms"] for method in ("adamw", *OURS))
+            cells = (tree["dtype"], f"{tree['decay']}", f"{adamw:.2f}")
+            yield (device(name), *cells, *(ratio(x, adamw) for x in ours))
+
+
+@table("update-residual", "optimizer", "residual", "step without refresh, ms", "to AdamW")
+def update_residual() -> Iterator[Row]:
+    methods = read("step-residual")["trees"][0]["methods"]
+    residuals = {"galore": "None", "galore_isotropic": '`"isotropic"`'}
+    residuals |= {"natural_galore": '`"whitened"`', "adamw": ""}
+    for name, row in methods.items():
+        hot = row["hot_ms"]
+        optimizer = code(name.removesuffix("_isotropic"))
+        yield optimizer, residuals[name], f"{hot:.1f}", ratio(hot, methods["adamw"]["hot_ms"])
+
+
+@table(
+    "update-unrolled",
+    *("tree", "optimizer", "step without refresh, ms", "to AdamW", "to `optax.contrib.galore`"),
+    *("slowest step / median", "refreshes of 200 steps, ms", "compile, s"),
+)
+def update_unrolled() -> Iterator[Row]:
+    for tree in read("step")["trees"][3:]:
+        methods = tree["methods"]
+        for name, row in methods.items():
+            yield (
+                tree["tree"],
+                code(name),
+                f"{row['hot_ms']:.2f}",
+                ratio(row["hot_ms"], methods["adamw"]["hot_ms"]),
+                ratio(row["hot_ms"], methods["contrib_galore"]["hot_ms"]),
+                f"{row['slowest_ms'] / row['median_ms']:.1f}",
+                f"{row['refreshes_ms']:,.0f}",
+                f"{row['compile_seconds']:.1f}",
+            )
+
+
+@table(
+    "update-scaling",
+    *("width", "rank", "layers", "`adamw`, ms", "`galore`, ms", "`natural_galore_fisher`, ms"),
+)
+def update_scaling() -> Iterator[Row]:
+    for row in itertools.chain.from_iterable(read("step")["scaling"].values()):
+        sizes = (str(row[name]) for name in ("width", "rank", "layers"))
+        yield (*sizes, *(f"{row['methods'][x]['hot_ms']:.2f}" for x in ("adamw", *OURS)))
+
+
+@table(
+    "update-cpu",
+    *("optimizer", "step without refresh, ms", "to `optax.contrib.galore`"),
+    *("slowest step / median", "slowest, ms"),
+)
+def update_cpu() -> Iterator[Row]:
+    methods = read("step-cpu")["trees"][0]["methods"]
+    for name, row in methods.items():
+        yield (
+            code(name),
+            f"{row['hot_ms']:.2f}",
+            ratio(row["hot_ms"], methods["contrib_galore"]["hot_ms"]),
+            ratio(row["slowest_ms"], row["median_ms"]),
+            f"{row['slowest_ms']:.1f}",
+        )
+
+
+@table(
+    "arithmetic",
+    *("products in", "R = PᵀG, ms", "W + P U + a W, ms", "relative error of R", "of P U"),
+)
+def arithmetic() -> Iterator[Row]:
+    labels = {
+        "high": "tensor-float32 (`HIGH`, used by this library)",
+        "BF16_BF16_F32_X3": "three bfloat16 products",
+        "TF32_TF32_F32_X3": "three tensor-float32 products",
+        "highest": "float32 (`HIGHEST`)",
+    }
+    for name, label in labels.items():
+        row = read("matmul")["350m, float32"][name]
+        times = (f"{row['down_ms']:.2f}", f"{row['up_ms']:.2f}")
+        yield (label, *times, f"{row['down_error']:.0e}", f"{row['up_error']:.0e}")
+
+
+# --- A training step: benchmarks/speed/bench_train.py ---------------------------------------------
+
+
+@table(
+    "train",
+    *("model", "device", "layers recomputed", "optimizer", "tokens/s", "to AdamW"),
+    *("slowest step / median", "weights and state"),
+)
+def train() -> Iterator[Row]:
+    labels = {"galore_isotropic": '`galore`, `residual="isotropic"`'}
+    for name in ("train-350m", "train-residual", "train-60m", "train-1b"):
+        settings, methods = read(name)["settings"], trained(name)
+        model = (settings["size"], device(name), "yes" if settings["remat"] else "no")
+        speed = methods["adamw"]["tokens_per_second"]
+        for method in ("adamw", *OURS, "galore_isotropic", "natural_galore"):
+            if row := methods.get(method):
+                yield (
+                    *model,
+                    labels.get(method, code(method)),
+                    f"{row['tokens_per_second']:,.0f}",
+                    ratio(row["tokens_per_second"], speed),
+                    ratio(row["slowest_step_seconds"], row["median_step_seconds"]),
+                    megabytes(row["argument_bytes"]),
+                )
+
+
+@table(
+    "train-8-bits",
+    *("optimizer", "tokens/s", "to AdamW", "weights and state", "temporary", "peak"),
+)
+def train_8_bits() -> Iterator[Row]:
+    methods = trained("quantized-1b")
+    for name, row in methods.items():
+        sizes = (gigabytes(row[f"{kind}_bytes"]) for kind in ("argument", "temp", "peak"))
+        speed = row["tokens_per_second"]
+        yield (
+            code(name),
+            f"{speed:,.0f}",
+            ratio(speed, methods["adamw"]["tokens_per_second"]),
+            *sizes,
+        )
+
+
+@table(
+    "train-cores",
+    *("model", "rank", "micro-batches", "optimizer", "tokens/s", "to AdamW"),
+    *("slowest step / median", "temporary", "peak"),
+)
+def train_cores() -> Iterator[Row]:
+    for size, rank, many in itertools.product(("350m", "1b"), (128, 256, 512), ("", "-8")):
+        name = f"cores-{size}{'' if rank == 128 else f'-{rank}'}{many}"
+        methods = trained(name)
+        for method, row in methods.items():
+            speed = row["tokens_per_second"]
+            yield (
+                size,
+                str(rank),
+                str(read(name)["settings"]["micro_batches"]),
+                code(method),
+                f"{speed:,.0f}",
+                ratio(speed, methods["adamw"]["tokens_per_second"]),
+                f"{row['slowest_step_seconds'] / row['median_step_seconds']:.1f}",
+                megabytes(row["temp_bytes"]),
+                megabytes(row["peak_bytes"]),
+            )
+
+
+@table("cores-moved", "optimizer", "all-reduced in a step", "to AdamW")
+def cores_moved() -> Iterator[Row]:
+    methods = trained("cores-moved")
+    moved = lambda name: methods[name]["collectives"]["every step"]["all-reduce"]["bytes"]
+    for name in methods:
+        yield code(name), megabytes(moved(name)), ratio(moved(name), moved("adamw"))
+
+
+@table(
+    "two-gpus",
+    *("layout", "optimizer", "tokens/s", "to AdamW", "slowest step / median"),
+    *("weights and state per device", "received per step", "more at a refresh"),
+)
+def two_gpus() -> Iterator[Row]:
+    for layout, measured in read("sharded")["layouts"].items():
+        methods = measured["methods"]
+        for name, row in methods.items():
+            unrolled = name in ("contrib_galore", "adamw_unrolled")
+            adamw = methods["adamw_unrolled" if unrolled else "adamw"]
+            received = (
+                sum(kind["bytes"] for kind in row["collectives"].get(when, {}).values())
+                for when in ("every step", "refresh")
+            )
+            yield (
+                f"{layout}, unrolled" if unrolled else layout,
+                code(name.removesuffix("_unrolled")),
+                f"{row['tokens_per_second']:,.0f}",
+                ratio(row["tokens_per_second"], adamw["tokens_per_second"]),
+                ratio(row["slowest_step_seconds"], row["median_step_seconds"]),
+                megabytes(row["argument_bytes"]),
+                *map(megabytes, received),
+            )
+
+
+@table("residual-traffic", "matrix", "sharding", '`"isotropic"`', '`"whitened"`')
+def residual_traffic() -> Iterator[Row]:
+    for row in read("residual-traffic")["cases"]:
+        shape = " x ".join(map(str, row["shape"]))
+        received = (f"{row[residual]:,}" for residual in ("isotropic", "whitened"))
+        yield shape, f"`P({', '.join(map(str, row['sharding']))})`", *received
+
+
+# --- Bytes: benchmarks/memory ---------------------------------------------------------------------
+
+
+@table("bytes", "", *(f"{x}, {y}" for x in ("1b", "7b") for y in ("float32", "bfloat16")))
+def bytes_of_llama() -> Iterator[Row]:
+    figures = read("bytes")
+    cases = [figures[size][dtype] for size in ("1b", "7b") for dtype in ("float32", "bfloat16")]
+    for name in cases[0]:
+        yield name, *(gigabytes(sum(case[name].values())) for case in cases)
+
+
+@table(
+    "offload",
+    *("", "state on device", "state on host", "device bytes, one program", "time"),
+    *("device bytes, two programs", "time"),
+)
+def offload() -> Iterator[Row]:
+    for name, row in read("offload")["variants"].items():
+        yield (
+            name,
+            gib(row["state_on_device"]),
+            gib(row["state_on_host"]),
+            gib(row["device_bytes_one_program"]),
+            f"{row['milliseconds_one_program']:.0f} ms",
+            gib(row["device_bytes_two_programs"]),
+            f"{row['milliseconds_two_programs']:.0f} ms",
+        )
+
+
+STATES = {  # column of the README: method of bench_memory.py
+    "`galore`, `natural_galore`": "galore",
+    '`basis="random"`': "galore, random",
+    '`fisher="core"`': "natural_galore, core",
+    '`fisher="window"`': "natural_galore, window",
+    '`... side="both"`': "natural_galore, window, both",
+}
+
+
+@table(
+    "state",
+    *("Llama", "rank"),
+    *itertools.chain.from_iterable((f"{name}: projected", "in all") for name in STATES),
+)
+def state() -> Iterator[Row]:
+    for size in ("60m", "130m", "350m", "1b", "7b"):
+        figures = read("memory")[size]
+        shares = (
+            ratio(figures[leaves][method], figures[leaves]["adamw"])
+            for method in STATES.values()
+            for leaves in ("projected", "total")
+        )
+        yield size, str(figures["rank"]), *shares
+
+
+@table("state-8-bits", "", "float32", "moments in 8 bits", "and bases", "and Fishers")
+def state_8_bits() -> Iterator[Row]:
+    figures = read("memory")["1b"]["projected"]
+    rows = {
+        "AdamW": ["adamw", "adamw, 8 bits"],
+        "GaLore, Natural GaLore": ["galore", "galore, 8 bits", "galore, 8 bits, bases too"],
+        'the same, `fisher="core"`': [
+            "natural_galore, core",
+            *(f"natural_galore, core, 8 bits{x}" for x in ("", ", bases too", ", Fishers too")),
+        ],
+        'GaLore, `basis="random"`': ["galore, random", "galore, random, 8 bits"],
+    }
+    for label, names in rows.items():
+        shares = [figures[name] / figures["adamw"] for name in names]
+        cells = [f"{share:.2f} ({2 * share:.2f})" for share in shares]
+        yield (label, *cells, *[""] * (4 - len(cells)))
+
+
+# --- Learning: benchmarks/learning ----------------------------------------------------------------
+
+
+@table("pretrain", "optimizer", "learning rate", "validation loss", "optimizer state", "tokens/s")
+def pretrain() -> Iterator[Row]:
+    for name in ("natural_galore", "galore", "adamw", "contrib_galore"):
+        row = read("pretrain")[name]
+        yield (
+            f"`{name}`",
+            f"{row['learning_rate']:g}",
+            f"{row['validation_loss']:.3f}",
+            megabytes(row["state_bytes"], 2),
+            f"{row['tokens_per_second']:,.0f}",
+        )
+
+
+@table(
+    "finetune",
+    *("model", "optimizer", "tokens/s", "to AdamW", "weights", "state", "temporary", "in all"),
+    "to AdamW",
+)
+def finetune() -> Iterator[Row]:
+    names = {"roberta-base": "RoBERTa-base", "tinyllama": "TinyLlama 1.1B"}
+    for task, measured in read("finetune")["tasks"].items():
+        methods = measured["methods"]
+        for name, row in methods.items():
+            adamw = methods["adamw"]
+            yield (
+                names[task],
+                code(name),
+                f"{row['tokens_per_second']:,.0f}",
+                ratio(row["tokens_per_second"], adamw["tokens_per_second"]),
+                *(megabytes(row[f"{x}_bytes"]) for x in ("weights", "state", "temp", "total")),
+                ratio(row["total_bytes"], adamw["total_bytes"]),
+            )
+
+
+@cache
+def comparisons() -> list[tuple[dict[str, Any], list[convergence.Run]]]:
+    return convergence.groups(RESULTS / "convergence.jsonl")
+
+
+def compared(
+    steps: int = 2000,
+    batch: int = 64,
+    size: str = "33m",
+    rest_rate: float = 0.016,
+    dataset: str = "python",
+) -> list[convergence.Run]:
+    """The runs of one setting of bench_convergence.py, without those of Fira's residual."""
+    setting = {"steps": steps, "batch": batch, "size": size, "rest_rate": rest_rate}
+    (runs,) = (
+        runs
+        for about, runs in comparisons()
+        if about["data"]["dataset"] == dataset and setting.items() <= about["setting"].items()
+    )
+    return [run for run in runs if "residual=fira" not in run.method]
+
+
+COMPARED: dict[str, dict[str, Any]] = {
+    "learning": {},
+    "learning-batch-8": {"batch": 8},
+    "learning-batch-16": {"steps": 4000, "batch": 16},
+    "learning-batch-256": {"steps": 500, "batch": 256},
+    "learning-98m": {"size": "130m"},
+    "learning-wheels": {"steps": 10_000, "dataset": "wheels"},
+    "learning-4000": {"steps": 4000},
+    "learning-10000": {"steps": 10_000},
+    "learning-1000": {"steps": 1000},
+    "learning-1000-low-rest": {"steps": 1000, "rest_rate": 0.0025},
+}
+for _name, _setting in COMPARED.items():
+    TABLES[_name] = lambda setting=_setting: convergence.markdown(compared(**setting))
+
+
+BATCHES = ((2000, 8), (4000, 16), (2000, 64), (500, 256))  # steps, sequences
+EVERY_200 = "natural_galore:refresh_every=200"
+
+
+@table(
+    "learning-batches",
+    *("tokens a step", "steps", "`adamw`", "`galore`", "`natural_galore`"),
+    *(f"`{EVERY_200}`", "`muon`", "`soap`"),
+)
+def batches() -> Iterator[Row]:
+    for steps, batch in BATCHES:
+        row = {row["method"]: row for row in convergence.rows(compared(steps, batch))}
+        names = ("galore", "natural_galore", EVERY_200, "muon", "soap")
+        apart = (f"{row[name]['to_reference']:+.3f}" if name in row else "-" for name in names)
+        yield f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *apart
+
+
+@table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")
+def learning_rates() -> Iterator[Row]:
+    settings = [(f"{256 * batch:,}", "33M", compared(steps, batch)) for steps, batch in BATCHES]
+    for tokens, weights, runs in [*settings, ("16,384", "98M", compared(size="130m"))]:
+        rate = {one.method: one.rate for one in convergence.summaries(runs)}
+        yield tokens, weights, *(f"{rate[name]:.3g}" for name in ("natural_galore", "adamw"))
+
+
+@table(
+    "learning-ahead",
+    *("step", "other text, 10,000 steps", "the same, bases for 200 steps"),
+    *(f"same text, {steps} steps" for steps in ("2,000", "4,000", "10,000")),
+)
+def ahead() -> Iterator[Row]:
+    def lead(ours: str, adamw: str, steps: int, dataset: str) -> dict[int, str]:
+        losses = {
+            (run.method, run.rate): {x["step"]: x["validation_loss"] for x in run.records}
+            for run in compared(steps, dataset=dataset)
+            if run.seed == 0
+        }
+        a, b = losses[ours, 0.0025], losses[adamw, 0.001]
+        return {step: f"{b[step] - a[step]:.3f}" for step in a}
+
+    columns = [
+        lead("natural_galore", "adamw_b2_95", 10_000, "wheels"),
+        lead(EVERY_200, "adamw_b2_95", 10_000, "wheels"),
+        *(lead(EVERY_200, "adamw", steps, "python") for steps in (2000, 4000, 10_000)),
+    ]
+    for step in (1000, 2000, 4000, 6000, 8000, 10_000):
+        yield f"{step:,}", *(column.get(step, "") for column in columns)
+
+
+SUMMARY = {  # method: label in the README's table
+    "soap": "full-rank SOAP",
+    "natural_galore": "**`natural_galore`**",
+    "muon": "`optax.contrib.muon`",
+    EVERY_200: "`natural_galore` with `refresh_every=200`",
+    "natural_galore:bits=8+refresh_every=200": "`refresh_every=200`, moments and bases in 8 bits",
+    "natural_galore:fisher=core+refresh_every=200": '`refresh_every=200`, `fisher="core"`',
+    "ldadam": "LDAdam",
+    "natural_galore:rank=32+refresh_every=200": "`refresh_every=200`, rank 32 instead of 128",
+    "galore:residual=isotropic+refresh_every=20": (
+        '`galore`, `residual="isotropic"`, `refresh_every=20`'
+    ),
+    "dion": "Dion",
+    "adamw_b2_95": "`optax.adamw`, `b2=0.95`",
+    "adamw": "`optax.adamw`",
+    "lion": "`optax.lion`",
+    "fira": "Fira",
+    "adafactor": "`optax.adafactor`",
+    "apollo": "APOLLO",
+    "natural_galore:fisher=window+residual=None+b2=0.999+refresh_every=200": (
+        'the paper\'s form, `fisher="window", residual=None, b2=0.999, refresh_every=200`'
+    ),
+    "galore": "GaLore, `galore`",
+    "apollo_mini": "APOLLO-Mini",
+    "contrib_galore": "`optax.contrib.galore`",
+}
+
+
+@table("learning-summary", "optimizer", "validation loss", "state", "step on one H200")
+def learning_summary() -> Iterator[Row]:
+    for row in convergence.rows(compared()):
+        if label := SUMMARY.get(row["method"]):
+            spread = f" ± {row['spread']:.3f}" if row["seeds"] > 1 else ""
+            size = row["matrix_state_bytes"]
+            yield (
+                label,
+                f"{row['loss']:.3f}{spread}",
+                megabytes(size, 0 if size > 1e6 else 1),
+                f"{row['step_ms']:.0f} ms",
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    args = parser.parse_args()
+    stale = []
+    for page in pages():
+        text = page.read_text()
+        if (new := regenerated(text)) != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not args.check:
+                page.write_text(new)
+    print(*stale or ["all tables are up to date"], sep="\n")
+    sys.exit(bool(stale) and args.check)
+
+
+if __name__ == "__main__":
+    main()
