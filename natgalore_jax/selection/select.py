@@ -108,8 +108,23 @@ def check_rank(rank: Any) -> Any:
     return rank
 
 
+def check_arrays(params: PyTree) -> None:
+    """Raises TypeError if a leaf of `params` is not an array, as in an unfiltered Equinox model."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(
+                f"The leaf {path_name(path)!r} of the params is not an array but of type "
+                f"{type(leaf).__name__!r}: give arrays only, such as "
+                "`eqx.filter(model, eqx.is_array)` of an Equinox model."
+            )
+
+
 def select(
-    params: PyTree, rank: Rank, side: str = "short", chosen: Select = None
+    params: PyTree,
+    rank: Rank,
+    side: str = "short",
+    chosen: Select = None,
+    axis_names: Mapping[str, Sequence[str | None]] | None = None,
 ) -> tuple[PyTree, dict[str, str]]:
     """The LeafSpec of every projected leaf, and the reason for every other leaf.
 
@@ -118,6 +133,7 @@ def select(
       rank: see :func:`project`.
       side: one of `SIDES`.
       chosen: `select` of :func:`project`.
+      axis_names: the names of a leaf's axes, by the name of the leaf, where they are known.
 
     Returns:
       A tree like `params` with a LeafSpec at each projected leaf and None elsewhere, and a dict
@@ -125,18 +141,21 @@ def select(
 
     Raises:
       ValueError: if a rule matches no leaf, or a view does not fit its leaf.
+      TypeError: if a leaf is not an array.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    check_arrays(params)
     views = SELECT.per_leaf(AUTO if chosen is None else chosen, params)
     ranks = RANK.per_leaf(rank, params)
-    automatic = read([(path, tuple(leaf.shape)) for path, leaf in leaves])
+    names = [(axis_names or {}).get(path_name(path)) for path, _ in leaves]
+    automatic = read([(path, tuple(leaf.shape)) for path, leaf in leaves], names)
     specs: list[LeafSpec | None] = []
     reasons: dict[str, str] = {}
     index = 0
     for (path, leaf), view, r, reading in zip(leaves, views, ranks, automatic, strict=True):
         spec = _spec(path, leaf, view, reading)
         if isinstance(spec, LeafSpec):
-            spec = _oriented(spec, r, side, index)
+            spec = _oriented(spec, _as_rank(r), side, index)
             index += spec.matrices
         else:
             reasons[path_name(path)] = spec
@@ -239,6 +258,6 @@ def _oriented(spec: LeafSpec, rank: int | float | None, side: str, index: int) -
         )
     transpose = {"short": spec.m > spec.n, "long": spec.m < spec.n, "right": True}.get(side, False)
     spec = spec.transposed if transpose else spec
-    short, rank = min(spec.m, spec.n), _as_rank(rank)
+    short = min(spec.m, spec.n)
     rank = max(1, round(rank * short)) if isinstance(rank, float) else min(rank, short)
     return dataclasses.replace(spec, rank=rank, index=index, both=side == "both")

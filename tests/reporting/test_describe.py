@@ -1,3 +1,5 @@
+"""describe and memory_report: bytes against hand counts, views, reasons and printed tables."""
+
 from dataclasses import replace
 
 import jax
@@ -21,13 +23,13 @@ ABSTRACT = {
 }
 
 
-def test_describe_listens_to_what_was_traced_before():
+def test_describe_after_an_earlier_trace():
     tx = natgalore.galore(1.0, 4)
     natgalore.memory_report(ABSTRACT, {"galore": tx})
     assert natgalore.describe(tx, ABSTRACT).rows[-1].rank == 4
 
 
-def test_describe_says_what_the_optimizer_does():
+def test_rows_of_a_description():
     rows = {row.path: row for row in natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT).rows}
     up, down, embed = (rows[p] for p in ("layers/1/up/kernel", "down/kernel", "embed/embedding"))
     assert (up.view, up.side, up.rank) == ("16 x 40", "left", 4)
@@ -39,7 +41,7 @@ def test_describe_says_what_the_optimizer_does():
     assert embed.state_bytes == 4 * 2 * 99 * 16 + 4
 
 
-def test_describe_prints_leaves_that_are_alike_in_one_line():
+def test_similar_leaves_share_a_line():
     table = str(natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT)).splitlines()
     (line,) = [line for line in table if line.startswith("layers")]
     assert line.split()[:2] == ["layers/*/up/kernel", "(3)"]
@@ -48,7 +50,7 @@ def test_describe_prints_leaves_that_are_alike_in_one_line():
 
 
 @pytest.mark.parametrize("wrap", ["chain", "masked", "MultiSteps"])
-def test_describe_finds_the_projection_inside_other_transformations(wrap):
+def test_describe_of_wrapped_optimizers(wrap):
     tx = natgalore.galore(1.0, 4)
     tx = {
         "chain": lambda: optax.chain(optax.clip(1.0), tx),
@@ -59,7 +61,7 @@ def test_describe_finds_the_projection_inside_other_transformations(wrap):
     assert [row.rank for row in rows if row.path == "down/kernel"] == [4]
 
 
-def test_describe_reads_every_projection():
+def test_describe_of_two_projections():
     labels = {"embed": "b", "layers": "a", "down": "b"}
     tx = optax.partition({"a": natgalore.galore(1.0, 4), "b": natgalore.galore(1.0, 8)}, labels)
     rows = {row.path: row.rank for row in natgalore.describe(tx, ABSTRACT).rows}
@@ -69,7 +71,7 @@ def test_describe_reads_every_projection():
     assert views["layers/1/up/kernel"] == "not given to natgalore"
 
 
-def test_describe_says_where_the_rank_is_all_there_is():
+def test_full_rank_is_marked():
     rows = {r.path: r for r in natgalore.describe(natgalore.galore(1.0, 16), ABSTRACT).rows}
     assert (rows["down/kernel"].rank, rows["down/kernel"].full) == (16, True)
     described = natgalore.describe(natgalore.galore(1.0, 64), ABSTRACT)
@@ -78,7 +80,7 @@ def test_describe_says_where_the_rank_is_all_there_is():
     assert not any(row.full for row in rows)
 
 
-def test_describe_knows_both_sides():
+def test_describe_of_two_sided_projection():
     tx = natgalore.galore(1.0, 4, side="both")
     rows = {row.path: row for row in natgalore.describe(tx, ABSTRACT).rows}
     assert (rows["down/kernel"].view, rows["down/kernel"].side) == ("40 x 16", "both")
@@ -87,7 +89,7 @@ def test_describe_knows_both_sides():
 
 
 @pytest.mark.slow
-def test_describe_shows_the_health_of_a_state():
+def test_measured_columns_of_a_state():
     params = jax.tree.map(lambda x: jnp.ones(x.shape), ABSTRACT)
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), params)
     tx = natgalore.natural_galore(1.0, 4, fisher="core")
@@ -109,12 +111,12 @@ def test_describe_shows_the_health_of_a_state():
         natgalore.describe(tx, params, grads=grads)
 
 
-def test_describe_refuses_an_optimizer_that_projects_nothing():
-    with pytest.raises(ValueError, match=r"no natgalore\.project"):
+def test_describe_refuses_an_optimizer_without_projection():
+    with pytest.raises(ValueError, match=r"contains no natgalore\.project"):
         natgalore.describe(optax.adam(1.0), ABSTRACT)
 
 
-def test_every_byte_is_counted_once():
+def test_bytes_by_leaf_sum_to_the_state():
     tx = optax.adamw(1.0)
     state = jax.eval_shape(tx.init, ABSTRACT)
     report = natgalore.memory_report(ABSTRACT, {"adamw": tx})
@@ -124,9 +126,9 @@ def test_every_byte_is_counted_once():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "held"),
+    ("dtype", "shape", "count"),
     [
-        ("int4", (3, 5), 8),  # two share a byte, and the last has one of its own
+        ("int4", (3, 5), 8),  # 7.5 bytes rounded up
         ("uint4", (4, 4), 8),
         ("float4_e2m1fn", (4, 4), 8),
         ("int2", (3, 5), 4),
@@ -137,11 +139,11 @@ def test_every_byte_is_counted_once():
         ("int4", (0, 5), 0),
     ],
 )
-def test_bytes_are_packed(dtype, shape, held):
-    assert nbytes(jax.ShapeDtypeStruct(shape, dtype)) == held
+def test_nbytes_of_packed_dtypes(dtype, shape, count):
+    assert nbytes(jax.ShapeDtypeStruct(shape, dtype)) == count
 
 
-def test_a_report_counts_packed_state():
+def test_memory_report_of_packed_state():
     four_bits = lambda params: jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int4), params)
     tx = optax.GradientTransformation(four_bits, lambda g, state, params=None: (g, state))
     report = natgalore.memory_report(ABSTRACT, {"packed": tx})
@@ -150,12 +152,12 @@ def test_a_report_counts_packed_state():
     assert natgalore.memory_report(ABSTRACT, {"a key": keys}).total["a key"] == 8
 
 
-def test_memory_report_refuses_nothing_to_report():
+def test_memory_report_refuses_no_optimizers():
     with pytest.raises(ValueError, match=r"`optimizers`"):
         natgalore.memory_report(ABSTRACT, {})
 
 
-def test_llama_1b_at_rank_512_keeps_what_is_promised():
+def test_state_of_llama_1b_at_rank_512():
     """At most 1.12 of GaLore's state and 0.40 of AdamW's on the projected leaves, in float32."""
     params = llama.abstract_params(replace(llama.CONFIGS["1b"], scan=True))
     report = natgalore.memory_report(
@@ -179,12 +181,12 @@ def test_llama_1b_at_rank_512_keeps_what_is_promised():
 @pytest.mark.parametrize(
     ("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**40, "5120.0 GiB")]
 )
-def test_bytes_read_as_people_write_them(n, text):
+def test_human_bytes(n, text):
     assert human_bytes(n) == text
 
 
 class TestViews:
-    """The column that says as which matrices a leaf is seen, or why it is not."""
+    """The column with the matrix view of a leaf or the reason why it is not projected."""
 
     def view(self, shape, path=("w", "kernel"), **settings):
         leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -192,28 +194,28 @@ class TestViews:
         (row,) = natgalore.describe(tx, {path[0]: {path[1]: leaf}}).rows
         return row.view
 
-    def test_it_shows_what_is_folded_and_what_is_stacked(self):
+    def test_folded_and_stacked_axes(self):
         assert self.view((16, 40)) == "16 x 40"
         assert self.view((16, 4, 12), ("query", "kernel")) == "16 x 4·12"
         assert self.view((16, 1, 40)) == "16 x 40"
-        whole = natgalore.MatrixView((2, 3), 0)
-        assert self.view((40, 6, 4, 5), select=whole) == "6 x (4·5 x 40)"
+        folded = natgalore.MatrixView((2, 3), 0)
+        assert self.view((40, 6, 4, 5), select=folded) == "6 x (4·5 x 40)"
         qkv = natgalore.MatrixView(0, 1, blocks={1: 3})
         assert self.view((16, 48), select=qkv) == "3 x (16 x 16)"
 
-    def test_it_says_what_is_a_guess(self):
+    def test_guessed_views_are_marked(self):
         assert self.view((5, 16, 40)) == "5 x (16 x 40), a guess"
         assert self.view((5, 16, 40), ("experts", "up")) == "5 x (16 x 40)"
         assert self.view((5, 16, 40), select=natgalore.MatrixView(1, 2)) == "5 x (16 x 40)"
 
-    def test_reasons_are_those_of_the_optimizer_itself(self):
+    def test_reasons_why_a_leaf_is_not_projected(self):
         assert self.view((16, 40), select=[("", None)]) == "excluded by `select`"
         assert self.view((99, 16), ("wte", "embedding")) == "an embedding"
         both = natgalore.MatrixView(0, 1)
         assert self.view((99, 16), ("wte", "embedding"), select=both) == "16 x 99"
 
-    def test_boxes_name_the_axes(self):
-        """Linen's boxes do, of a whole leaf or of a stacked one; holes are no names."""
+    def test_axis_names_of_flax_boxes(self):
+        """Linen's logical axis names; an axis named None has no name."""
         kernel = jax.ShapeDtypeStruct((3, 16, 4, 12), jnp.float32)
         box = linen.LogicallyPartitioned(kernel, ("layers", "embed", None, "kv"))
         tx = natgalore.galore(1.0, 4)
@@ -222,7 +224,7 @@ class TestViews:
         assert rows["layers/query/kernel"].view == "layers 3 x (embed 16 x 4·kv 12)"
 
 
-def test_rich_shows_the_same_table():
+def test_rich_table_has_the_same_cells():
     described = natgalore.describe(natgalore.galore(1.0, 4), ABSTRACT)
     console = Console(width=200, color_system=None)
     with console.capture() as captured:

@@ -1,3 +1,5 @@
+"""Diagnostics of a state against float64 NumPy, and gradients that explained_energy refuses."""
+
 import functools
 
 import jax
@@ -5,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand
@@ -24,7 +27,7 @@ def random(seed):
 
 @functools.cache
 def trained(**kwargs):
-    """The states of three steps, from the start on, and the last gradients."""
+    """The initial state, the states after each of three steps, and the last gradients."""
     tx = natgalore.natural_galore(
         1e-2, RANK, **{"refresh_every": 2, "stagger": False, "fisher": "core"} | kwargs
     )
@@ -40,7 +43,7 @@ def float64(x):
 
 
 def bases(state, name):
-    """P, and Q where there is one, of the leaf `name`, in float64."""
+    """P and, if both sides are projected, Q of the leaf `name`, in float64."""
     found = []
     for side in (state[0].basis, state[0].right_basis):
         for x in jax.tree.leaves(side, is_leaf=lambda x: hasattr(x, "spec")):
@@ -53,7 +56,7 @@ KINDS = [{}, {"side": "both"}, {"basis": "random"}, {"side": "long"}]
 
 
 @pytest.mark.parametrize("kwargs", [KINDS[0], *slow(*KINDS[1:])], ids=str)
-def test_explained_energy_is_the_share_of_the_squares(kwargs):
+def test_explained_energy(kwargs):
     (*_, state), grads = trained(**kwargs)
     energy = jax.jit(natgalore.explained_energy)(state, grads)
     assert set(energy) == {"layers/up/kernel", "down/kernel"}
@@ -61,15 +64,15 @@ def test_explained_energy_is_the_share_of_the_squares(kwargs):
     for name, leaf in leaves.items():
         (spec, P), *right = bases(state, name)
         G = float64(spec.to_view(leaf["kernel"]))
-        held = P @ P.mT @ G
+        inside = P @ P.mT @ G
         for _, Q in right:
-            held = held @ Q @ Q.mT
-        share = np.square(held).sum(axis=(-2, -1)) / np.square(G).sum(axis=(-2, -1))
+            inside = inside @ Q @ Q.mT
+        share = np.square(inside).sum(axis=(-2, -1)) / np.square(G).sum(axis=(-2, -1))
         np.testing.assert_allclose(energy[name], share, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_explained_energy_of_nothing_is_zero_and_of_any_size_the_same():
+def test_explained_energy_of_zero_nonfinite_and_huge_gradients():
     (*_, state), grads = trained(fisher=None)
     kernel = grads["layers"]["up"]["kernel"].at[0].set(jnp.nan)
     grads = grads | {"layers": {"up": {"kernel": kernel}}}
@@ -83,7 +86,7 @@ def test_explained_energy_of_nothing_is_zero_and_of_any_size_the_same():
 
 
 @pytest.mark.parametrize("kwargs", [KINDS[0], *slow(*KINDS[1:])], ids=str)
-def test_drift_is_the_part_that_left_the_subspace(kwargs):
+def test_basis_drift(kwargs):
     states, _ = trained(**kwargs)
     drift = jax.jit(natgalore.basis_drift)(states[2], states[3])  # over the refresh at step 2
     for name, value in drift.items():
@@ -108,8 +111,8 @@ def test_condition_of_the_core_fisher():
 
 
 @pytest.mark.slow
-def test_condition_of_the_window_leaves_empty_slots_out():
-    """Of K itself: gradients of very different sizes make it ill conditioned."""
+def test_condition_of_a_partly_filled_window():
+    """Gradients of very different sizes make K ill-conditioned."""
     tx = natgalore.project(RANK, natgalore.scale_by_fisher(5), transport="keep")
     grads = [jax.tree.map(lambda x, s=s: s * x, random(i)) for i, s in enumerate((1, 1, 100))]
     state = tx.init(grads[0])
@@ -125,7 +128,7 @@ def test_condition_of_the_window_leaves_empty_slots_out():
 
 
 @pytest.mark.slow
-def test_a_condition_beyond_float32_is_said_to_be_that():
+def test_condition_is_finite_beyond_float32():
     tx = natgalore.project(RANK, natgalore.scale_by_fisher(3))
     g = random(0)
     state = tx.init(g)
@@ -135,7 +138,7 @@ def test_a_condition_beyond_float32_is_said_to_be_that():
     assert jnp.isfinite(natgalore.fisher_condition(state)["down/kernel"])
 
 
-def test_skipped_steps_name_every_leaf():
+def test_skipped_steps_of_every_leaf():
     tx = natgalore.galore(1e-2, RANK)
     g = random(0)
     g["layers"]["up"]["kernel"] = g["layers"]["up"]["kernel"].at[1, 0, 0].set(jnp.inf)
@@ -149,9 +152,66 @@ def test_skipped_steps_name_every_leaf():
     }
 
 
-def test_they_find_the_projection_anywhere():
+def test_diagnostics_of_wrapped_optimizers():
     tx = optax.MultiSteps(optax.chain(optax.clip(1.0), natgalore.galore(1e-2, RANK)), 2)
     state = tx.init(random(0))
     assert set(natgalore.explained_energy(state, random(0))) == {"layers/up/kernel", "down/kernel"}
     assert natgalore.fisher_condition(state) == {}
     assert natgalore.explained_energy(optax.adam(1.0).init(random(0)), random(0)) == {}
+
+
+class TestRefusedGradients:
+    """explained_energy and describe need |G|, which the cores of value_and_grad do not contain."""
+
+    match = r"^`grads` must be full gradients, .* has {} for '{}/kernel': the energy needs \|G\|"
+
+    @property
+    def params(self):
+        return {
+            "up": {"kernel": jnp.ones((12, 20))},
+            "down": {"kernel": jnp.ones((20, 12))},
+            "norm": {"scale": jnp.ones((1, 12))},
+        }
+
+    @staticmethod
+    def loss(params, x):
+        params = linen.meta.unbox(params)
+        x = x * params["norm"]["scale"]
+        return jnp.square(x @ params["up"]["kernel"] @ params["down"]["kernel"]).sum()
+
+    def cores(self, params):
+        """An optimizer, its first state and the cores of the loss, as zeros."""
+        tx = natgalore.galore(1e-2, RANK)
+        state, gradients = tx.init(params), natgalore.value_and_grad(self.loss, tx)
+        (_, grads), _ = jax.eval_shape(gradients, params, state, jnp.ones((3, 12)))
+        return tx, state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), grads)
+
+    def check(self, tx, params, state, grads, *what):
+        match = self.match.format(*what)
+        with pytest.raises(ValueError, match=match) as raised:
+            natgalore.explained_energy(state, grads)
+        assert "\n" not in str(raised.value)
+        with pytest.raises(ValueError, match=match):
+            natgalore.describe(tx, params, state, grads)
+
+    def test_cores(self):
+        tx, state, grads = self.cores(self.params)
+        self.check(tx, self.params, state, grads, "a core", "down")
+
+    def test_cores_among_full_gradients(self):
+        tx, state, grads = self.cores(self.params)
+        mixed = self.params | {"up": grads["up"]}
+        self.check(tx, self.params, state, mixed, "a core", "up")
+
+    def test_boxed_cores(self):
+        box = lambda x: linen.LogicallyPartitioned(x, (None,) * x.ndim)
+        params = jax.tree.map(box, self.params)
+        tx, state, grads = self.cores(params)
+        self.check(tx, params, state, grads, "a core", "down")
+        full = jax.grad(self.loss)(params, jnp.ones((3, 12)))
+        energy = natgalore.explained_energy(state, full)
+        assert set(energy) == {"up/kernel", "down/kernel"}
+
+    def test_missing_gradients(self):
+        tx, state, _ = self.cores(self.params)
+        self.check(tx, self.params, state, self.params | {"up": {}}, "no gradient", "up")
