@@ -13,9 +13,8 @@ from natgalore_jax.subspace.lift import expanded
 from natgalore_jax.subspace.residual import DAMPING, GROWTH, ResidualState, added, fira, limited
 from natgalore_jax.tree.leaf_spec import cores
 from natgalore_jax.util.linalg import matmul
-from tests.helpers.cases import slow
+from tests.helpers.cases import quick, slow
 from tests.helpers.partners import INSIDE
-from tests.integration.test_partners import lines
 from tests.oracle import oracles
 
 
@@ -445,7 +444,7 @@ def turned(inner):
     return optax.chain(inner, optax.scale(-1.0))
 
 
-@lines(RATES, quick=EACH_KIND)
+@pytest.mark.parametrize("name", quick(EACH_KIND, [*RATES]))
 def test_an_optimizer_with_its_learning_rate_is_refused(name):
     """And taken where another minus undoes it, unless it may pass gradients as they are."""
     params = {**PARAMS, "layers": {"kernel": jnp.ones((2, M, N))}}
