@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ..selection.select import decisions
+from ..selection.select import check_arrays, decisions
 from ..subspace.engine import SubspaceState
+from ..tree.flax_boxes import axis_names
 from ..tree.leaf_spec import LeafSpec, path_name
 from ..util.text_tables import group_similar, human_bytes, rich_table, table
 from .diagnostics import explained_energy, fisher_condition, skipped_steps
@@ -162,6 +163,7 @@ def describe(
         measured["skipped"] = skipped_steps(state)
     if grads is not None:
         measured["energy"] = explained_energy(state, grads)
+    check_arrays(params)
     with warnings.catch_warnings(), decisions() as recorded:
         warnings.filterwarnings("ignore", "natgalore projects none")  # the table has the reasons
         # A fresh function, so that JAX's cache cannot skip the trace and with it the decisions.
@@ -169,7 +171,7 @@ def describe(
     is_subspace = lambda x: isinstance(x, SubspaceState)
     if not any(map(is_subspace, jax.tree.leaves(state, is_leaf=is_subspace))):
         raise ValueError("`tx` contains no natgalore.project: there is nothing to describe.")
-    axes = _axis_names(params)
+    axes = axis_names(params)
     state_bytes = bytes_by_leaf(state, params)
     adamw_bytes = bytes_by_leaf(jax.eval_shape(optax.adamw(0.0).init, params), params)
     rows = []
@@ -191,21 +193,6 @@ def describe(
             )
         )
     return Description(rows)
-
-
-def _axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
-    """Axis names from the boxes around leaves: Linen's `with_partitioning` and NNX Variables."""
-
-    def names_of(box):
-        for field in ("names", "out_sharding"):
-            names = getattr(box, field, None)
-            if isinstance(names, tuple) and all(isinstance(x, str | None) for x in names):
-                return names
-        return None
-
-    is_box = lambda x: names_of(x) is not None
-    boxes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    return {path_name(path): names for path, box in boxes if (names := names_of(box))}
 
 
 def _view(spec: LeafSpec, names: Sequence[str | None] | None) -> str:

@@ -1,6 +1,7 @@
 """Infers the batch, row and column axes of every leaf of a parameter tree.
 
-Three kinds of evidence:
+Names of axes, which a Flax box or a Haliax NamedArray has, decide where they are known: layers and
+experts are batch axes, heads are one side. For all other axes there are three kinds of evidence:
   * the *words* of a leaf's path give its purpose. Embeddings, output heads, norms, biases, routers,
     position tables and similar leaves are never projected;
   * its *siblings* give the layer axes. In a scanned stack even the vector of a norm has two axes,
@@ -8,8 +9,8 @@ Three kinds of evidence:
   * *sizes* give the two sides of an array of three axes or more. A bias has the shape of the output
     side, a norm the width of the model.
 
-Without evidence the last two axes are the matrix and the axes before them are batch axes. Such a
-reading has `guess=True`, which `describe` shows.
+Where two readings fit, or none, the matrices are kept small: the last two axes are the matrix and
+the axes before them are batch axes. Such a reading has `guess=True`, which `describe` shows.
 """
 
 import itertools
@@ -25,11 +26,16 @@ from .name_rules import (
     BIAS,
     DEPTHWISE,
     EMBEDDING,
+    EXPERT_AXIS,
     EXPERTS,
+    FEATURE_AXIS,
     FUSED,
+    FUSED_AXIS,
     GATES,
     HEAD,
+    HEAD_AXIS,
     INTO_HEADS,
+    LAYER_AXIS,
     NEAR,
     NORM,
     NOT_HEADS,
@@ -37,6 +43,7 @@ from .name_rules import (
     POSITION,
     ROUTER,
     STACKS,
+    VOCABULARY_AXIS,
     Leaf,
     words,
 )
@@ -44,6 +51,7 @@ from .name_rules import (
 
 SMALLEST_SIDE = 8  # a matrix with a smaller side is not projected
 
+LARGEST_FUSED = 4  # most projections on an axis of their own
 LARGEST_KERNEL = 16  # largest spatial extent of a convolution kernel
 SMALLEST_VOCABULARY = 4096  # smaller vocabularies are indistinguishable from other sizes
 TABLES = {EMBEDDING, POSITION, HEAD}
@@ -65,16 +73,22 @@ class Reading(NamedTuple):
     guess: bool = False
 
 
-def read(named_shapes: Sequence[tuple[tuple[Any, ...], tuple[int, ...]]]) -> list[Reading | str]:
+def read(
+    named_shapes: Sequence[tuple[tuple[Any, ...], tuple[int, ...]]],
+    axis_names: Sequence[Sequence[str | None] | None] | None = None,
+) -> list[Reading | str]:
     """The reading of each leaf, or the reason why it is not projected.
 
     Args:
       named_shapes: path, as `jax.tree_util` spells it, and shape of every leaf of a tree.
+      axis_names: for each leaf the names of its axes, or None if it has none.
     """
     paths = [unboxed_path(path) for path, _ in named_shapes]
     if {path_name(path[-1:]) for path in paths} in ({"value"}, {"array"}):
         paths = [path[:-1] for path in paths]  # a last key that all leaves share is a box
-    leaves = [Leaf(path, shape) for path, (_, shape) in zip(paths, named_shapes, strict=True)]
+    shapes = [shape for _, shape in named_shapes]
+    axis_names = axis_names or [None] * len(paths)
+    leaves = [Leaf(*x) for x in zip(paths, shapes, axis_names, strict=True)]
     names = {path_name(leaf.path) for leaf in leaves}
     for leaf in leaves:  # Haiku: `gating_b` beside `gating_w` is a bias, `wq_b` alone is not
         name = path_name(leaf.path)
@@ -90,8 +104,12 @@ def _read(leaf: Leaf, tree: "_Tree") -> Reading | str:
     stack = tree.stack_axes(leaf)
     batch = tuple(a for a, size in enumerate(leaf.shape) if a in stack or size == 1)
     rest = tuple(a for a in range(len(leaf.shape)) if a not in batch)
-    if kind := leaf.kind or tree.kind_by_size(leaf, rest):
+    if kind := leaf.kind or _kind_by_axes(leaf, rest) or tree.kind_by_size(leaf, rest):
         return kind
+    if len(rest) > 2:
+        counted = {a for a in rest if _counts_matrices(leaf, a)}
+        stack, batch = (tuple(sorted({*axes, *counted})) for axes in (stack, batch))
+        rest = tuple(a for a in rest if a not in counted)
     if len(rest) < 2:
         return "a vector"
     reading = _convolution(leaf, stack) or _fold(leaf, batch, rest, tree)
@@ -101,6 +119,22 @@ def _read(leaf: Leaf, tree: "_Tree") -> Reading | str:
     if min(m, n) < SMALLEST_SIDE:
         return f"too small ({min(m, n)} x {max(m, n)})"
     return reading
+
+
+def _counts_matrices(leaf: Leaf, axis: int) -> bool:
+    """Whether an axis counts experts or fused projections, by its name."""
+    kind, size = leaf.axes[axis], leaf.shape[axis]
+    return kind == EXPERT_AXIS or (kind == FUSED_AXIS and size <= LARGEST_FUSED)
+
+
+def _kind_by_axes(leaf: Leaf, rest: tuple[int, ...]) -> str | None:
+    """HEAD or ROUTER, by the names of a matrix's axes; else None."""
+    kinds = {leaf.axes[axis] for axis in rest}
+    if len(rest) != 2:
+        return None
+    if VOCABULARY_AXIS in kinds:
+        return HEAD
+    return ROUTER if kinds == {EXPERT_AXIS, FEATURE_AXIS} else None
 
 
 def _convolution(leaf: Leaf, stack: Collection[int]) -> Reading | str | None:
@@ -131,7 +165,8 @@ def _fold(leaf: Leaf, batch: tuple[int, ...], rest: tuple[int, ...], tree: "_Tre
     """Splits the axes `rest`, which count no layers, into two sides."""
     # Two or three projections may be stacked on an axis: gate and up; query, key and value.
     attention = tree.in_attention(leaf)
-    fused = next((a for a in rest[:-1] if leaf.shape[a] in (2, 3)), None)
+    unknown = [a for a in rest[:-1] if leaf.axes[a] is None]
+    fused = next((a for a in unknown if leaf.shape[a] in (2, 3)), None)
     if attention:
         stacked = FUSED & set(leaf.near) and len(rest) + sum(leaf.shape[a] == 1 for a in batch) > 3
     else:
@@ -141,7 +176,11 @@ def _fold(leaf: Leaf, batch: tuple[int, ...], rest: tuple[int, ...], tree: "_Tre
         rest = tuple(a for a in rest if a != fused)
     if len(rest) == 2:
         return Reading(batch, rest[:1], rest[1:])
-    side = tree.output_side(leaf, rest)
+    side = _head_side(leaf, rest)
+    expert_bias = not attention and tree.has_expert_bias(leaf, rest)
+    by_bias = tree.output_side(leaf, rest)
+    if side is None and not expert_bias:
+        side = by_bias
     if side is None and attention:
         side = tree.width_axis(leaf, rest)
         if side is None and leaf.role is not None:
@@ -150,8 +189,17 @@ def _fold(leaf: Leaf, batch: tuple[int, ...], rest: tuple[int, ...], tree: "_Tre
         rows, cols = sorted([side, tuple(a for a in rest if a not in side)])
         return Reading(batch, rows, cols)
     batch = tuple(sorted((*batch, *rest[:-2])))
-    known = len(rest) == 3 and bool(EXPERTS & set(leaf.words))
-    return Reading(batch, rest[-2:-1], rest[-1:], guess=not known)
+    experts = bool(EXPERTS & set(leaf.words)) or (expert_bias and by_bias is None)
+    return Reading(batch, rest[-2:-1], rest[-1:], guess=not (experts and len(rest) == 3))
+
+
+def _head_side(leaf: Leaf, rest: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The side of the head axes, by the names of axes; None if they do not settle it."""
+    heads = tuple(a for a in rest if leaf.axes[a] == HEAD_AXIS)
+    features = tuple(a for a in rest if leaf.axes[a] == FEATURE_AXIS)
+    if heads and features:
+        return tuple(a for a in rest if a not in features)
+    return heads if len(rest) - len(heads) == 1 else None
 
 
 class _Tree:
@@ -162,7 +210,13 @@ class _Tree:
         for leaf in leaves:
             for depth in range(len(leaf.path)):
                 self.subtrees.setdefault(leaf.path[:depth], []).append(leaf)
-        self.stacks = {prefix: _common_axes(members) for prefix, members in self.subtrees.items()}
+        self.stacks: dict[tuple, tuple[int, ...]] = {(): _common_axes(leaves, ())}
+        for leaf in leaves:
+            for depth in range(1, len(leaf.path)):
+                prefix = leaf.path[:depth]
+                if prefix not in self.stacks:
+                    outer = self.stacks[prefix[:-1]]
+                    self.stacks[prefix] = _common_axes(self.subtrees[prefix], outer) or outer
         tables = [
             x
             for x in leaves
@@ -176,9 +230,14 @@ class _Tree:
 
     def stack_axes(self, leaf: Leaf) -> tuple[int, ...]:
         """The axes that count layers."""
-        for depth in range(len(leaf.path)):
-            if axes := self.stacks[leaf.path[:depth]]:
-                return axes
+        named = tuple(a for a, kind in enumerate(leaf.axes) if kind == LAYER_AXIS)
+        inferred = self.stacks[leaf.path[:-1]] or (() if named else self._stack_by_words(leaf))
+        return tuple(
+            a for a, kind in enumerate(leaf.axes) if a in named or (kind is None and a in inferred)
+        )
+
+    def _stack_by_words(self, leaf: Leaf) -> tuple[int, ...]:
+        """The axes that count layers in a stack without norms and biases, by its name."""
         # `layers/mlp/up` with three axes and no number is a scanned stack; `layers/0/mlp/up` and
         # `blocks/block1/up` are items of a list.
         numbered = re.search(r"\d(/|_|$)", path_name(leaf.path))
@@ -186,9 +245,10 @@ class _Tree:
             return ()
         for depth in range(1, len(leaf.path)):
             if STACKS & set(words(leaf.path[depth - 1 : depth])):
-                shapes = [x.shape for x in self.subtrees[leaf.path[:depth]] if len(x.shape) > 1]
+                members = [x for x in self.subtrees[leaf.path[:depth]] if len(x.shape) > 1]
+                shapes = [x.shape for x in members]
                 first, second = ({shape[axis] for shape in shapes} for axis in (0, 1))
-                return (1,) if len(second) == 1 < len(first) else (0,)
+                return _extended((1,) if len(second) == 1 < len(first) else (0,), members)
         return ()
 
     def in_attention(self, leaf: Leaf) -> bool:
@@ -230,6 +290,15 @@ class _Tree:
                     return fits[0]
         return None
 
+    def has_expert_bias(self, leaf: Leaf, rest: tuple[int, ...]) -> bool:
+        """Whether a bias (E, n) is beside the leaf (E, m, n)."""
+        ends = [leaf.shape[rest[0]], leaf.shape[rest[-1]]]
+        return len(rest) == 3 and any(
+            _without(x.shape, self.stack_axes(x)) == tuple(ends)
+            for x in self.subtrees.get(leaf.path[:-1], [])
+            if x.kind == BIAS and len(x.path) == len(leaf.path)
+        )
+
     def width_axis(self, leaf: Leaf, rest: tuple[int, ...]) -> tuple[int, ...] | None:
         """The axis of the model's width: the longest that a norm or an embedding has too."""
         longest = max((leaf.shape[a] for a in rest if leaf.shape[a] in self.widths), default=0)
@@ -248,11 +317,12 @@ def _vocabularies(leaves: list[Leaf]) -> set[int]:
     }
 
 
-def _common_axes(members: list[Leaf]) -> tuple[int, ...]:
-    """The axes that count layers in a subtree that is a stack, else ().
+def _common_axes(members: list[Leaf], outer: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that count layers in a subtree, `outer` and at least one more; () if there are none.
 
-    It is one where even its norms and biases, vectors by nature, have more axes than one, all
-    leaves have the same sizes on all but one of those, and there is no table.
+    A subtree is a stack if even its norms and biases, vectors by nature, have more axes than one,
+    all leaves have the same sizes on all but one of these axes, and there is no table. A stack
+    within a stack must have a matrix too.
     """
     least = min(
         (
@@ -262,15 +332,34 @@ def _common_axes(members: list[Leaf]) -> tuple[int, ...]:
         ),
         default=0,
     )
-    if least < 2 or any(
+    if least < 2 + len(outer) or any(
         len(leaf.shape) < least or (leaf.kind in TABLES and len(leaf.shape) == 2)
         for leaf in members
     ):
         return ()
+    if outer and max(len(leaf.shape) for leaf in members) == least:
+        return ()
     for axes in itertools.combinations(range(least), least - 1):
-        if len({tuple(leaf.shape[a] for a in axes) for leaf in members}) == 1:
+        if (
+            set(outer) <= set(axes)
+            and len({tuple(leaf.shape[a] for a in axes) for leaf in members}) == 1
+        ):
             return axes
     return ()
+
+
+def _extended(axes: tuple[int, ...], members: list[Leaf]) -> tuple[int, ...]:
+    """The layer axes with those after them that all leaves of a stack share too.
+
+    Attention is no evidence, since its leaves may share the number of heads.
+    """
+    while True:
+        after = axes[-1] + 1
+        others = {leaf.shape[after:] for leaf in members if not (leaf.attends or leaf.role)}
+        deep = all(len(leaf.shape) >= after + 3 for leaf in members)
+        if not deep or len({leaf.shape[after] for leaf in members}) > 1 or len(others) < 2:
+            return axes
+        axes = (*axes, after)
 
 
 def _without(shape: tuple[int, ...], axes: Collection[int]) -> tuple[int, ...]:

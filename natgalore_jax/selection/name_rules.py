@@ -1,4 +1,4 @@
-"""Classifies a leaf by the words of its path, without its shape.
+"""Classifies a leaf by the words of its path, and an axis by the words of its name.
 
 `Block_0/selfAttention/conv1/kernel` has the words block, self, attention, conv and kernel.
 Embeddings, output heads, norms, biases, routers, position tables and similar leaves are never
@@ -57,12 +57,35 @@ STACKS = {"layers", "blocks", "stack", "stacked", "scan", "scanned"}
 CONVOLUTION = ("conv", "patch", "stem", "downsample", "upsample")
 
 
+LAYER_AXIS, EXPERT_AXIS, FUSED_AXIS = "layers", "experts", "fused projections"
+HEAD_AXIS, VOCABULARY_AXIS, FEATURE_AXIS = "heads", "vocabulary", "features"
+
+# The last word of an axis name decides for these: `local_layers` and `num_experts` count matrices,
+# `layer_norm` and `expert_mlp` do not.
+LAST_WORD = {
+    LAYER_AXIS: {
+        *("layer", "layers", "block", "blocks", "stage", "stages", "repeat", "repeats"),
+        *("scan", "depth"),
+    },
+    EXPERT_AXIS: {"exp", "expert", "experts"},
+    FUSED_AXIS: {"qkv", "stack", "activations"},
+}
+# Any word of an axis name decides for these, in this order: `kv_lora` is no head axis. Names of
+# mesh axes (`data`, `fsdp`, `tensor`, `model`) tell nothing.
+ANY_WORD = {
+    VOCABULARY_AXIS: {"vocab", "vocabulary"},
+    FEATURE_AXIS: {"lora", "latent", "embed", "embedding", "mlp", "ffn", "hidden", "intermediate"},
+    HEAD_AXIS: {"head", "heads", "kv"},
+}
+
+
 class Leaf:
     """A leaf with its classification by name.
 
     Attributes:
       path: path of the leaf, as `jax.tree_util` spells it.
       shape: shape of the leaf.
+      axes: kind of each axis by its name, one of the `..._AXIS` constants; None if unknown.
       words: words of the path.
       near: words of its last two keys.
       own: words of its last key.
@@ -72,7 +95,12 @@ class Leaf:
       kind: reason why the leaf is never projected, or None.
     """
 
-    def __init__(self, path: tuple[Any, ...], shape: tuple[int, ...]):
+    def __init__(
+        self,
+        path: tuple[Any, ...],
+        shape: tuple[int, ...],
+        axis_names: Sequence[str | None] | None = None,
+    ):
         self.path = path
         self.shape = shape
         self.words = words(path)
@@ -82,13 +110,35 @@ class Leaf:
         self.attends = any(word.startswith(ATTENTION) for word in self.words)
         self.convolves = any(word.startswith(CONVOLUTION) for word in self.near)
         self.kind = _kind(self)
+        self.axes = [axis_kind(name) for name in axis_names or [None] * len(shape)]
+        if self.attends or not set(self.axes) - {EXPERT_AXIS, None}:
+            # A mesh axis may be named `expert`, and dense kernels sharded over it.
+            self.axes = [None if kind == EXPERT_AXIS else kind for kind in self.axes]
 
 
 def words(path: tuple[Any, ...]) -> list[str]:
     """`Block_0/selfAttention/conv1/kernel` -> block self attention conv kernel."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", path_name(path))
+    return _split(path_name(path))
+
+
+def _split(name: str) -> list[str]:
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     found = [word.lower().rstrip("0123456789") for word in re.split(r"[^A-Za-z0-9]+", spaced)]
     return [word for word in found if word]
+
+
+def axis_kind(name: str | None) -> str | None:
+    """One of the `..._AXIS` constants, by the name that a box gives an axis; None if unknown.
+
+    Example:
+      >>> [axis_kind(name) for name in ("local_layers", "exp", "kv_heads", "kv_lora", "fsdp", None)]
+      ['layers', 'experts', 'heads', 'features', None, None]
+    """
+    found = _split(name or "")
+    for kind, names in LAST_WORD.items():
+        if names & set(found[-1:]):
+            return kind
+    return next((kind for kind, names in ANY_WORD.items() if names & set(found)), None)
 
 
 def _kind(leaf: Leaf) -> str | None:

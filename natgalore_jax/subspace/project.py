@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from ..selection.select import SIDES, Rank, Select, check_rank, select as select_leaves
 from ..sharding.partitioning import use_mesh_of
-from ..tree.flax_boxes import unbox
+from ..tree.flax_boxes import axis_names, unbox
 from ..tree.leaf_spec import LeafSpec
 from ..util.validation import Scalar, check_choice, check_int, check_number
 from .basis import METHODS, BasisUpdate, StoredBasis
@@ -153,7 +153,9 @@ def project(
     )
 
     def init(params: PyTree) -> State:
-        specs, reasons = select_leaves(unbox(params), unbox(rank), side, unbox(select))
+        specs, reasons = select_leaves(
+            unbox(params), unbox(rank), side, unbox(select), axis_names(params)
+        )
         chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
         if reasons and not chosen:
             _warn_unprojected(reasons)

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from .leaf_spec import Basis, Core, is_core
+from .leaf_spec import Basis, Core, is_core, path_name
 
 
 VALUE = (jax.tree_util.GetAttrKey("value"),)
@@ -50,6 +51,33 @@ def with_boxes(
         return unbox(updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
+    """The names of a leaf's axes, by the name of the leaf, for every leaf that has them.
+
+    Flax's boxes have them as `names`, `out_sharding`, `sharding_names` or `sharding`, a tuple or a
+    PartitionSpec; a Haliax NamedArray has `axes`. The name of an axis may be None.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: _names(x) is not None)
+    found = ((path, _names(node)) for path, node in nodes)
+    return {path_name((*path, *names[0])): names[1] for path, names in found if names}
+
+
+def _names(x: Any) -> tuple[tuple[Any, ...], tuple[str | None, ...]] | None:
+    """Path and axis names of the one array below a node that names its axes, else None."""
+    for field in ("names", "out_sharding", "sharding_names", "sharding", "axes"):
+        names = None if isinstance(x, jax.Array) else getattr(x, field, None)
+        if not isinstance(names, tuple | PartitionSpec):
+            continue
+        leaves = jax.tree_util.tree_leaves_with_path(x)
+        rank = len(getattr(leaves[0][1], "shape", ())) if len(leaves) == 1 else 0
+        if isinstance(names, PartitionSpec):  # it may omit trailing axes
+            names = (*names, *[None] * (rank - len(names)))
+        names = [getattr(name, "name", name) for name in names]
+        if rank and len(names) == rank and leaves[0][0]:
+            return leaves[0][0], tuple(x if isinstance(x, str) else None for x in names)
+    return None
 
 
 def is_box(x: Any) -> bool:
