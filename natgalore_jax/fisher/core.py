@@ -1,15 +1,18 @@
 """The natural gradient of a core, core form (paper, section 3.2, g the r x n core, F = E[g gᵀ]).
 
-Keep the decayed mean
+With the decayed mean
 
     L ← β L + (1 − β) R Rᵀ,    L̂ = L / w,  w the same mean of ones,    λ = ρ tr(L̂) / r          (1)
+
+the preconditioned core is
+
     U = (L̂ + λ I)⁻ᵖ R                                                                         (2)
 
-Costs 2 r² numbers a matrix. L is remembered in units of a power of two of its own, so that
-gradients of 1e-25 and 1e25 neither vanish nor overflow, and no digit is lost to the scaling. A core
-that is zero says nothing: it does not enter L, and its answer is zero.
+Memory: 2 r² numbers per matrix. L is stored in units of its own power of two, so that gradients of
+1e-25 and 1e25 neither vanish nor overflow, without rounding by the scaling. A zero core does not
+enter L, and its result is zero.
 
-References: Das, "Natural GaLore", arXiv:2410.16029. Kin: Gupta et al., "Shampoo",
+References: Das, "Natural GaLore", arXiv:2410.16029. Related: Gupta et al., "Shampoo",
 arXiv:1802.09568; Gong et al., "Alice", arXiv:2502.07752.
 """
 
@@ -30,15 +33,15 @@ from ..util.validation import Scalar, check_choice, check_decay, check_int, chec
 
 
 class CoreFisherState(NamedTuple):
-    """What :func:`scale_by_core_fisher` remembers: trees with a Core at each projected leaf.
+    """State of :func:`scale_by_core_fisher`: trees with a Core at each projected leaf.
 
     Attributes:
-      count: updates so far, one int32.
-      weight: w of (1), (*batch). Each matrix counts for itself, since a skipped one takes no part.
+      count: the number of updates so far, one int32.
+      weight: w of (1), (*batch). Each matrix has its own, since zero cores do not enter L.
       scale: σ, the power of two with the trace of `fisher` in [1, 4), (*batch).
       fisher: L / σ², (*batch, r, r).
       root: (L̂ + λI)⁻ᵖ in units of `root_scale`⁻²ᵖ, (*batch, r, r).
-      root_scale: σ when the root was computed, (*batch); zero asks for a new root.
+      root_scale: σ when the root was computed, (*batch); zero forces a new root.
     """
 
     count: Int[Array, ""]
@@ -59,7 +62,7 @@ register_state(
 )
 
 LEAST_DAMPING = 1e-3
-OUTGROWN = 16.0  # a root serves until L's scale exceeds its own by this: no spike passes it
+OUTGROWN = 16.0  # a larger ratio of L's scale to the root's, as after a spike, forces a new root
 
 
 def scale_by_core_fisher(
@@ -67,17 +70,17 @@ def scale_by_core_fisher(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each core by a power of the inverse r x r Fisher, equations (1) and (2).
 
-    Stands inside a subspace (:func:`project`'s inner, or :func:`chain`); leaves that are not
-    projected pass. With `power` ½ the answer does not depend on the units of the gradient.
+    For use inside a subspace, in :func:`project`'s `inner` or in :func:`chain`; leaves that are not
+    projected are unchanged. With `power` ½ the result is independent of the units of the gradient.
 
     Args:
       decay: β in [0, 1), of the mean of R Rᵀ over steps. 0.98 averages about fifty steps.
-      damping: ρ, in units of the mean eigenvalue: λ = ρ tr(L̂)/r. At least 1e-3: below it the
+      damping: ρ, in units of the mean eigenvalue: λ = ρ tr(L̂)/r. At least 1e-3, below which the
         float32 root has fewer than three digits.
-      power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. ½ did best in
-        the first measurements.
-      root_every: steps between roots of a matrix. A root is also computed when the basis turned
-        and when the Fisher outgrew it.
+      power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. ½ was best in the
+        first measurements.
+      root_every: steps between roots of a matrix. A root is also recomputed after a refresh of the
+        basis, and once √tr(L) exceeds 16 to 64 times its value at the last root.
 
     Returns:
       A transformation whose updates have the shapes of the cores.
@@ -129,7 +132,7 @@ def scale_by_core_fisher(
         return replace_cores(updates, U), CoreFisherState(count, *trees)
 
     def step(leaves, in_turn):
-        """Equations (1) and (2): for each leaf U, and the fields of the state after its count."""
+        """Equations (1) and (2): U and the new fields of the state, without `count`, per leaf."""
         new = [accumulate(*leaf, decay, in_turn) for leaf in leaves]
 
         def renew(leaf: Accumulated, old: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -160,7 +163,7 @@ class Accumulated(NamedTuple):
       r: the core in units of `unit`, (*batch, r, n).
       unit: a power of two, (*batch).
       accepted: whether the core was not zero, (*batch).
-      due: whether a new root is, (*batch).
+      due: whether a new root is due, (*batch).
       weight, scale, fisher: see :class:`CoreFisherState`.
     """
 
@@ -189,17 +192,17 @@ def accumulate(
       R: the core.
       weight, scale, fisher, root, root_scale: the old state.
       decay: β.
-      in_turn: whether all roots are due by the calendar.
+      in_turn: whether `root_every` makes all roots due.
     """
     del root
     trace = lambda x: jnp.trace(x, axis1=-2, axis2=-1)
     unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
     r = R / per_matrix(unit)
-    square = product(r, r.mT)  # semidefinite however r is rounded within the product
+    square = product(r, r.mT)  # semidefinite even if the product rounds r
     accepted = trace(square) > 0
     beta = jnp.asarray(decay, fisher.dtype)
     common = jnp.maximum(scale, unit)
-    # Both ratios are powers of two of at most 1; where one underflows, its term is beyond rounding.
+    # Both ratios are powers of two of at most 1; where one underflows, its term is negligible.
     a, b = beta * jnp.square(scale / common), (1 - beta) * jnp.square(unit / common)
     growth = power_of_two(a * trace(fisher) + b * trace(square), root=True)
     a = jnp.where(accepted, a, 1.0) / jnp.where(accepted, growth * growth, 1.0)
@@ -232,15 +235,17 @@ def damped(
     weight: Float[Array, "*batch"],
     damping: Scalar,
 ) -> Float[Array, "*batch r r"]:
-    """L̂ + λI of (1), or I where nothing has come in yet."""
+    """L̂ + λI of (1), or I before the first nonzero core."""
     r, dtype = fisher.shape[-1], fisher.dtype
     known = weight > 0
     L = fisher / jnp.where(known, weight, 1.0)[..., None, None]
-    damping = jnp.maximum(jnp.asarray(damping, dtype), LEAST_DAMPING)  # a traced one is unchecked
+    damping = jnp.maximum(
+        jnp.asarray(damping, dtype), LEAST_DAMPING
+    )  # a traced damping is not checked
     shift = damping * jnp.trace(L, axis1=-2, axis2=-1) / r
     return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)
 
 
 def per_matrix(x: Array) -> Array:
-    """One number for each matrix, with axes that broadcast over its rows and columns."""
+    """One number per matrix, with axes to broadcast over rows and columns."""
     return x[..., None, None]

@@ -6,14 +6,14 @@ The damped natural gradient, and its gentler powers p = ½ and ¼, are
     u = (λ I + H Hᵀ)⁻ᵖ H e                                                                    (1)
       = H (λ I + K)⁻ᵖ e,    K = HᵀH                                                           (2)
 
-(2), the push-through identity, asks for an s x s solve. For p = 1 it equals the paper's Woodbury
-formula, (g − H (λ I + K)⁻¹ Hᵀg) / λ, but subtracts nothing: in float32 the formula as printed has
-no digit left once |g|²/λ reaches 1e6. In the state H stays (s, r, n), so that n keeps its sharding,
-and of K one row is replaced a step. Costs s·r·n numbers a matrix.
+(2), the push-through identity, needs an s x s solve. For p = 1 it equals the paper's Woodbury
+formula, (g − H (λ I + K)⁻¹ Hᵀg) / λ, but without the subtraction, which cancels all digits in
+float32 once |g|²/λ reaches 1e6. In the state H has shape (s, r, n), so that n keeps its sharding,
+and each step replaces one row of K. Memory: s·r·n numbers per matrix.
 
-Cores are remembered in units of a power of two of their own, so that gradients of 1e-25 and 1e25
-neither vanish nor overflow, and no digit is lost to the scaling. A core that is zero says nothing:
-it does not enter H, and its answer is zero.
+Each core is stored in units of its own power of two, so that gradients of 1e-25 and 1e25 neither
+vanish nor overflow, without rounding by the scaling. A zero core does not enter H, and its result
+is zero.
 
 Reference: Das, "Natural GaLore", arXiv:2410.16029.
 """
@@ -35,14 +35,14 @@ from ..util.validation import Scalar, check_choice, check_int, check_number
 
 
 class FisherState(NamedTuple):
-    """What :func:`scale_by_fisher` remembers: trees with a Core at each projected leaf.
+    """State of :func:`scale_by_fisher`: trees with a Core at each projected leaf.
 
     Attributes:
-      count: cores taken in so far, (*batch), int32.
-      window: H, the last s cores each divided by its `scale`, (*batch, s, r, n). Slots still empty
-        are zero: they add nothing to the Fisher, so a half-filled window needs no mask.
+      count: the number of cores that entered H so far, (*batch), int32.
+      window: H, the last s cores, each divided by its `scale`, (*batch, s, r, n). Empty slots are
+        zero and add nothing to the Fisher, so a partly filled window needs no mask.
       gram: K of the window as stored, (*batch, s, s).
-      scale: the power of two that each slot is a multiple of, (*batch, s).
+      scale: the power of two that is the unit of each slot, (*batch, s).
     """
 
     count: PyTree
@@ -62,22 +62,22 @@ def scale_by_fisher(
     power: float = 1.0,
     window_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Preconditions each core by the inverse Fisher of the last `window` cores: the paper's form.
+    """Preconditions each core by the inverse Fisher of the last `window` cores, as in the paper.
 
-    Stands inside a subspace (:func:`project`'s inner, or :func:`chain`); leaves that are not
-    projected pass. At s = 20 its state is larger than all of AdamW's: at Llama-1b sizes, rank 512,
-    2.6 times. :func:`scale_by_core_fisher` costs 2 r² numbers a matrix.
+    For use inside a subspace, in :func:`project`'s `inner` or in :func:`chain`; leaves that are not
+    projected are unchanged. At s = 20 the state is larger than AdamW's: 2.6 times at Llama-1b
+    sizes, rank 512. :func:`scale_by_core_fisher` stores 2 r² numbers per matrix.
 
     Args:
-      window: s, cores remembered; the paper's code has 20.
-      damping: λ > 0, in units of a squared gradient norm; the paper's code has 1e-3. Below
-        4 eps |H|² float32 could not solve for it, and that is used instead.
-      relative: whether λ is `damping` times the mean |H_i|² of the cores remembered, so that with
-        `power` ½ the answer does not depend on the units of the gradient.
-      power: p of (2), one of 1 (the inverse, as in the paper), ½ and ¼. Below 1 it takes an
-        eigendecomposition of K a matrix and step.
-      window_dtype: of the remembered cores, by default that of the cores. bfloat16 halves the
-        state; the answer is then exact for the rounded cores, the newest included.
+      window: s, the number of stored cores; 20 in the paper's code.
+      damping: λ > 0, in units of a squared gradient norm; 1e-3 in the paper's code. At least
+        4 eps |H|² is used, the limit of a float32 solve.
+      relative: whether λ is `damping` times the mean |H_i|² of the stored cores. With `power` ½ the
+        result is then independent of the units of the gradient.
+      power: p of (2), one of 1 (the inverse, as in the paper), ½ and ¼. Powers below 1 need one
+        eigendecomposition of K per matrix and step.
+      window_dtype: the dtype of the stored cores, by default the cores' own. bfloat16 halves the
+        state; the result is then exact for the rounded cores, the newest included.
 
     Returns:
       A transformation whose updates have the shapes of the cores.
@@ -94,7 +94,7 @@ def scale_by_fisher(
       0.3
 
     Reference: Das, arXiv:2410.16029, section 3.4, equations for the Woodbury form. Relative damping
-    and powers below 1 are ours.
+    and powers below 1 are not in the paper.
     """
     window = check_int("window", window, minimum=1)
     damping = check_number("damping", damping, above=0.0)
@@ -125,7 +125,7 @@ def scale_by_fisher(
             return jnp.where(accepted[..., None, None], u, 0.0), *new
 
         arguments = list(zip(Rs, *map(core_arrays, state), strict=True))
-        results = [with_auto_axes(answer, like, *like) for like in arguments]
+        results = [with_auto_axes(answer, leaf, *leaf) for leaf in arguments]
         out, *fields = zip(*results, strict=True)
         trees = [replace_cores(tree, x) for tree, x in zip(state, fields, strict=True)]
         return replace_cores(updates, out), FisherState(*trees)
@@ -146,16 +146,16 @@ def remember(
     Float[Array, "*batch s s"],
     Float[Array, "*batch s"],
 ]:
-    """The window after the core R, which takes the slot of the oldest; one row of K with it.
+    """Stores the core R in the slot of the oldest and replaces that row of K.
 
-    Returns what it was given of the state, renewed.
+    Returns the new `count`, `window`, `gram` and `scale`.
     """
     size = window.shape[-3]
     slot = count % size
     unit = power_of_two(jnp.abs(R).max(axis=(-2, -1)))
     newest = rounded(R / unit[..., None, None], window.dtype)
-    # F forgets the order of its terms, so a ring buffer needs no roll. A zero core may take the
-    # slot too: its answer is zero, and it leaves the count, hence the slot to the next core.
+    # The Fisher is independent of the order of cores, so the ring buffer needs no roll. A zero core
+    # is written too, but leaves the count unchanged, so that the next core overwrites its slot.
     replace = lambda H, h, i: lax.dynamic_update_index_in_dim(H, h, i, 0)
     for _ in range(R.ndim - 2):
         replace = jax.vmap(replace)
@@ -179,9 +179,10 @@ def natural_gradient(
     relative: bool = False,
     power: float = 1.0,
 ) -> Float[Array, "*batch r n"]:
-    """Equation (2) for the core that was remembered last.
+    """Equation (2) for the newest core.
 
-    With slots H = H̃ D τ, D the scales over their largest τ, everything s x s is at most r·n:
+    With H = H̃ D τ, D the scales divided by their largest τ, entries of s x s matrices are at most
+    r·n:
     u = τ^(1-2p) H̃ D (λ/τ² I + D K̃ D)⁻ᵖ e.
     """
     size, dtype = window.shape[-3], gram.dtype
@@ -205,8 +206,8 @@ def natural_gradient(
     else:
         root = symmetric_inverse_root(damped, power, damping)
         weights = jnp.einsum("...st,...t->...s", root, newest, precision=lax.Precision.HIGHEST)
-    # Where rounding has made K indefinite all the same its columns are parallel, and for equal
-    # columns (λ + HHᵀ)⁻ᵖ g is g / (λ + tr K)ᵖ.
+    # If rounding makes K indefinite despite the damping, its columns are nearly parallel, and for
+    # parallel columns (λ + HHᵀ)⁻ᵖ g is g / (λ + tr K)ᵖ.
     solved = jnp.isfinite(weights).all(axis=-1, keepdims=True)
     parallel = newest / ((damping + energy) ** power)[..., None]
     weights = jnp.where(solved, weights, parallel) * D
@@ -216,12 +217,12 @@ def natural_gradient(
 
 
 def gram(window: Float[Array, "*batch s r n"]) -> Float[Array, "*batch s s"]:
-    """All inner products of the cores in a window."""
+    """The Gram matrix K of the cores in a window."""
     return inner_products("...srn,...trn->...str", window, window)
 
 
 def inner_products(spec: str, a: Array, b: Array) -> Array:
-    """Sums over n, then over r: one sum over both loses two more digits at 64 x 4096."""
+    """Inner products, summed over n, then over r: one sum loses two more digits at 64 x 4096."""
     return jnp.einsum(spec, a, b, precision=lax.Precision.HIGHEST).sum(axis=-1)
 
 
