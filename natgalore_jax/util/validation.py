@@ -18,17 +18,20 @@ Scalar = int | float | Float[Array, ""]  # an array under `optax.inject_hyperpar
 
 
 def as_int(value: Any) -> int | None:
-    """`value` as an int; None for a bool, a traced array or an object without `__index__`.
+    """`value` as an int; None for a bool, a JAX array or an object without `__index__`.
+
+    JAX arrays are excluded even with a known value: `optax.inject_hyperparams` passes such arrays
+    to `init` and traced ones to a jitted `update`.
 
     Example:
-      >>> as_int(np.int64(8)), as_int(jnp.int32(8)), as_int(8.0), as_int(True)
+      >>> as_int(np.int64(8)), as_int(np.array(8)), as_int(8.0), as_int(True)
       (8, 8, None, None)
     """
-    if isinstance(value, bool):
+    if isinstance(value, bool | jax.Array):
         return None
     try:
         return operator.index(value)
-    except TypeError:  # a traced array's error is a TypeError too
+    except TypeError:
         return None
 
 
