@@ -47,7 +47,7 @@ def plan(
     recipe: Callable[..., optax.GradientTransformation] = galore,
     **settings: Any,
 ) -> Plan:
-    """Chooses ranks by a budget of bytes or by energy, and says where every byte goes.
+    """Chooses ranks by a budget of bytes or by energy, and reports the bytes of each leaf.
 
     The bytes are exact for one device that holds everything: weights, the optimizer's state, and
     all gradients of a step without a refresh. Activations, the temporaries of a refresh and decoded
@@ -138,7 +138,7 @@ def plan(
         roles=roles,
         low_rank_gradients=low_rank_gradients,
         rows=[_with_energy(row, spectra) for row in bytes_of.rows],
-        dtypes=bytes_of.dtypes | ({"reserved": {"as asked": reserve}} if reserve else {}),
+        dtypes=bytes_of.dtypes | ({"reserved": {"as requested": reserve}} if reserve else {}),
         budget=budget,
         adamw=byte_count_of(optax.adamw(1.0), params).total,
         savings=savings,

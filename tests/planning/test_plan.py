@@ -160,7 +160,7 @@ def test_schedule_adds_a_count_to_the_state():
 @pytest.mark.slow
 def test_bytes_by_dtype_and_reserve():
     planned = natgalore.plan(tree(128, dtype=BF16), "400kB", reserve="100kB")
-    assert planned.dtypes["reserved"] == {"as asked": 100_000}
+    assert planned.dtypes["reserved"] == {"as requested": 100_000}
     assert planned.fits
     assert planned.total <= 400_000
     assert planned.bytes == {kind: sum(x.values()) for kind, x in planned.dtypes.items()}

@@ -22,8 +22,8 @@ LOSS = lambda params, x: jnp.sum((x @ params["up"]["kernel"]) ** 2)
 
 
 @pytest.fixture(autouse=True)
-def unchecked_inside(monkeypatch):
-    """Recipes and plan call what users call: functions without the tests' run-time type checker."""
+def unchecked(monkeypatch):
+    """Makes recipes call functions without the run-time type checker, which users do not have."""
     recipes = sys.modules[natgalore.natural_galore.__module__]
     for name in ("project", "natural_galore"):
         monkeypatch.setattr(recipes, name, inspect.unwrap(getattr(natgalore, name)))
