@@ -23,7 +23,7 @@ from .tangent_weight import Labels, TangentWeight
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def attach(delta: Callable[..., Array], y: Array, core: Array, *constants: Array) -> Array:
-    """y + delta(core, *constants) for a zero core, and a `delta` that is linear in it: y."""
+    """y, with the tangent of y + delta(core, *constants); `delta` is linear in the core, zeros."""
     return y
 
 
@@ -34,7 +34,7 @@ def _attach_jvp(delta, primals, tangents):
 
 
 def materialise(v: TangentWeight) -> Array:
-    """The weight as an array, equation (2): its full gradient is formed and then projected."""
+    """The weight as an array, with (2) attached: its full gradient is formed, then projected."""
 
     def delta(core, *bases):
         full = product(core, v.core_axes, bases, v.bases_axes, _flat(v.axes))
@@ -72,7 +72,7 @@ def dot(
     x_free = [axis for j, axis in enumerate(x_axes) if j not in (*x_contracted, *x_batch)]
     y_axes = [*(v.axes[i] for i in v_batch), *(v_free + x_free if first else x_free + v_free)]
 
-    # A basis whose own labels are contracted comes before B: x P is then the residual, not x.
+    # Bases with contracted labels come before B: the backward pass then needs x P, not x.
     factors_axes = (v.core_axes, *v.bases_axes)
     summed = {*_flat([v.axes[i] for i in v_contracted])} - {*v.core_axes}
     before = [i for i, axes in enumerate(factors_axes) if summed & {*axes}]
@@ -102,7 +102,7 @@ def product(
         both = tuple(dict.fromkeys((*axes, *factor_axes)))
         later = {*out}.union(*factors_axes[i + 1 :])
         to = out if i == len(factors) - 1 else tuple(label for label in both if label in later)
-        place = {label: j for j, label in enumerate(both)}  # an einsum has few labels
+        place = {label: j for j, label in enumerate(both)}  # einsum takes small integers
         x_axes, y_axes, z_axes = ([place[n] for n in labels] for labels in (axes, factor_axes, to))
         x, axes = jnp.einsum(x, x_axes, factor, y_axes, z_axes, **settings), to
     return x
