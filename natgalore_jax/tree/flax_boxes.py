@@ -66,8 +66,12 @@ def axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
 
 def _names(x: Any) -> tuple[tuple[Any, ...], tuple[str | None, ...]] | None:
     """Path and axis names of the one array below a node that names its axes, else None."""
+    if isinstance(x, jax.Array):
+        return None
+    # Attributes of an NNX Variable may be deprecated, or those of its array.
+    metadata = x.get_metadata() if hasattr(x, "get_metadata") else None
     for field in ("names", "out_sharding", "sharding_names", "sharding", "axes"):
-        names = None if isinstance(x, jax.Array) else getattr(x, field, None)
+        names = getattr(x, field, None) if metadata is None else metadata.get(field)
         if not isinstance(names, tuple | PartitionSpec):
             continue
         leaves = jax.tree_util.tree_leaves_with_path(x)

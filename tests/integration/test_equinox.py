@@ -121,3 +121,10 @@ def test_updates_have_the_structure_of_the_module():
     assert isinstance(mu.up.weight, Core)
     assert isinstance(mu.scale, Scale)
     assert len(cores(mu)) == 2
+
+
+def test_an_unfiltered_model_is_refused():
+    with pytest.raises(
+        TypeError, match=r"leaf 'activation' .* `eqx.filter\(model, eqx.is_array\)`"
+    ):
+        natgalore.natural_galore(1e-2, 4).init(Model(jax.random.key(0)))

@@ -287,6 +287,64 @@ def test_index_counts_matrices_in_leaf_order():
     assert [(s.index, s.matrices) for s in jax.tree.leaves(specs)] == [(0, 1), (1, 5), (6, 1)]
 
 
+class Box:
+    """A box with names of axes, as Linen's."""
+
+    def __init__(self, value, names):
+        self.value, self.names = value, names
+
+
+jax.tree_util.register_pytree_with_keys(
+    Box,
+    lambda box: (((jax.tree_util.GetAttrKey("value"), box.value),), box.names),
+    lambda names, children: Box(*children, names),
+)
+
+
+class TestAxisNames:
+    SHAPE = (32, 12, 64, 64)
+    NAMES = ("exp", "layers", "embed_moe", "mlp_moe")
+
+    def test_names_in_boxes_reach_the_view(self):
+        params = {"ff": {"w": Box(jax.ShapeDtypeStruct(self.SHAPE, jnp.float32), self.NAMES)}}
+        (row,) = natgalore.describe(natgalore.galore(1.0, 4), params).rows
+        assert row.view == "exp 32·layers 12 x (embed_moe 64 x mlp_moe 64)"
+
+    def test_a_view_by_the_user_overrides_names(self):
+        params = {"w": Box(jax.ShapeDtypeStruct(self.SHAPE, jnp.float32), self.NAMES)}
+        tx = natgalore.galore(1.0, 4, select=[("w", MatrixView(2, (1, 3)))])
+        (row,) = natgalore.describe(tx, params).rows
+        assert row.view == "exp 32 x (embed_moe 64 x layers 12·mlp_moe 64)"
+
+    def test_a_guess_is_shown(self):
+        params = {"w": jax.ShapeDtypeStruct(self.SHAPE, jnp.float32)}
+        (row,) = natgalore.describe(natgalore.galore(1.0, 4), params).rows
+        assert row.view == "32·12 x (64 x 64), a guess"
+
+
+class TestLeavesThatAreNoArrays:
+    @pytest.mark.parametrize("leaf", ["relu", 1.5, 3, True, len, jax.nn.relu, object()], ids=str)
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda params: natgalore.natural_galore(1.0, 4).init(params),
+            lambda params: natgalore.describe(natgalore.galore(1.0, 4), params),
+        ],
+        ids=["init", "describe"],
+    )
+    def test_the_error_names_the_leaf(self, call, leaf):
+        params = {"mlp": {"kernel": jnp.ones((16, 40)), "activation": leaf}}
+        message = r"^The leaf 'mlp/activation' of the params is not an array.*`eqx\.filter\(model"
+        with pytest.raises(TypeError, match=message) as error:
+            call(params)
+        assert "\n" not in str(error.value)
+        assert type(leaf).__name__ in str(error.value)
+
+    @pytest.mark.parametrize("leaf", [None, np.float32(1.0), jnp.float32(1.0)], ids=str)
+    def test_none_and_scalars_with_a_dtype_are_allowed(self, leaf):
+        natgalore.natural_galore(1.0, 4).init({"kernel": jnp.ones((16, 40)), "x": leaf})
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64], ids=lambda d: d.__name__)
 def test_leaves_that_are_not_real_are_not_projected(dtype):
     _, reasons = select({"up": {"kernel": jax.ShapeDtypeStruct((16, 16), dtype)}}, 4)

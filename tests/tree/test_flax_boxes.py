@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from natgalore_jax.tree.flax_boxes import is_box, rebox, unbox
+from natgalore_jax.tree.flax_boxes import axis_names, is_box, rebox, unbox
 from natgalore_jax.tree.leaf_spec import Core, LeafSpec
 
 
@@ -75,3 +76,52 @@ def test_rebox_leaves_cores_unboxed():
     assert tree["up"] is core
     assert tree["bias"].names == ("a", "b")
     np.testing.assert_array_equal(tree["bias"].value, jnp.ones(9))
+
+
+class Axis(NamedTuple):
+    name: str
+    size: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class NamedArray:
+    """As Haliax has it."""
+
+    array: Any
+    axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Variable:
+    """As NNX has it, with the metadata of the array as attributes."""
+
+    value: Any
+    out_sharding: Any = dataclasses.field(metadata={"static": True})
+
+
+ARRAY = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        (Box(ARRAY), {"w": ("a", "b")}),
+        (Box(ARRAY, (None, "b")), {"w": (None, "b")}),
+        (Box(ARRAY, (("x", "y"), "b")), {"w": (None, "b")}),  # two mesh axes are no name
+        (Box(ARRAY, ("a",)), {}),
+        (Box(optax.MaskedNode()), {}),
+        (Box({"u": ARRAY, "v": ARRAY}), {}),
+        (Box({"u": Box(ARRAY), "v": ARRAY}), {"w/value/u": ("a", "b")}),
+        (Variable(ARRAY, ("a", None)), {"w": ("a", None)}),
+        (Variable(ARRAY, P("a")), {"w": ("a", None)}),  # trailing axes may be omitted
+        (Variable(ARRAY, None), {}),
+        (NamedArray(ARRAY, (Axis("a", 4), Axis("b", 8))), {"w/array": ("a", "b")}),
+        (jnp.ones((4, 8)), {}),
+        (None, {}),
+    ],
+    ids=str,
+)
+def test_axis_names(node, expected):
+    assert axis_names({"w": node}) == expected
