@@ -1,14 +1,14 @@
-"""What every run here can be told, and how the command line is read: to one line of error.
+"""Settings common to all training examples, and the parser of the command line.
 
-An example's settings are a dataclass below `Run`; tyro makes flags of its fields. A run that is
-resumed begins with the settings in its log.
+The settings of an example are a subclass of the dataclass `Run`; tyro turns its fields into flags.
+A resumed run starts from the settings in its log. Invalid input raises a one-line ValueError.
 """
 
 import contextlib
 import io
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -19,60 +19,67 @@ import tyro
 from examples.common import run_log
 
 
-def one_of(names) -> Any:
+def one_of(names: Iterable[str]) -> Any:
+    """A flag with these values, shown in --help."""
     return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
 
 
+def unset(metavar: str | Iterable[str]) -> Any:
+    """A flag with default None; its help text describes the default.
+
+    Args:
+        metavar: placeholder of the value in --help, or the possible values.
+    """
+    shown = metavar if isinstance(metavar, str) else "{" + ",".join(metavar) + "}"
+    return tyro.conf.arg(metavar=shown, help_behavior_hint="")
+
+
 def flag(name: str) -> str:
+    """The flag of a field: --save-every for save_every."""
     return "--" + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Run:
-    """The settings that all runs have."""
+    """Settings that all runs have."""
 
-    # The rest is about the run, and kept in its log.
+    # Flags of one call; all other settings belong to the run and are in its log.
     ABOUT_THE_CALL: ClassVar[tuple[str, ...]] = ("out", "overwrite", "resume")
-    # On resuming: where data lies may change, but not what it is.
+    # Settings that may differ when a run is resumed.
     CHANGEABLE: ClassVar[tuple[str, ...]] = ("save_every",)
     PATHS: ClassVar[tuple[str, ...]] = ()
     OPTIMIZERS: ClassVar[Mapping[str, Any]] = {}  # the first one is the default
-    COUNTS: ClassVar[tuple[str, ...]] = (
-        "refresh_every",
-        "batch_size",
-        "validate_every",
-        "save_every",
-    )
+    COUNTS: ClassVar[tuple[str, ...]] = ("refresh_every", "batch_size", "validate_every")  # >= 1
 
-    optimizer: str | None = None
-    """Which optimizer. Default: natural_galore."""
-    compare: Annotated[str | None, tyro.conf.arg(metavar="NAME,NAME,...")] = None
-    """Train with each of these optimizers in turn instead, and show them side by side."""
-    lr: float | None = None
-    """Peak learning rate, after a linear warm-up. Default: one that suits the optimizer."""
-    rank: int | None = None
-    """Rank of the projected gradients."""
+    optimizer: Annotated[str | None, unset("NAME")] = None
+    """Optimizer. Default: natural_galore."""
+    compare: Annotated[str | None, unset("NAME,NAME,...")] = None
+    """Train once with each of these optimizers, instead of --optimizer, and compare the results."""
+    lr: Annotated[float | None, unset("FLOAT")] = None
+    """Peak learning rate, after a linear warm-up. Default: tuned per optimizer."""
+    rank: Annotated[int | None, unset("INT")] = None
+    """Rank of the projection."""
     refresh_every: int = 50
-    """Steps between two refreshes of the projections."""
+    """Steps between two refreshes of a basis."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     batch_size: int = 16
-    """Sequences in a batch."""
+    """Sequences per batch."""
     seed: int = 0
-    """Seed of all that is drawn."""
-    out: Path | None = None
-    """Folder for all that a run leaves. Default: a new folder in runs/."""
+    """Seed of all random numbers."""
+    out: Annotated[Path | None, unset("FOLDER")] = None
+    """Output folder. Default: a new folder in runs/."""
     overwrite: bool = False
-    """Replace the run that is in the folder already."""
+    """Delete an earlier run in the output folder."""
     resume: bool = False
-    """Continue the run in the folder --out where its checkpoint is, with the same settings."""
+    """Continue the run in the folder --out from its checkpoint, with the same settings."""
     validate_every: int = 50
     """Steps between two validations."""
     save_every: int = 100
-    """Steps between two checkpoints; there is one at the end and at an interruption too."""
+    """Steps between two checkpoints; one more is saved at the end and on Ctrl-C. 0: save none."""
 
     def check(self) -> None:
-        """Raises a ValueError that names the first argument that makes no sense."""
+        """Raises a ValueError that names the first invalid argument."""
         if self.optimizer is not None and self.compare is not None:
             raise ValueError("--optimizer and --compare cannot be used together")
         names = self.optimizers
@@ -83,7 +90,12 @@ class Run:
                 raise ValueError(f"{which} must be one of {known}, got {name!r}")
         if len(set(names)) < len(names):
             raise ValueError(f"--compare names an optimizer twice: {self.compare}")
-        for name, least in (*((name, 1) for name in self.COUNTS), ("rank", 1), ("seed", 0)):
+        for name, least in (
+            *((name, 1) for name in self.COUNTS),
+            ("rank", 1),
+            ("seed", 0),
+            ("save_every", 0),
+        ):
             value = getattr(self, name)
             if value is not None and not least <= value < 2**31:
                 raise ValueError(
@@ -95,7 +107,7 @@ class Run:
             raise ValueError(f"--weight-decay must not be negative, got {self.weight_decay}")
 
     def check_call(self) -> None:
-        """The same of the flags about this call, which must make sense before all others do."""
+        """Raises a ValueError if the flags of `ABOUT_THE_CALL` contradict each other."""
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite cannot be used together")
         if self.resume and self.out is None:
@@ -103,20 +115,21 @@ class Run:
 
     @property
     def optimizers(self) -> list[str]:
+        """Names of the optimizers to train with."""
         if self.compare is not None:
             return self.compare.split(",")
         return [self.optimizer or next(iter(self.OPTIMIZERS))]
 
     def fill(self, name: str) -> dict[str, Any]:
-        """What the settings become that depend on the optimizer `name`."""
+        """Values of the settings that depend on the optimizer `name`."""
         return {"lr": self.OPTIMIZERS[name].learning_rate if self.lr is None else self.lr}
 
     def defaults(self) -> Self | None:
-        """What the settings that are not given are, if not what they are by default."""
+        """Settings that replace the defaults of flags not given; None: no change."""
         return None
 
     def runs(self) -> list[Self]:
-        """One config for each optimizer, with everything filled in that depends on it."""
+        """One config per optimizer, with all settings that depend on the optimizer filled in."""
         return [
             replace(
                 self,
@@ -129,17 +142,17 @@ class Run:
         ]
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """The optimizer of one of the `runs`."""
+        """The optimizer of one of `runs`."""
         raise NotImplementedError
 
     def saved(self, without: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The settings as JSON knows them."""
+        """The settings of the run as JSON values."""
         without = (*self.ABOUT_THE_CALL, *without)
         settings = {k: v for k, v in asdict(self).items() if k not in without}
         return {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
 
     def fixed(self) -> dict[str, Any]:
-        """Those that a resumed run must share with the run that it continues."""
+        """The settings that a resumed run may not change."""
         return self.saved(without=self.CHANGEABLE)
 
 
@@ -147,7 +160,7 @@ Kind = TypeVar("Kind", bound=Run)
 
 
 def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """The first setting that is not the same in both, in words."""
+    """The first setting with different values, as "--flag before, not after"; None if equal."""
     for name in {**begun, **wanted}:
         before, after = begun.get(name), wanted.get(name)
         if before != after:
@@ -156,7 +169,11 @@ def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 
 
 def begun_with(folder: Path, kind: type[Kind]) -> Kind:
-    """The config that the run in `folder` began with, from its log."""
+    """The config that the run in `folder` was started with, from its log.
+
+    Raises:
+        ValueError: the folder has no run, or its log cannot be read.
+    """
     try:
         settings = run_log.read_header(folder / "log.jsonl")["config"]
         paths = {k: settings[k] and Path(settings[k]) for k in kind.PATHS}
@@ -170,7 +187,7 @@ def begun_with(folder: Path, kind: type[Kind]) -> Kind:
 
 
 def in_one_line(box: str) -> str:
-    """What tyro says first in a box about an error, and which flag it suggests.
+    """First error in the box that tyro prints, and the flag that it suggests.
 
     Example:
         >>> print(in_one_line('''
@@ -185,49 +202,50 @@ def in_one_line(box: str) -> str:
     """
     lines = [line.strip("│| ") for line in box.splitlines()[1:-1]]
     parts = itertools.groupby(lines, lambda line: any(map(str.isalnum, line)))
-    said = [" ".join(part) for written, part in parts if written] or ["see --help"]
-    meant = re.search(r"^Perhaps you meant: (--[\w-]+)", "\n".join(said), re.MULTILINE)
+    messages = [" ".join(part) for written, part in parts if written] or ["see --help"]
+    meant = re.search(r"^Perhaps you meant: (--[\w-]+)", "\n".join(messages), re.MULTILINE)
     hint = f"; perhaps you meant {meant[1]}" if meant else ""
-    return said[0].removeprefix("Error parsing ") + hint
+    return messages[0].removeprefix("Error parsing ") + hint
 
 
 def parse(kind: type[Kind], **options: Any) -> Kind:
-    """The command line, as tyro reads it.
+    """Parses the command line with tyro.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: an argument is unknown or has the wrong type.
     """
-    said = io.StringIO()
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(box):
             return tyro.cli(kind, **options)
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        raise ValueError(in_one_line(said.getvalue())) from None
+        raise ValueError(in_one_line(box.getvalue())) from None
 
 
-def from_command_line(kind: type[Kind]) -> Kind:
-    """Reads the command line; what it leaves open is as its `defaults` are.
+def from_command_line(kind: type[Kind], description: str | None = None) -> Kind:
+    """Reads and checks the command line.
 
-    With --resume it is as the run began.
+    Flags that are not given have the values of `Run.defaults`, or with --resume those of the run.
 
     Args:
-        kind: of config, which says what there is to set.
+        kind: the class of settings.
+        description: text at the top of --help; by default the docstring of `kind`.
 
     Raises:
-        ValueError: something makes no sense, or contradicts the run that is to be resumed.
+        ValueError: an argument is invalid, or contradicts the run that is resumed.
     """
-    config = parse(kind)
+    config = parse(kind, description=description)
     config.check_call()
     if config.resume:
         begun = begun_with(config.out, kind)
         config = parse(kind, default=begun)
         if differs := difference(begun.fixed(), config.fixed()):
-            raise ValueError(f"the run in {config.out} began with {differs}: leave the flag out")
+            raise ValueError(f"the run in {config.out} has {differs}: leave the flag out")
     elif defaults := config.defaults():
         config = parse(kind, default=defaults)
     config.check()
     for run in config.runs():
-        run.make_optimizer()  # natgalore checks its arguments too
+        run.make_optimizer()  # natgalore checks its own arguments
     return config

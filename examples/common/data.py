@@ -1,8 +1,8 @@
-"""What a run reads; and text as bytes: a corpus that every Python installation has.
+"""Interface of training data, and byte-level text.
 
-The default corpus is the Python standard library's own source code (about 11 MB). Every token is
-a byte, so there is no tokenizer and losses are in nats per byte. A batch is a function of
-(seed, step) alone: a run that resumes at a step continues with the same data.
+The default text is the source code of the Python standard library (about 11 MB), which every
+installation has. Every token is a byte, so there is no tokenizer and losses are in nats per byte.
+A batch is a function of (seed, step): a resumed run continues with the same data.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 
 
 VOCABULARY = 256
-EXCLUDED = {  # what distributions leave out or add, so that their corpora differ little
+EXCLUDED = {  # folders that differ between distributions
     "dist-packages",
     "ensurepip",
     "idlelib",
@@ -29,12 +29,12 @@ EXCLUDED = {  # what distributions leave out or add, so that their corpora diffe
 
 
 class Coding(NamedTuple):
-    """Text as tokens.
+    """Conversion between text and tokens.
 
     Attributes:
-        size: how many different tokens there are.
+        size: number of different tokens.
         encode: text -> tokens.
-        decode: tokens -> text, in UTF-8 as far as it is any.
+        decode: tokens -> bytes, normally valid UTF-8.
     """
 
     size: int
@@ -50,26 +50,26 @@ BYTES = Coding(
 
 
 class Batches(Protocol):
-    """Batches to train on, asked for in the order of their steps, from 1."""
+    """Training batches, requested in the order of their steps, from 1."""
 
     def batch(self, step: int) -> Int[np.ndarray, "batch length"]: ...
 
     def position(self) -> Any:
-        """Where the next batch begins, as JSON; None where that is a function of the step."""
+        """Position of the next batch as JSON; None if the step determines it."""
 
     def seek(self, position: Any) -> None:
-        """Goes to a position."""
+        """Moves to a position."""
 
 
 class Source(NamedTuple):
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
-        coding: of its text.
-        training: () -> its batches, from the first one on.
-        validation: () -> batches that are held out: the same ones each time.
-        summary: what a log should say of it, its `sha256` with it.
-        about: the same in a few words.
+        coding: conversion between its text and tokens.
+        training: () -> training batches from the first one.
+        validation: () -> held-out batches, the same at each call.
+        summary: description for the log, with a `sha256`.
+        about: short description for the terminal.
     """
 
     coding: Coding
@@ -80,11 +80,11 @@ class Source(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """A text, split.
+    """A text, split into training and validation bytes.
 
     Attributes:
-        train: bytes to train on.
-        validation: bytes held out: every 20th file or, of a single file, the last 5 %.
+        train: training bytes.
+        validation: held-out bytes: every 20th file, or the last 5 % of a single file.
         files: number of files.
         sha256: digest of the files' names and contents.
     """
@@ -95,7 +95,7 @@ class Corpus(NamedTuple):
     sha256: str
 
     def summary(self) -> dict[str, int | str]:
-        """What a log should say of the data."""
+        """Description of the data for the log."""
         return {
             "files": self.files,
             "sha256": self.sha256,
@@ -112,7 +112,11 @@ def standard_library() -> list[Path]:
 
 
 def text_files(path: Path) -> list[Path]:
-    """`path` itself, or all files in the folder `path` that are not hidden, sorted."""
+    """The file `path`, or all files in the folder `path` except hidden ones, sorted.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -125,10 +129,10 @@ def text_files(path: Path) -> list[Path]:
 
 
 def load(path: Path | None = None) -> Corpus:
-    """Reads a text file, a folder of them, or by default the Python standard library.
+    """Reads a text file, a folder of text files, or by default the Python standard library.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: `path` does not exist.
         ValueError: the text is empty.
     """
     files = standard_library() if path is None else text_files(path)
@@ -155,27 +159,30 @@ def load(path: Path | None = None) -> Corpus:
 
 
 def check_length(corpus: Corpus, batch_size: int, length: int) -> None:
-    """Raises a ValueError unless one batch of `length` tokens fits in both halves of the corpus."""
+    """Raises a ValueError if the corpus is too short.
+
+    The training part must have `batch_size * length` bytes, the validation part `length` bytes.
+    """
     for name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
         needed = batch_size * length if name == "training" else length
         if len(tokens) < needed:
             raise ValueError(
                 f"the text is too short: {len(tokens)} bytes for {name}, "
-                f"but {needed} are needed; give more text or a smaller batch or sequence"
+                f"but {needed} are needed; use more text, or a smaller --batch-size or --seq-len"
             )
 
 
 def windows(
     tokens: UInt8[np.ndarray, " tokens"], starts: Int[np.ndarray, " batch"], length: int
 ) -> Int[np.ndarray, "batch length"]:
-    """The `length` tokens from each of the starts on."""
+    """The `length` tokens from each start."""
     return tokens[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
 def training_batch(
     tokens: UInt8[np.ndarray, " tokens"], batch_size: int, length: int, *, seed: int, step: int
 ) -> Int[np.ndarray, "batch length"]:
-    """Random windows of the text: the same for the same seed and step."""
+    """Random windows of the text, determined by seed and step."""
     random = np.random.default_rng((seed, step))
     return windows(tokens, random.integers(len(tokens) - length + 1, size=batch_size), length)
 
@@ -183,14 +190,14 @@ def training_batch(
 def validation_batches(
     tokens: UInt8[np.ndarray, " tokens"], batch_size: int, length: int, batches: int
 ) -> Iterator[Int[np.ndarray, "batch length"]]:
-    """Windows that are spread evenly over the text: the same ones each time."""
+    """Windows spread evenly over the text, the same at each call."""
     starts = np.linspace(0, len(tokens) - length, batches * batch_size).astype(np.int64)
     for batch in np.split(starts, batches):
         yield windows(tokens, batch, length)
 
 
 class RandomWindows(NamedTuple):
-    """Batches that are functions of their step, see `training_batch`."""
+    """Batches determined by their step, see `training_batch`."""
 
     tokens: UInt8[np.ndarray, " tokens"]
     batch_size: int
@@ -208,10 +215,11 @@ class RandomWindows(NamedTuple):
 
 
 def source(path: Path | None, batch_size: int, length: int, validation: int, seed: int) -> Source:
-    """Random windows of a text, see `load`, and `validation` batches of what is held out.
+    """Random windows of a text (see `load`), and `validation` batches of its held-out part.
 
     Raises:
-        FileNotFoundError, ValueError: there is no text, or too little.
+        FileNotFoundError: the text does not exist.
+        ValueError: the text is too short.
     """
     corpus = load(path)
     check_length(corpus, batch_size, length)

@@ -1,10 +1,10 @@
-"""What Hugging Face calls the parts of our models, and which of its checkpoints they can compute.
+"""Reads and writes Llama and RoBERTa checkpoints in Hugging Face's format.
 
-    model, params = read_llama(folder)         of TinyLlama, say, whose weights `save_llama` writes
-    model, params = read_roberta(folder, labels)
+    config, params = read_llama(folder)             e.g. TinyLlama; `save_llama` writes one
+    config, params = read_roberta(folder, labels)
 
-`config.json` says the shape of a model. What ours do not have in it is refused by name, so that a
-checkpoint never runs as something else than it is.
+`config.json` gives the shape of the model. Options that our models do not implement raise a
+ValueError with their name, so a checkpoint never runs as a different model.
 """
 
 from collections.abc import Mapping
@@ -63,35 +63,37 @@ ROBERTA_NAMES = {
 
 
 def demand(file: Path, config: Mapping[str, Any], **expected: Any) -> None:
-    """Raises a ValueError where a config says something else than expected; it may be silent."""
+    """Raises a ValueError if an entry of the config has an unsupported value; it may be absent."""
     for name, value in expected.items():
         if (found := config.get(name)) is not None and found != value:
-            raise ValueError(f"{file} has {name} = {found!r}, of which this model knows {value!r}")
+            raise ValueError(f"{file} has {name} = {found!r}; this model supports only {value!r}")
 
 
 def number(file: Path, config: Mapping[str, Any], name: str) -> Any:
+    """A required entry of the config."""
     if name not in config:
-        raise ValueError(f"{file} does not say {name}")
+        raise ValueError(f"{file} has no entry {name}")
     return config[name]
 
 
 def open_tokenizer(file: Path) -> Tokenizer:
-    """The tokenizer in a file.
+    """Reads a tokenizer.json.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library has no type of its own
+    except Exception as error:  # the library has no exception type of its own
         raise ValueError(f"{file} is damaged: {error}") from error
 
 
 def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
-    """The tokenizer in a folder, whose tokens a model with this vocabulary knows.
+    """Reads the tokenizer of a model with `vocabulary` tokens.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or of another model.
+        FileNotFoundError: the folder has no tokenizer.json.
+        ValueError: the tokenizer has more tokens than the model.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -104,10 +106,11 @@ def read_tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
 
 
 def llama_config(folder: Path) -> llama.LlamaConfig:
-    """The shape of a Llama, as the `config.json` in the folder has it.
+    """Reads the shape of a Llama from the `config.json` in the folder.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is of a model that ours is not.
+        FileNotFoundError: the folder has no config.json.
+        ValueError: it describes a model that ours does not implement.
     """
     config, file = pretrained.read_config(folder, "llama"), folder / "config.json"
     demand(
@@ -119,7 +122,7 @@ def llama_config(folder: Path) -> llama.LlamaConfig:
         rope_scaling=None,
         tie_word_embeddings=False,
     )
-    # Newer files say the rotary embedding in a dict of its own.
+    # Newer files have the rotary embedding in a dict of its own.
     rotary = config.get("rope_parameters") or {}
     demand(file, rotary, rope_type="default")
     shape = llama.LlamaConfig(
@@ -137,19 +140,20 @@ def llama_config(folder: Path) -> llama.LlamaConfig:
 
 
 def read_llama(folder: Path) -> tuple[llama.LlamaConfig, pretrained.Params]:
-    """The shape and the weights of a Llama in a folder.
+    """Reads the shape and the weights of a Llama.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, not whole, or of another kind.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or describes another model.
     """
     config = llama_config(folder)
     shapes = llama.abstract_params(config)
-    # Old files have the rotary frequencies among the weights.
+    # Old files also contain the rotary frequencies.
     return config, pretrained.load(folder, shapes, LLAMA_NAMES, unused=r"rotary_emb\.inv_freq$")
 
 
 def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Params) -> None:
-    """Writes a Llama as Hugging Face's libraries and `read_llama` read it."""
+    """Writes a Llama for Hugging Face's libraries and `read_llama`."""
     pretrained.save(
         folder,
         unstacked(params),
@@ -173,13 +177,13 @@ def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Param
 
 
 def stacked(params: pretrained.Params) -> pretrained.Params:
-    """The weights of the layers as one stack, as a Llama with `scan` has them."""
+    """Stacks the weights of the layers, for a Llama with `scan=True`."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return params | {"layers": jax.tree.map(lambda *ws: np.stack(ws), *layers)}
 
 
 def unstacked(params: pretrained.Params) -> pretrained.Params:
-    """The inverse of `stacked`; weights that are in no stack stay as they are."""
+    """The inverse of `stacked`; returns weights that are not stacked unchanged."""
     layers = params["layers"]
     if 0 in layers:
         return params
@@ -188,10 +192,11 @@ def unstacked(params: pretrained.Params) -> pretrained.Params:
 
 
 def roberta_config(folder: Path) -> roberta.RobertaConfig:
-    """The shape of a RoBERTa, as the `config.json` in the folder has it.
+    """Reads the shape of a RoBERTa from the `config.json` in the folder.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is of a model that ours is not.
+        FileNotFoundError: the folder has no config.json.
+        ValueError: it describes a model that ours does not implement.
     """
     config, file = pretrained.read_config(folder, "roberta"), folder / "config.json"
     demand(file, config, hidden_act="gelu", position_embedding_type="absolute", type_vocab_size=1)
@@ -214,13 +219,14 @@ def roberta_config(folder: Path) -> roberta.RobertaConfig:
 
 
 def read_roberta(folder: Path, labels: int) -> tuple[roberta.RobertaConfig, pretrained.Params]:
-    """The shape and the weights of a RoBERTa in a folder, for a number of labels.
+    """Reads the shape and the weights of a RoBERTa with a classifier of `labels` outputs.
 
-    A checkpoint of the language model has no classifier: its leaves are shapes then, which
-    `pretrained.missing` names. Heads for other tasks are left out.
+    A checkpoint of the language model has no classifier: its leaves are then ShapeDtypeStructs,
+    which `pretrained.missing` lists. Heads for other tasks are ignored.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, not whole, or of another kind.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or describes another model.
     """
     config = replace(roberta_config(folder), labels=labels)
     return config, pretrained.load(
@@ -233,7 +239,7 @@ def read_roberta(folder: Path, labels: int) -> tuple[roberta.RobertaConfig, pret
 
 
 def save_roberta(folder: Path, config: roberta.RobertaConfig, params: pretrained.Params) -> None:
-    """Writes a RoBERTa as Hugging Face's libraries and `read_roberta` read it."""
+    """Writes a RoBERTa for Hugging Face's libraries and `read_roberta`."""
     pretrained.save(
         folder,
         params,

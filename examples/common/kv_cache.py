@@ -1,9 +1,9 @@
-"""A Llama that remembers: the logits of new tokens from the keys and values of those before.
+"""Key-value cache for a Llama: logits of new tokens without recomputing the previous ones.
 
-    past = empty(config, batch, length)
-    logits, past = extend(model, tokens, past, start)       tokens of positions start, start + 1, …
+    cache = empty(config, batch, length)
+    logits, cache = extend(model, tokens, cache, start)     tokens at positions start, start + 1, …
 
-The logits are those of `model(all tokens so far)` at the new positions, for the work of these.
+The logits equal those of `model(all tokens so far)` at the new positions, up to rounding.
 """
 
 from functools import partial
@@ -17,76 +17,77 @@ from jaxtyping import Array, Float, Int
 from examples.common import llama
 
 
-class Past(NamedTuple):
-    """Keys and values of the tokens so far, of all layers, or of one without the first axis.
+class KVCache(NamedTuple):
+    """Keys and values of the previous tokens, for all layers (leading axis) or for one layer.
 
     Attributes:
-        keys: rotated; what is not there yet is zero.
-        values: likewise.
+        keys: after the rotary embedding; zero at unused positions.
+        values: zero at unused positions.
     """
 
     keys: Float[Array, "*layers batch length kv_heads head_dim"]
     values: Float[Array, "*layers batch length kv_heads head_dim"]
 
 
-def empty(config: llama.LlamaConfig, batch: int, length: int) -> Past:
-    """What `extend` begins with, with room for `length` tokens."""
+def empty(config: llama.LlamaConfig, batch: int, length: int) -> KVCache:
+    """A cache of zeros for `length` tokens."""
     shape = (config.layers, batch, length, config.kv_heads or config.heads, config.head_dim)
-    return Past(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 def attend(
     attention: llama.Attention,
     x: Float[Array, "batch new hidden"],
-    past: Past,
+    cache: KVCache,
     start: Int[Array, ""],
-) -> tuple[Float[Array, "batch new hidden"], Past]:
-    """`attention(x)` for the positions from `start` on, and the past with them in it."""
+) -> tuple[Float[Array, "batch new hidden"], KVCache]:
+    """`attention(x)` for positions `start` onwards, and the cache with their keys and values."""
     query, key, value = attention.heads(x)
-    length, new = past.keys.shape[1], x.shape[1]
+    length, new = cache.keys.shape[1], x.shape[1]
     angles = jax.lax.dynamic_slice_in_dim(attention.angles(length), start, new)
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    past = Past(put(past.keys, llama.rotate(key, angles)), put(past.values, value))
-    seen = jnp.arange(length)[None] <= start + jnp.arange(new)[:, None]
+    cache = KVCache(put(cache.keys, llama.rotate(key, angles)), put(cache.values, value))
+    visible = jnp.arange(length)[None] <= start + jnp.arange(new)[:, None]
     mixed = jax.nn.dot_product_attention(
-        llama.rotate(query, angles), past.keys, past.values, mask=seen[None, None]
+        llama.rotate(query, angles), cache.keys, cache.values, mask=visible[None, None]
     )
-    return attention.out(mixed.reshape(x.shape)), past
+    return attention.out(mixed.reshape(x.shape)), cache
 
 
 def extend_layer(
-    layer: llama.Layer, x: Float[Array, "batch new hidden"], past: Past, start: Int[Array, ""]
-) -> tuple[Float[Array, "batch new hidden"], Past]:
-    mixed, past = attend(layer.attention, layer.attention_norm(x), past, start)
+    layer: llama.Layer, x: Float[Array, "batch new hidden"], cache: KVCache, start: Int[Array, ""]
+) -> tuple[Float[Array, "batch new hidden"], KVCache]:
+    """`layer(x)` for positions `start` onwards, and the layer's updated cache."""
+    mixed, cache = attend(layer.attention, layer.attention_norm(x), cache, start)
     x = x + mixed
-    return x + layer.mlp(layer.mlp_norm(x)), past
+    return x + layer.mlp(layer.mlp_norm(x)), cache
 
 
 def extend(
-    model: llama.Llama, tokens: Int[Array, "batch new"], past: Past, start: Int[Array, ""]
-) -> tuple[Float[Array, "batch new vocabulary"], Past]:
-    """The logits of the tokens of positions from `start` on, and the past with them in it.
+    model: llama.Llama, tokens: Int[Array, "batch new"], cache: KVCache, start: Int[Array, ""]
+) -> tuple[Float[Array, "batch new vocabulary"], KVCache]:
+    """Logits of the tokens at positions `start` onwards, and the updated cache.
 
-    Positions from the past's `length` on are the caller's to avoid: there is no room for them.
+    The caller must keep `start + new` within the cache's `length`; this is not checked.
     """
     x = model.embed(tokens)
     if model.config.scan:
 
         def apply(structure, x, layer):
-            weights, past = layer
-            return extend_layer(nnx.merge(structure, weights), x, past, start)
+            weights, cache = layer
+            return extend_layer(nnx.merge(structure, weights), x, cache, start)
 
-        pasts, each = [], model.config.layers // model.config.stacks
+        caches, depth = [], model.config.layers // model.config.stacks
         for i, stack in enumerate(model.stacks()):
             structure, weights = nnx.split(stack)
-            its = jax.tree.map(lambda one, i=i: one[i * each : (i + 1) * each], past)
-            x, its = jax.lax.scan(partial(apply, structure), x, (weights, its))
-            pasts.append(its)
-        past = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *pasts)
+            of_stack = jax.tree.map(lambda x, i=i: x[i * depth : (i + 1) * depth], cache)
+            x, of_stack = jax.lax.scan(partial(apply, structure), x, (weights, of_stack))
+            caches.append(of_stack)
+        cache = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *caches)
     else:
-        pasts = []
+        caches = []
         for i, layer in enumerate(model.layers):
-            x, one = extend_layer(layer, x, Past(past.keys[i], past.values[i]), start)
-            pasts.append(one)
-        past = jax.tree.map(lambda *layers: jnp.stack(layers), *pasts)
-    return model.head(model.norm(x)), past
+            x, of_layer = extend_layer(layer, x, KVCache(cache.keys[i], cache.values[i]), start)
+            caches.append(of_layer)
+        cache = jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
+    return model.head(model.norm(x)), cache

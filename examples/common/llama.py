@@ -1,4 +1,4 @@
-"""Llama in Flax NNX, in the sizes that GaLore and its successors report.
+"""Llama in Flax NNX, in the sizes of the GaLore papers.
 
     x = embed(tokens)
     for each layer:
@@ -6,11 +6,11 @@
         x = x + mlp(rms_norm(x))            down(silu(gate(x)) * up(x))
     logits = head(rms_norm(x))
 
-No biases, an untied head, and every weight of a layer a plain matrix: what an optimizer that
-projects matrices likes to see. With `scan=True` the layers are one stack of weights (layers, m, n)
-and one compiled body, so that compilation does not grow with depth; the function is the same. With
-`stacks=4` they are four, since what an optimizer does to a weight is an array as large as a stack.
-Weights of Hugging Face's Llamas come in and go out through `hugging_face.py`.
+No biases, an untied head, and every weight of a layer is one matrix. With `scan=True` the layers
+are one stack of weights (layers, m, n) with one compiled body, so compile time does not grow with
+depth; the function is the same. `stacks=4` splits the layers into four stacks, which limits the
+temporary arrays of the optimizer to a quarter of the layers. `hugging_face.py` reads and writes
+Hugging Face's Llamas.
 """
 
 import math
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama and how to compute it.
+    """Shape of a Llama and options of its computation.
 
     Attributes:
         hidden: width of the residual stream.
@@ -36,18 +36,18 @@ class LlamaConfig:
         layers: depth.
         vocabulary: number of tokens.
         scan: stack the layers and scan over them, instead of unrolling them.
-        stacks: of equally many layers, if they are scanned.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        stacks: number of stacks of equally many layers, with `scan`.
+        remat: recompute each layer in the backward pass instead of storing its activations.
         dtype: dtype of activations and matmuls.
         param_dtype: dtype of weights.
-        attention: what computes it, `"xla"` or `"cudnn"` (NVIDIA's, bfloat16 alone: Llama 33m's
-            training step took 18 ms for 34 on one H100), as `jax.nn.dot_product_attention` says.
-        activations: how the embedded tokens lie on a mesh, from which the compiler infers how all
-            others do; by default it infers these too.
+        attention: implementation in `jax.nn.dot_product_attention`: `"xla"` or `"cudnn"` (NVIDIA
+            GPUs, bfloat16 only; on one H100 a training step of Llama 33m took 18 ms instead of 34).
+        activations: sharding of the embedded tokens, from which the compiler infers the other
+            activations; None: the compiler infers all.
         kv_heads: heads of keys and values, each shared by `heads / kv_heads` queries (grouped-query
-            attention, arXiv 2305.13245); by default each query has its own.
+            attention, arXiv 2305.13245); None: one per query head.
         theta: base of the rotary frequencies.
-        epsilon: what the norms add to a mean square.
+        epsilon: added to the mean square in the norms.
     """
 
     hidden: int
@@ -97,7 +97,7 @@ CONFIGS = {
 
 
 def linear(config: LlamaConfig, m: int, n: int, stddev: float, rngs: nnx.Rngs) -> nnx.Linear:
-    """x ↦ x W with W (m, n) drawn from a normal distribution, and no bias."""
+    """x ↦ x W without bias; W (m, n) is normally distributed."""
     return nnx.Linear(
         m,
         n,
@@ -125,14 +125,14 @@ def inner_stddev(config: LlamaConfig) -> float:
 
 
 def outer_stddev(config: LlamaConfig) -> float:
-    """Of those that add to it: smaller, since 2 * layers of them are summed up."""
+    """Standard deviation of the matrices that write to it, scaled for 2 * layers summands."""
     return inner_stddev(config) / math.sqrt(2 * config.layers)
 
 
 def rotary_angles(
     length: int, head_dim: int, theta: float = 10_000.0
 ) -> Float[Array, "length half"]:
-    """Angle of each position and frequency: position / theta^(2 i / head_dim)."""
+    """Angle of each position and frequency i: position / theta^(2 i / head_dim)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     return jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
 
@@ -140,10 +140,10 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "length half"]
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the pairs (x_i, x_{i + half}) by their angle, in float32.
+    """Rotates the pairs (x_i, x_{i + half}) by their angle, in float32.
 
-    The inner product of a rotated query and key then depends on the distance of their positions
-    only (arXiv 2104.09864).
+    The inner product of a rotated query and key depends only on the distance of their positions
+    (arXiv 2104.09864).
     """
     cos, sin = (f(angles)[None, :, None, :] for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -201,7 +201,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One layer: attention and MLP, each normalised before and added to the residual stream."""
+    """One layer: attention and MLP, both with pre-normalisation and a residual connection."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.attention_norm = rms_norm(config, rngs)
@@ -217,7 +217,7 @@ class Layer(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Tokens to the logits of the next token."""
+    """The model: tokens ↦ logits of the next token."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
@@ -238,7 +238,7 @@ class Llama(nnx.Module):
         else:
             self.layers = nnx.List([make_layer(rngs) for _ in range(config.layers)])
         self.norm = rms_norm(config, rngs)
-        # Logits of size 1/sqrt(hidden): training starts at ln(vocabulary), whatever the width.
+        # Logits of size 1/sqrt(hidden): the initial loss is ln(vocabulary) at any width.
         self.head = linear(config, config.hidden, config.vocabulary, 1 / config.hidden, rngs)
 
     def __call__(
@@ -264,30 +264,30 @@ class Llama(nnx.Module):
         return self.head(self.norm(x))
 
     def stacks(self) -> list[Layer]:
-        """The layers, as they are scanned."""
+        """The stacks of layers to scan over."""
         return [self.layers] if self.config.stacks == 1 else [*self.layers]
 
 
 def next_token_loss(model: Llama, tokens: Int[Array, "batch length"]) -> Float[Array, ""]:
-    """Mean cross-entropy, in nats, of each token but the first given those before it."""
+    """Mean cross-entropy in nats of each token, except the first, given the previous ones."""
     logits = model(tokens[:, :-1]).astype(jnp.float32)
     log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)
     return -jnp.mean(log_likelihood)
 
 
 def structure(config: LlamaConfig) -> nnx.GraphDef:
-    """The model without its parameters, for `nnx.merge`."""
+    """Graph definition of the model, for `nnx.merge` with its parameters."""
     return nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))[0]
 
 
 def abstract_params(config: LlamaConfig) -> dict[str, Any]:
-    """The parameters of a config as a nested dict of shapes and dtypes, without their memory."""
+    """Shapes and dtypes of the parameters as a nested dict; allocates no arrays."""
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def galore_dimension_numbers(params: dict[str, Any]) -> dict[str, Any]:
-    """For Optax's own GaLore: the matrices that natgalore projects too, those of the layers."""
+    """Dimension numbers for Optax's own GaLore: the same matrices that natgalore projects."""
     matrix = optax.contrib.GaLoreDimensionNumbers()
     return jax.tree.map_with_path(
         lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params

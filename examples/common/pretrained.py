@@ -1,14 +1,15 @@
-"""Weights between safetensors files and the nested dicts of Flax: by name, or not at all.
+"""Converts weights between safetensors files and the nested dicts of Flax.
 
-    params = load(folder, abstract_params, names)      all there and of the right shape, or an error
-    save(folder, params, names)                        what `load` reads again
+    params = load(folder, abstract_params, names)      checks all names and shapes
+    save(folder, params, names, config)                writes a folder that `load` can read
 
-`names` says what a file calls each parameter, with {} for the number of a layer:
+`names` maps our parameter names to tensor names in the file; {} stands for the index of a layer:
 
     {"layers/{}/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight", …}
 
-A file's matrices are (out, in), PyTorch's way: they are transposed where Flax has a kernel. Tensors
-are checked by the headers of the files alone, before any is read; each is read once, and cast.
+Matrices in the file are (out, in), as in PyTorch; a kernel of Flax is the transpose. Names and
+shapes are checked from the headers of the files before any tensor is read; each tensor is read once
+and cast to the dtype of the parameter.
 """
 
 import json
@@ -30,12 +31,12 @@ Params = dict[str, Any]
 
 
 class Part(NamedTuple):
-    """Where a tensor goes.
+    """Target of a tensor.
 
     Attributes:
-        path: its keys in the nested dict.
-        shape: in the file.
-        dtype: in the nested dict.
+        path: keys in the nested dict.
+        shape: shape in the file.
+        dtype: dtype in the nested dict.
     """
 
     path: tuple
@@ -44,7 +45,7 @@ class Part(NamedTuple):
 
 
 def parts(params: Params, names: Mapping[str, str]) -> dict[str, Part]:
-    """The parameters by their names in a file; of all it is enough to know shape and dtype."""
+    """Parameters by tensor name; leaves need a shape and a dtype only."""
 
     def part(path: tuple, leaf) -> tuple[str, Part]:
         words = [str(key) for key in path]
@@ -57,7 +58,7 @@ def parts(params: Params, names: Mapping[str, str]) -> dict[str, Part]:
 
 
 def grouped(names: Iterable[str]) -> str:
-    """Names in a line, those that differ by their numbers as one.
+    """Names in one line; names that differ only in numbers are merged.
 
     Example:
         >>> grouped(["norm.weight", "layers.0.up.weight", "layers.1.up.weight"])
@@ -73,10 +74,10 @@ def grouped(names: Iterable[str]) -> str:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: `path` itself, or what is in the folder `path`.
+    """The safetensors files of a checkpoint: the file `path`, or the files in the folder `path`.
 
     Raises:
-        FileNotFoundError: there is none, or one of several is missing.
+        FileNotFoundError: there is no file, or a file of the index is missing.
     """
     if path.is_file():
         return [path]
@@ -85,26 +86,26 @@ def weight_files(path: Path) -> list[Path]:
         named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if lost := [name for name in named if not (path / name).is_file()]:
             raise FileNotFoundError(
-                f"{path} lacks {', '.join(lost)}, which {index.name} names: download it again"
+                f"{path} lacks {', '.join(lost)}, listed in {index.name}: download it again"
             )
         return [path / name for name in named]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    other = " (weights for PyTorch, .bin, are not read)" if any(path.glob("*.bin")) else ""
+    other = " (PyTorch weights, .bin, are not supported)" if any(path.glob("*.bin")) else ""
     raise FileNotFoundError(f"no model.safetensors at {path}{other}")
 
 
 def opened(file: Path):
-    """A file, of which nothing but the header is read.
+    """Opens a safetensors file; reads its header only.
 
     Raises:
-        ValueError: it is no whole safetensors file.
+        ValueError: the file is truncated or not a safetensors file.
     """
     try:
         return safe_open(file, framework="numpy")
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is cut short or no safetensors file: download it again ({error})"
+            f"{file} is truncated or not a safetensors file: download it again ({error})"
         ) from error
 
 
@@ -116,18 +117,19 @@ def load(
     unused: str = "",
     optional: str = "",
 ) -> Params:
-    """Reads a checkpoint into NumPy arrays in the structure of `params`, of which it needs shapes.
+    """Reads a checkpoint into NumPy arrays with the structure of `params`.
 
     Args:
-        path: a safetensors file, or a folder with one or with an index of several.
-        params: with leaves that have shape and dtype.
-        names: by which the file calls them.
-        unused: pattern of the tensors that may be in the file beyond those.
-        optional: pattern of the tensors that need not be there: their leaves are left as they are.
+        path: a safetensors file, or a folder with one file or with an index of several.
+        params: leaves with shape and dtype.
+        names: tensor names by parameter name.
+        unused: pattern of additional tensors that are ignored.
+        optional: pattern of tensors that may be missing; their leaves stay unchanged.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: a file is damaged, or tensors are missing, misshapen or unknown: all are named.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a file is damaged, or tensors are missing, unknown or of the wrong shape; the
+            message lists all of them.
     """
     wanted = parts(params, names)
     files = {file: opened(file) for file in weight_files(path)}
@@ -141,36 +143,36 @@ def load(
     complaints += [f"unknown: {grouped(unknown)}"] if unknown else []
     complaints += [f"{n} is {shape(n)}, not {wanted[n].shape}" for n in misshapen]
     if complaints:
-        raise ValueError(f"{path} holds other weights than the model: {'; '.join(complaints)}")
+        raise ValueError(f"the weights in {path} do not fit the model: {'; '.join(complaints)}")
 
     leaves = dict(traverse_util.flatten_dict(params))
     for name in wanted.keys() & found.keys():
         tensor = files[found[name]].get_tensor(name)
-        leaves[wanted[name].path] = turned(tensor, wanted[name])
+        leaves[wanted[name].path] = converted(tensor, wanted[name])
     return traverse_util.unflatten_dict(leaves)
 
 
-def turned(tensor: Shaped[np.ndarray, "..."], part: Part) -> Shaped[np.ndarray, "..."]:
-    """A tensor as it is on the other side: transposed, if it is a kernel, in the part's dtype."""
+def converted(tensor: Shaped[np.ndarray, "..."], part: Part) -> Shaped[np.ndarray, "..."]:
+    """The tensor in the part's dtype, transposed if it is a kernel (in both directions)."""
     kernel = part.path[-1] == "kernel"
     return np.ascontiguousarray(tensor.T if kernel else tensor, part.dtype)
 
 
 def missing(params: Params) -> list[str]:
-    """Of what `load` gave back: the leaves that were not in the file."""
+    """Names of the leaves in the result of `load` that were not in the file."""
     leaves = traverse_util.flatten_dict(params).items()
     return ["/".join(map(str, k)) for k, leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
 
 
 def save(folder: Path, params: Params, names: Mapping[str, str], config: Mapping) -> None:
-    """Writes `model.safetensors` and `config.json`; what was there stays whole until they are.
+    """Writes `model.safetensors` and `config.json`; replaces an earlier file only once complete.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
     """
     leaves = traverse_util.flatten_dict(params)
     tensors = {
-        name: turned(np.asarray(leaves[part.path]), part)
+        name: converted(np.asarray(leaves[part.path]), part)
         for name, part in parts(params, names).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,10 +183,11 @@ def save(folder: Path, params: Params, names: Mapping[str, str], config: Mapping
 
 
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
-    """Reads the `config.json` beside a checkpoint of this kind of model.
+    """Reads the `config.json` of a checkpoint and checks its `model_type`.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is of another kind.
+        FileNotFoundError: there is no config.json.
+        ValueError: it is not JSON, or of another model type.
     """
     file = folder / "config.json"
     try:
@@ -194,5 +197,5 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict) or config.get("model_type") != kind:
-        raise ValueError(f"{file} is not of a {kind}")
+        raise ValueError(f"{file} does not have model_type {kind!r}")
     return config

@@ -1,14 +1,14 @@
-"""RoBERTa (arXiv 1907.11692) in Flax NNX, with the head that classifies sentences.
+"""RoBERTa (arXiv 1907.11692) in Flax NNX, with a classification head.
 
     x = norm(words[tokens] + positions[position] + kind)
     for each layer:
-        x = norm(x + attention(x))           both ways, padding not seen
-        x = norm(x + down(gelu(up(x))))      gelu by the error function
+        x = norm(x + attention(x))           bidirectional; padding is masked
+        x = norm(x + down(gelu(up(x))))      exact GELU (error function)
     logits = head(tanh(dense(x of the first token)))
 
-Positions count from `padding + 1` on, and padding stands at `padding`: a row of 514 positions has
-room for 512 tokens. Dropout acts where `rngs` are given, and only there: in the embeddings, on the
-attention, on what each half of a layer adds, and in the head.
+Positions start at `padding + 1`, and padding tokens have position `padding`: a table of 514
+positions serves 512 tokens. Dropout is active only with `rngs`: on the embeddings, the attention
+weights, the output of each attention and MLP block, and in the head.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 @dataclass(frozen=True)
 class RobertaConfig:
-    """The shape of a RoBERTa; by default that of RoBERTa-base.
+    """Shape of a RoBERTa; defaults: RoBERTa-base.
 
     Attributes:
         hidden: width of the residual stream.
@@ -31,12 +31,12 @@ class RobertaConfig:
         heads: attention heads.
         layers: depth.
         vocabulary: number of tokens.
-        positions: rows of the position table, `padding + 1` of which no token uses.
-        labels: classes of the head; 1 for a number.
-        padding: the token that is not there.
-        epsilon: what the norms add to a variance.
-        dropout, attention_dropout, classifier_dropout: shares that are left out in training.
-        dtype: dtype of activations and matmuls; weights are float32 always.
+        positions: rows of the position table; tokens use all except the first `padding + 1`.
+        labels: outputs of the head; 1 for regression.
+        padding: index of the padding token.
+        epsilon: added to the variance in the norms.
+        dropout, attention_dropout, classifier_dropout: dropout rates in training.
+        dtype: dtype of activations and matmuls; weights are always float32.
     """
 
     hidden: int = 768
@@ -61,7 +61,7 @@ class RobertaConfig:
 
     @property
     def longest(self) -> int:
-        """Tokens that there are positions for."""
+        """Maximum number of tokens."""
         return self.positions - self.padding - 1
 
 
@@ -76,7 +76,7 @@ def embedding(config: RobertaConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
 
 
 def layer_norm(config: RobertaConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The mean is subtracted before squares are taken: float32 keeps its digits.
+    # use_fast_variance=False subtracts the mean first: E[x²] - E[x]² loses digits in float32.
     return nnx.LayerNorm(
         config.hidden,
         epsilon=config.epsilon,
@@ -87,18 +87,18 @@ def layer_norm(config: RobertaConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def drop(x: Array, share: float, rngs: nnx.Rngs | None) -> Array:
-    """A share of the entries set to zero, and the others scaled up; `x` itself without `rngs`."""
+    """Dropout with rate `share`; the identity without `rngs`."""
     return nnx.Dropout(share)(x, deterministic=rngs is None, rngs=rngs)
 
 
 def position_ids(tokens: Int[Array, "batch length"], padding: int) -> Int[Array, "batch length"]:
-    """padding + 1, padding + 2, … for the tokens that are there, and padding for the others."""
-    there = tokens != padding
-    return jnp.where(there, padding + jnp.cumsum(there, axis=1), padding)
+    """Positions padding + 1, padding + 2, … of the tokens; `padding` for padding tokens."""
+    is_token = tokens != padding
+    return jnp.where(is_token, padding + jnp.cumsum(is_token, axis=1), padding)
 
 
 class Layer(nnx.Module):
-    """One layer: attention and MLP, each added to what it reads and normalised after."""
+    """One layer: attention and MLP, both with a residual connection and post-normalisation."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
         self.config = config
@@ -112,17 +112,17 @@ class Layer(nnx.Module):
     def attend(
         self,
         x: Float[Array, "batch length hidden"],
-        there: Bool[Array, "batch length"],
+        is_token: Bool[Array, "batch length"],
         rngs: nnx.Rngs | None,
     ) -> Float[Array, "batch length hidden"]:
-        """Each token's mean of the values, weighted by how well its query fits their keys."""
+        """Multi-head attention over the tokens that are not padding."""
         split = (*x.shape[:2], self.config.heads, -1)
         query, key, value = (f(x).reshape(split) for f in (self.query, self.key, self.value))
         mixed = nnx.dot_product_attention(
             query,
             key,
             value,
-            mask=there[:, None, None, :],
+            mask=is_token[:, None, None, :],
             dropout_rng=rngs and rngs.dropout(),
             dropout_rate=self.config.attention_dropout,
             deterministic=rngs is None,
@@ -133,17 +133,17 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length hidden"],
-        there: Bool[Array, "batch length"],
+        is_token: Bool[Array, "batch length"],
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "batch length hidden"]:
         share = self.config.dropout
-        x = self.attention_norm(x + drop(self.attend(x, there, rngs), share, rngs))
+        x = self.attention_norm(x + drop(self.attend(x, is_token, rngs), share, rngs))
         mixed = self.down(jax.nn.gelu(self.up(x), approximate=False))
         return self.mlp_norm(x + drop(mixed, share, rngs))
 
 
 class Classifier(nnx.Module):
-    """The head, on the first token."""
+    """The classification head on the first token."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
         self.share = config.classifier_dropout
@@ -158,7 +158,7 @@ class Classifier(nnx.Module):
 
 
 class Roberta(nnx.Module):
-    """Tokens to the logits of the labels."""
+    """The model: tokens ↦ logits of the labels."""
 
     def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
         self.config = config
@@ -182,6 +182,6 @@ class Roberta(nnx.Module):
 
 
 def abstract_params(config: RobertaConfig) -> dict[str, Any]:
-    """The parameters of a config as a nested dict of shapes and dtypes, without their memory."""
+    """Shapes and dtypes of the parameters as a nested dict; allocates no arrays."""
     model = nnx.eval_shape(lambda: Roberta(config, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))

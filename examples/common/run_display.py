@@ -1,9 +1,4 @@
-"""What a run shows and leaves behind: a live line, a log, a table and a figure.
-
-A run is its log: one JSON object a line, first the header (what was run, where, on which data),
-then one record for each logged step. Table and figure are made from logs alone, of one run or of
-several side by side.
-"""
+"""Terminal output of a run: live progress; and the table and figure of one or more logs."""
 
 import textwrap
 import time
@@ -22,22 +17,30 @@ from examples.common.run_log import Run
 
 
 def megabytes(size: int) -> str:
+    """Bytes in MB (1e6 bytes)."""
     return f"{size / 1e6:,.2f} MB"
 
 
 def duration(seconds: float) -> str:
+    """Seconds as m:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes}:{seconds:02}"
 
 
 def say(text: str) -> None:
-    """Prints a line, broken between words where a terminal is narrow."""
+    """Prints a line, wrapped at words in a narrow terminal."""
     console = Console()
     console.print(text, soft_wrap=not console.is_terminal, markup=False, highlight=False)
 
 
 class Display:
-    """Shows a run while it runs: a bar and a status line, or plain lines where no terminal is."""
+    """Live progress: a bar and a status line in a terminal, otherwise one line per record.
+
+    Args:
+        first: steps already taken.
+        steps: total number of steps.
+        state_bytes: bytes of the optimizer state.
+    """
 
     def __init__(self, first: int, steps: int, state_bytes: int):
         self.first = first
@@ -64,7 +67,7 @@ class Display:
         self.bar.update(self.task, completed=step)
 
     def show(self, record: dict[str, Any]) -> None:
-        """Shows a record of the log."""
+        """Shows one record of the log."""
         if "validation_loss" in record:
             self.validation = [
                 f"validation {record['validation_loss']:.3f}",
@@ -82,9 +85,9 @@ class Display:
             ]
             if "peak_bytes_in_use" in record:
                 status.append(f"peak {megabytes(record['peak_bytes_in_use'])}")
-            if taken > 1:  # the first one warms up
+            if taken > 1:  # the first step is slower
                 status.append(f"{duration(per_step * (self.steps - step))} left")
-        else:  # before the first step: validation was compiled
+        else:  # the record before the first step: restart the clock after compilation
             self.started = time.perf_counter()
         if self.console.is_interactive:
             text = Text(fill(status, self.console.width), style="dim")
@@ -95,19 +98,19 @@ class Display:
 
 
 def fill(parts: Sequence[str], width: int) -> str:
-    """The parts in lines of at most `width`, none of them broken.
+    """The parts joined to lines of at most `width` characters, broken only between parts.
 
     Example:
         >>> print(fill(["loss 2.5", "3 tokens/s", "0:01 left"], 20))
         loss 2.5  3 tokens/s
         0:01 left
     """
-    joined = "  ".join(part.replace(" ", "\xa0") for part in parts)  # textwrap keeps these
+    joined = "  ".join(part.replace(" ", "\xa0") for part in parts)  # textwrap does not break these
     return textwrap.fill(joined, width).replace("\xa0", " ")
 
 
 def show_table(runs: Sequence[Run]) -> None:
-    """Prints the results, one column for each run; several tables where the terminal is narrow."""
+    """Prints the results, one column per run; several tables in a narrow terminal."""
     rows = {
         "training loss": lambda run: f"{run.losses('train_loss')[1][-1]:.3f}",
         "validation loss": lambda run: f"{run.losses('validation_loss')[1][-1]:.3f}",
@@ -123,9 +126,9 @@ def show_table(runs: Sequence[Run]) -> None:
     for name, cell in rows.items():
         table.add_row(name, *map(cell, runs))
     console = Console()
-    unbound = console.options.update(max_width=1000)
+    unlimited = console.options.update(max_width=1000)
     half = len(runs) // 2
-    if half and console.measure(table, options=unbound).maximum > console.width:
+    if half and console.measure(table, options=unlimited).maximum > console.width:
         show_table(runs[:half])
         show_table(runs[half:])
     else:
@@ -133,9 +136,9 @@ def show_table(runs: Sequence[Run]) -> None:
 
 
 def plot(runs: Sequence[Run]) -> Figure:
-    """Draws training (thin) and validation loss (with dots) of each run against tokens.
+    """Draws training loss (thin) and validation loss (dots) of each run against tokens.
 
-    The loss is on a logarithmic axis: the runs differ in their last tenths.
+    The loss axis is logarithmic, since final losses differ by a few tenths.
     """
     header = runs[0].header
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, first the header, then one record per logged step."""
+"""The log of a run: one JSON object per line, first the header, then one record per logged step."""
 
 import importlib.metadata
 import itertools
@@ -12,7 +12,7 @@ import jax
 
 
 def version(package: str) -> str | None:
-    """Its version, or None of a package that runs from a checkout without being installed."""
+    """Installed version of a package; None for a checkout that is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -20,7 +20,7 @@ def version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a result was measured with."""
+    """Machine, devices and package versions, for the header of a log."""
     packages = ("natgalore_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "system": platform.platform(),
@@ -32,25 +32,25 @@ def environment() -> dict[str, Any]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays in a tree, abstract ones too."""
+    """Bytes of the arrays in a tree; ShapeDtypeStructs count as arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def peak_bytes() -> dict[str, int]:
-    """What the first device has had in use at most, where its allocator tells."""
-    said = jax.local_devices()[0].memory_stats() or {}
+    """Peak and limit of the first device's memory in bytes; empty on backends without counters."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     names = ("peak_bytes_in_use", "bytes_limit")
-    return {name: said[name] for name in names if name in said}
+    return {name: stats[name] for name in names if name in stats}
 
 
 class Run(NamedTuple):
-    """A log, read back.
+    """Contents of a log.
 
     Attributes:
-        header: config, environment, data, number of parameters, bytes of state.
-        records: step, tokens, seconds, train_loss, tokens_per_second, and where it was measured
-            validation_loss and, of a task that has others, metrics by their names; losses in nats
-            per token or per record. On a GPU its peak_bytes_in_use, and its bytes_limit.
+        header: config, environment, data, number of parameters, bytes of optimizer state.
+        records: step, tokens, seconds, train_loss, tokens_per_second; at validations also
+            validation_loss and metrics by name. Losses are in nats per token or per record. On a
+            GPU also peak_bytes_in_use and bytes_limit.
     """
 
     header: dict[str, Any]
@@ -58,19 +58,20 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Name of the optimizer."""
         return self.header["config"]["optimizer"]
 
     def losses(self, kind: str) -> tuple[list[int], list[float]]:
-        """Tokens seen and values of `train_loss` or `validation_loss`."""
+        """Tokens and losses of the records that have `kind`: train_loss or validation_loss."""
         measured = [record for record in self.records if kind in record]
         return [record["tokens"] for record in measured], [record[kind] for record in measured]
 
     def metrics(self) -> dict[str, float]:
-        """Those measured last."""
+        """Metrics of the last validation."""
         return next((r["metrics"] for r in reversed(self.records) if "metrics" in r), {})
 
     def tokens_per_second(self) -> float:
-        """Mean speed of training, without its first step, which warms up."""
+        """Mean training speed, without the first step (warm-up)."""
         records = [record for record in self.records if "train_loss" in record]
         tokens, seconds = 0, 0.0
         for before, record in itertools.pairwise(records):

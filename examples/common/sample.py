@@ -1,4 +1,4 @@
-"""What the model has learned to write: tokens drawn one by one, each given those before it."""
+"""Samples text from a Llama with a sliding window, recomputing all logits for each token."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,10 +22,10 @@ def draw(
     keys: Key[Array, " count"],
     temperature: float,
 ) -> Int[Array, " count"]:
-    """Draws a token for each key, from softmax(logits / temperature) given the window.
+    """Draws one token per key from softmax(logits / temperature) given the window.
 
-    The first `known` tokens of the window are given. A new one is put behind them, and where the
-    window is full, the oldest one leaves it. The model is causal: what comes later does not count.
+    The first `known` tokens of the window are valid. A new token is appended; a full window drops
+    its oldest token. The model is causal, so entries after the valid ones have no effect.
     """
     model = nnx.merge(llama.structure(config), params)
 
@@ -50,7 +50,7 @@ def generate(
     seed: int,
     temperature: float = 0.8,
 ) -> list[int]:
-    """Writes `count` tokens after `prompt`, each given at most `length` before it; one jit."""
+    """Samples `count` tokens after `prompt`, each from at most `length` previous tokens."""
     given = prompt[-length:]
     window = np.zeros(length, np.int32)
     window[: len(given)] = list(given)
@@ -60,7 +60,7 @@ def generate(
 
 
 def printable(text: bytes) -> str:
-    """As UTF-8; what is none, and what could steer a terminal, is shown as an escape.
+    """Decodes UTF-8; invalid bytes and control characters become escapes.
 
     Example:
         >>> print(printable(b"caf\\xc3\\xa9 \\xff \\x1b[2J"))

@@ -1,7 +1,7 @@
-"""A run from its first step to its last: shown, logged, saved, and stopped in good order.
+"""The training loop of all examples: display, log, checkpoints and a clean stop on Ctrl-C.
 
-An example says what there is to train, as a `Job`; `train` does it, from the checkpoint if there is
-one, and `run` is the whole program around that, for one optimizer or several in turn.
+An example describes its training as a `Job`. `train` runs one job, from the checkpoint if there is
+one; `run` is the main program, for one optimizer or several in turn.
 """
 
 import contextlib
@@ -29,28 +29,30 @@ LOG_EVERY = 10  # steps
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step."""
+    """Weights and optimizer state."""
 
     params: Any
     opt_state: Any
 
 
 class Job(NamedTuple):
-    """What there is to train.
+    """One training run as functions.
 
     Attributes:
-        steps: in all.
-        tokens_per_step: of them, for the log.
+        steps: total number of steps.
+        tokens_per_step: tokens of a batch, for the log.
         init: key -> TrainState.
-        train_step: (TrainState, batch) -> TrainState and loss; jitted.
-        batch: step, counted from 1 -> what a step is given.
-        like: shapes of a batch.
-        validate: params -> what is measured, `validation_loss` and others.
-        data: what the log says of the data, its `sha256` with it.
-        about: in words, what is trained.
-        position: () -> where the next batch begins, as JSON, for the checkpoint.
-        seek: position -> nothing; the next batch begins there. Neither is needed where a batch is
-            a function of its step.
+        train_step: (TrainState, batch) -> (TrainState, loss); jitted.
+        batch: step, counted from 1 -> batch.
+        abstract_batch: shapes and dtypes of a batch.
+        validate: params -> record with `validation_loss` and other measurements.
+        data: description of the data for the log, with its `sha256`.
+        about: header of the log -> one line that describes the run.
+        position: () -> position of the next batch as JSON, for the checkpoint; not needed if the
+            step determines the batch, nor is `seek`.
+        seek: position -> None; moves to the position.
+        export: params -> weights that the example writes to the folder `model` at the end; None if
+            it writes none.
     """
 
     steps: int
@@ -58,16 +60,17 @@ class Job(NamedTuple):
     init: Callable[..., Any]
     train_step: Callable[..., Any]
     batch: Callable[[int], Any]
-    like: Any
+    abstract_batch: Any
     validate: Callable[[Any], dict[str, float]]
     data: dict[str, Any]
     about: Callable[[dict[str, Any]], str]
     position: Callable[[], Any] = lambda: None
     seek: Callable[[Any], None] = lambda position: None
+    export: Callable[[Any], Any] | None = None
 
 
 def header(config: command_line.Run, data: dict[str, Any], state: TrainState) -> dict[str, Any]:
-    """The first line of the log: what is run, where, on which data, and how large it is."""
+    """The first line of the log: config, environment, data, parameters and bytes of state."""
     return {
         "config": config.saved(),
         "environment": run_log.environment(),
@@ -79,31 +82,33 @@ def header(config: command_line.Run, data: dict[str, Any], state: TrainState) ->
 
 
 class Interrupted(Exception):
-    """A signal asked for the end, and everything is saved."""
+    """The run stopped on a signal, after saving its checkpoint."""
 
 
 class Interrupts:
-    """Notes Ctrl-C and SIGTERM, for the training loop to end in good order; the second one kills.
+    """Records Ctrl-C or SIGTERM, so that the loop stops after its step; a second one kills.
 
-    It kills by the signal itself: an exception in the midst of JAX's compiler crashes the process.
+    The second signal has its default effect: an exception inside JAX's compiler crashes the
+    process.
 
     Attributes:
-        signal: the number of the signal that came, or 0.
+        signal: number of the received signal, or 0.
     """
 
     def __enter__(self):
         self.signal = 0
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {n: signal.signal(n, self.record) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception: object):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> int:
-        """The signal that came, or 0: the same for all processes after the same step.
+    def received(self, step: int) -> int:
+        """The received signal or 0, the same in all processes after the same step.
 
-        Several agree at every tenth step only, since it makes each wait for its devices.
+        Several processes exchange it every `LOG_EVERY` steps only, since each must wait for its
+        devices.
         """
         if jax.process_count() == 1:
             return self.signal
@@ -113,21 +118,23 @@ class Interrupts:
         self.signal = agreed or self.signal
         return agreed
 
-    def note(self, number: int, frame: object) -> None:
+    def record(self, number: int, frame: object) -> None:
         self.signal = number
         for n in self.before:
             signal.signal(n, signal.SIG_DFL)
-        # Not by print, which may be at work just now; with the cursor, which the bar has hidden.
+        # os.write, since print is not reentrant; and show the cursor, which the bar has hidden.
         cursor = "\x1b[?25h" if os.isatty(2) else ""
-        os.write(2, f"{cursor}\nstopping after this step; once more stops at once\n".encode())
+        os.write(
+            2, f"{cursor}\nstopping after this step; press Ctrl-C again to stop at once\n".encode()
+        )
 
 
 def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainState:
-    """Trains, from the checkpoint if there is one; shows how it goes, and writes the log.
+    """Trains, from the checkpoint if there is one; shows progress and writes the log.
 
     Raises:
-        FloatingPointError: the loss is not finite any more.
-        Interrupted: a signal came.
+        FloatingPointError: the loss is not finite.
+        Interrupted: a signal was received.
     """
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(job.init, key)
@@ -147,12 +154,15 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
             if restored:
                 job.seek(progress.position)
             log = stack.enter_context(checkpoints.open_log(progress))
-        run_display.say(job.about(first) + (f", from step {progress.step} on" if restored else ""))
+        run_display.say(job.about(first) + (f", from step {progress.step}" if restored else ""))
+        exported = job.export and jax.eval_shape(job.export, abstract.params)
+        if notice := checkpoint.disk_notice(config, abstract, exported):
+            run_display.say(notice)
         started = time.perf_counter() - progress.seconds
         train_step = job.train_step
-        if progress.step < job.steps:  # compiled first, so that no step's speed has it in it
+        if progress.step < job.steps:  # ahead of time: no step's speed includes compilation
             run_display.say("compiling ...")
-            train_step = train_step.lower(abstract, job.like).compile()
+            train_step = train_step.lower(abstract, job.abstract_batch).compile()
         display = stack.enter_context(
             run_display.Display(progress.step, job.steps, first["state_bytes"])
         )
@@ -169,9 +179,9 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
             last = step == job.steps
             validating = last or step % config.validate_every == 0
             logging = validating or step == 1 or step % LOG_EVERY == 0
-            stopping = interrupts.asked(step)
-            saving = last or step % config.save_every == 0 or stopping
-            if not (logging or saving):
+            stopping = interrupts.received(step)
+            saving = config.save_every and (last or stopping or step % config.save_every == 0)
+            if not (logging or saving or stopping):
                 continue
 
             losses = [float(loss) for loss in losses]
@@ -190,10 +200,10 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
                 losses, taken, mark = [], 0, time.perf_counter()
             if saving:
                 now = time.perf_counter()
-                so_far = checkpoint.Progress(
+                progress = checkpoint.Progress(
                     step, losses, now - started, log.tell(), job.position()
                 )
-                checkpoints.save(state, so_far)
+                checkpoints.save(state, progress)
                 mark += time.perf_counter() - now
             if stopping:
                 raise Interrupted(f"at step {step} of {config.optimizer}")
@@ -201,6 +211,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
 
 
 def in_one_line(error: Exception) -> str:
+    """The message of an error, at most 1000 characters."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return textwrap.shorten(str(error), 1000)
@@ -208,7 +219,7 @@ def in_one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line and exit status 2 where input cannot be used."""
+    """Exits with one line of error and status 2 on a ValueError or OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -219,11 +230,17 @@ def one_line_errors() -> Iterator[None]:
 Kind = TypeVar("Kind", bound=command_line.Run)
 
 
+def contents(config: command_line.Run, *others: str) -> str:
+    """The contents of the output folder, for the last line of a run."""
+    return ", ".join(["log", *(["checkpoint"] if config.save_every else []), *others])
+
+
 def claim(config: Kind, name: str, data: dict[str, Any]) -> Kind:
-    """Makes the folders of a run, `name` in runs/ by default; of several processes the first does.
+    """Creates the output folders of a run, by default runs/`name`; only process 0 writes.
 
     Raises:
-        ValueError, OSError: they hold a run already, or to resume they hold none.
+        OSError: a folder already has a run.
+        ValueError: the folder of a resumed run has no checkpoint.
     """
     if config.out is None:
         config = replace(config, out=checkpoint.free_folder(name, overwrite=config.overwrite))
@@ -234,11 +251,11 @@ def claim(config: Kind, name: str, data: dict[str, Any]) -> Kind:
             checkpoint.clear(folders)
         multihost_utils.sync_global_devices("the folders are empty")
         if config.compare and jax.process_index() == 0:
-            # Its log says what it is; the records are in its runs' logs.
+            # The log of a comparison is a header; the records are in the logs of its runs.
             line = {"config": config.saved(), "data": data}
             (config.out / "log.jsonl").write_text(json.dumps(line) + "\n")
     elif not config.compare and not checkpoint.holds_checkpoint(config.out):
-        raise ValueError(f"{config.out} holds no checkpoint to resume from: --overwrite it")
+        raise ValueError(f"{config.out} has no checkpoint to resume from: --overwrite it")
     return config
 
 
@@ -246,14 +263,14 @@ def run(
     prepare: Callable[[], tuple[Kind, Callable[[Kind, Interrupts], None]]],
     conclude: Callable[[Kind, Sequence[run_log.Run]], None],
 ) -> None:
-    """The whole program.
+    """The main program.
 
     Args:
-        prepare: reads and checks everything, makes the folders, and returns the config and what
-            trains with one optimizer.
-        conclude: shows the results, one log for each optimizer.
+        prepare: reads and checks all inputs, creates the folders, and returns the config and a
+            function that trains with one optimizer.
+        conclude: shows the results; gets one log per optimizer.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what is shown may have letters that it lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of a sample
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with one_line_errors():
@@ -264,21 +281,24 @@ def run(
     folder = config.out
     words = ["python", sys.argv[0], "--out", str(folder), "--resume"]
     words += ["--distributed"] if jax.process_count() > 1 else []
-    again = "to go on: " + shlex.join(words)
+
+    def hint() -> str:
+        if checkpoint.holds_checkpoint(folder) or (config.compare and config.save_every):
+            return f"to continue: {shlex.join(words)}"
+        return f"no checkpoint; the log is in {folder}"
+
     try:
         with Interrupts() as interrupts:
             for one in config.runs():
-                if interrupts.asked(0):
+                if interrupts.received(0):
                     raise Interrupted(f"before {one.optimizer}")
                 train_one(one, interrupts)
     except FloatingPointError as error:
-        sys.exit(f"stopped: {error}; the log so far is in {folder}")
+        sys.exit(f"stopped: {error}; the log is in {folder}")
     except OSError as error:
-        resumable = config.compare or checkpoint.holds_checkpoint(folder)
-        rest = again if resumable else f"the log so far is in {folder}"
-        sys.exit(f"stopped: {in_one_line(error)}; {rest}")
+        sys.exit(f"stopped: {in_one_line(error)}; {hint()}")
     except Interrupted as error:
-        print(f"interrupted {error}; {again}", file=sys.stderr)
+        print(f"interrupted {error}; {hint()}", file=sys.stderr)
         sys.exit(128 + interrupts.signal)
 
     if jax.process_index() == 0:

@@ -4,14 +4,19 @@
     python examples/finetuning/finetune_function_calling.py … --compare natural_galore,adamw,lora
     python examples/finetuning/finetune_function_calling.py --out runs/mine --resume
 
-`--model` is a folder with a Llama of Hugging Face's (config.json, model.safetensors and
-tokenizer.json), `--data` one with TinyAgent's training_data.json and testing_data.json. The model
-is the Llama of pretrain.py. It learns to write the plan after the instructions: the loss is on the
-plan's tokens alone. It succeeds where the graph of calls in the plan that it writes is the one
-wanted, arguments included; TinyAgent's own measure, without them, is shown too.
+--model is a folder with a Llama in Hugging Face's format (config.json, model.safetensors,
+tokenizer.json), --data a folder with TinyAgent's training_data.json and testing_data.json. If a
+file is missing, the error gives the command that downloads it. examples/finetuning/tiny_assets.py
+makes a small model and records without a download.
 
-Batches of 32, a rate of 7e-5 and 3 epochs are the paper's. A run leaves what finetune_glue.py does;
-`generate.py` writes with it.
+The model learns to generate the plan after the instructions; the loss covers the tokens of the plan
+only. A generated plan is a success if its graph of calls equals the expected one, arguments
+included; TinyAgent's own metric, without arguments, is shown too. Batches of 32, learning rate 7e-5
+and 3 epochs are the paper's settings.
+
+The output folder has the log (log.jsonl), a checkpoint, and the tuned weights in Hugging Face's
+format (model/), which examples/pretraining/generate.py reads. Ctrl-C saves a checkpoint and stops;
+--resume continues to the same bits.
 """
 
 import hashlib
@@ -25,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
@@ -38,7 +44,7 @@ from examples.common import (
     run_log,
     training_loop,
 )
-from examples.common.command_line import one_of
+from examples.common.command_line import unset
 from examples.finetuning import settings, tinyagent, training
 from examples.finetuning.records import Records
 from examples.pretraining import generate
@@ -49,33 +55,36 @@ OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, l
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Fine-tune a Llama to plan function calls."""
+    """Settings of a run on TinyAgent."""
 
     OPTIMIZERS: ClassVar = OPTIMIZERS
     COUNTS: ClassVar = (*settings.Config.COUNTS, "judged")
 
-    optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
-    """Which optimizer. Default: natural_galore."""
-    rank: int | None = 32
-    """Rank of the projected gradients, and of LoRA."""
+    optimizer: Annotated[str | None, unset(OPTIMIZERS)] = None
+    """Optimizer. Default: natural_galore."""
+    lr: Annotated[float | None, unset("FLOAT")] = None
+    """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
+    Default: 7e-5."""
+    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 32
+    """Rank of the projection, and of LoRA."""
     scale: float = 1.0
-    """Of the projected weights' updates."""
+    """Factor on the updates of projected weights."""
     refresh_every: int = 200
-    """Steps between two refreshes of the projections."""
+    """Steps between two refreshes of a basis."""
     batch_size: int = 32
-    """Plans in a batch."""
+    """Plans per batch."""
     epochs: int = 3
-    """Times that each record is seen."""
+    """Passes over the training records."""
     max_length: int = 2048
-    """Tokens of instructions and plan; records with more are left out, and counted."""
+    """Maximum tokens of instructions and plan; longer records are dropped."""
     judged: int = 100
-    """Plans that are written and judged at each validation."""
+    """Number of plans that are generated and compared at each validation."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
     validate_every: int = 500
     """Steps between two validations."""
     save_every: int = 500
-    """Steps between two checkpoints; there is one at the end and at an interruption too."""
+    """Steps between two checkpoints; one more is saved at the end and on Ctrl-C. 0: save none."""
 
     def get_model(self) -> str:
         return "hf download TinyLlama/TinyLlama-1.1B-Chat-v1.0 --local-dir TinyLlama"
@@ -88,13 +97,13 @@ class Config(settings.Config):
 
 
 class Split(NamedTuple):
-    """Records as the model takes them.
+    """Tokens of a set of records.
 
     Attributes:
-        tokens: instructions, plan and end, filled up with the end.
-        of_plan: which tokens are of the plan, its end included.
-        prompts: the instructions alone.
-        plans: that are wanted.
+        tokens: instructions, plan and end token, padded with the end token.
+        of_plan: mask of the tokens of the plan, including its end token.
+        prompts: tokens of the instructions.
+        plans: expected plans as text.
     """
 
     tokens: Int[np.ndarray, "records length"]
@@ -104,7 +113,7 @@ class Split(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """All that is read before anything is written."""
+    """All inputs of a run."""
 
     shape: llama.LlamaConfig
     weights: pretrained.Params
@@ -115,17 +124,17 @@ class Inputs(NamedTuple):
 
 
 def prompt(example: tinyagent.Example) -> str:
-    """The instructions as TinyLlama's chat model has them."""
+    """The instructions in the format of TinyLlama's chat model."""
     return (
         "".join(f"<|{role}|>\n{text}</s>\n" for role, text in example.messages) + "<|assistant|>\n"
     )
 
 
 def tokenized(tokenizer: Tokenizer, examples: Sequence[tinyagent.Example], longest: int) -> Split:
-    """Those that are not too long, as the model takes them.
+    """Tokens of the examples that have at most `longest` tokens.
 
     Raises:
-        ValueError: all of them are.
+        ValueError: all examples are longer.
     """
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     begin, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
@@ -144,7 +153,7 @@ def tokenized(tokenizer: Tokenizer, examples: Sequence[tinyagent.Example], longe
 def plan_loss(
     model: llama.Llama, tokens: Int[Array, "batch length"], of_plan: Bool[Array, "batch length"]
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of the plans' tokens, each given all those before it."""
+    """Mean cross-entropy of the plan tokens, each given all previous tokens."""
     logits = model(tokens[:, :-1]).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     return jnp.sum(losses * of_plan[:, 1:]) / jnp.sum(of_plan[:, 1:])
@@ -154,7 +163,8 @@ def read(config: Config) -> Inputs:
     """Reads and checks the model, its tokenizer and the records.
 
     Raises:
-        ValueError, OSError: something is not there or makes no sense.
+        OSError: a file is missing.
+        ValueError: a file is damaged, or a record is malformed.
     """
     shape, weights = hugging_face.read_llama(config.model)
     shape = replace(shape, dtype=jnp.dtype(config.dtype), remat=config.remat)
@@ -167,7 +177,7 @@ def read(config: Config) -> Inputs:
     split = {name: tokenized(tokenizer, s.records, config.max_length) for name, s in sets.items()}
     for name, s in sets.items():
         if s.skipped:
-            run_display.say(f"skipped {len(s.skipped)} records, the first one: {s.skipped[0]}")
+            run_display.say(f"skipped {len(s.skipped)} records, first: {s.skipped[0]}")
         if long := len(s.records) - len(split[name].plans):
             run_display.say(
                 f"left out {long} {name} records longer than {config.max_length} tokens"
@@ -181,7 +191,7 @@ def read(config: Config) -> Inputs:
 
 
 def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
-    """A run on these inputs."""
+    """The job of one optimizer."""
     functions = training.make_functions(
         config,
         partial(llama.Llama, inputs.shape),
@@ -200,7 +210,7 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
         return np.int32(step), train.tokens[rows], train.of_plan[rows]
 
     def written(params, i: int) -> str:
-        """The likeliest plan after the instructions of a test record."""
+        """The greedily generated plan for a test record."""
         before = inputs.test.prompts[i]
         room = inputs.test.tokens.shape[1] - len(before)
         tokens = generate.generate(
@@ -225,9 +235,10 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
         init=functions.init,
         train_step=functions.train_step,
         batch=batch,
-        like=jax.eval_shape(lambda: batch(1)),
+        abstract_batch=jax.eval_shape(lambda: batch(1)),
         validate=validate,
         data=inputs.summary,
+        export=training.plain_params,
         about=lambda header: (
             f"{len(inputs.train.plans):,} plans for a Llama with {header['parameters']:,} "
             f"parameters, {config.optimizer} at learning rate {config.lr}, rank {config.rank}"
@@ -236,7 +247,7 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
 
 
 def prepare(config: Config):
-    """Reads everything and makes the folders; returns the config and what trains."""
+    """Reads all inputs and creates the folders; returns the config and the training function."""
     inputs = read(config)
     config = replace(config, steps=training.steps_of(config, len(inputs.train.plans)))
     config = training_loop.claim(config, f"plans-{'-'.join(config.optimizers)}", inputs.summary)
@@ -251,12 +262,13 @@ def prepare(config: Config):
 
 
 def conclude(config: Config, results: Sequence[run_log.Run]) -> None:
+    """Prints the results."""
     run_display.show_table(results)
-    print(f"log, checkpoint and model are in {config.out}")
+    print(f"output folder: {config.out} ({training_loop.contents(config, 'model')})")
 
 
 def main() -> None:
-    training_loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
+    training_loop.run(lambda: prepare(command_line.from_command_line(Config, __doc__)), conclude)
 
 
 if __name__ == "__main__":

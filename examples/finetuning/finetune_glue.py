@@ -1,20 +1,20 @@
-"""Fine-tune RoBERTa on a task of GLUE with Natural GaLore, and compare it with AdamW and LoRA.
+"""Fine-tune RoBERTa on a GLUE task with Natural GaLore, and compare it with AdamW and LoRA.
 
     python examples/finetuning/finetune_glue.py --task mrpc --model roberta-base --data MRPC
     python examples/finetuning/finetune_glue.py … --compare natural_galore,galore,adamw,lora
-    python examples/finetuning/finetune_glue.py --out runs/mine --resume
-    python examples/finetuning/finetune_glue.py --help
+    python examples/finetuning/finetune_glue.py --out runs/mine --resume    continue a stopped run
 
-`--model` is a folder with a checkpoint of Hugging Face (config.json, model.safetensors and
-tokenizer.json), `--data` one with the task's records (train and dev, .tsv or .jsonl); what is
-missing is said with the line that gets it. The defaults are those that GaLore was published with:
-rank 4 (or `--rank 8`), scale 4, 30 epochs of batches of 16 at 3e-5, bases for 500 steps.
+--model is a folder with a Hugging Face checkpoint (config.json, model.safetensors, tokenizer.json),
+--data a folder with the records of the task (train and dev, .tsv or .jsonl). If a file is missing,
+the error gives the command that downloads it. examples/finetuning/tiny_assets.py makes a small
+model and records without a download. The defaults are GaLore's published settings: rank 4 (or 8),
+scale 4, 30 epochs of batches of 16 at learning rate 3e-5, bases kept for 500 steps.
 
-A run leaves a log, a checkpoint, and in `model` the tuned weights as Hugging Face has them. Ctrl-C
-saves and ends it; `--resume` goes on to the same bits.
+The output folder has the log (log.jsonl), a checkpoint, and the tuned weights in Hugging Face's
+format (model/). Ctrl-C saves a checkpoint and stops; --resume continues to the same bits.
 
-To tune your own model: load its weights by a table of names (`hugging_face.py`), hand the model and
-its loss to `training.make_functions`, and `natgalore.natural_galore` stands where AdamW stood.
+To tune another model, load its weights with a table of names (examples/common/hugging_face.py) and
+pass the model and its loss to make_functions (examples/finetuning/training.py).
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from examples.common import (
     run_log,
     training_loop,
 )
-from examples.common.command_line import one_of
+from examples.common.command_line import one_of, unset
 from examples.finetuning import glue, settings, training
 
 
@@ -49,20 +49,25 @@ OPTIMIZERS = settings.optimizers(natural_galore=3e-5, galore=3e-5, adamw=2e-5, l
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Fine-tune RoBERTa on a task of GLUE."""
+    """Settings of a run on GLUE."""
 
     OPTIMIZERS: ClassVar = OPTIMIZERS
 
     task: Annotated[str, one_of(glue.TASKS)] = "mrpc"
-    """Which task."""
-    optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
-    """Which optimizer. Default: natural_galore."""
+    """GLUE task."""
+    optimizer: Annotated[str | None, unset(OPTIMIZERS)] = None
+    """Optimizer. Default: natural_galore."""
+    lr: Annotated[float | None, unset("FLOAT")] = None
+    """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
+    Default: 3e-5 for natural_galore and galore, 2e-5 for adamw, 4e-4 for lora."""
+    batch_size: int = 16
+    """Records per batch."""
     refresh_every: int = 500
-    """Steps between two refreshes of the projections."""
+    """Steps between two refreshes of a basis."""
     validate_every: int = 500
     """Steps between two validations."""
     save_every: int = 500
-    """Steps between two checkpoints; there is one at the end and at an interruption too."""
+    """Steps between two checkpoints; one more is saved at the end and on Ctrl-C. 0: save none."""
 
     def check(self) -> None:
         if self.task not in glue.TASKS:
@@ -73,25 +78,25 @@ class Config(settings.Config):
         return "hf download FacebookAI/roberta-base --local-dir roberta-base"
 
     def get_data(self) -> str:
-        return f"a folder with train and dev of {glue.TASKS[self.task].name}, .tsv or .jsonl"
+        return f"the folder with train and dev of {glue.TASKS[self.task].name}, .tsv or .jsonl"
 
 
 class Split(NamedTuple):
-    """Records as the model takes them."""
+    """Tokens and labels of a set of records."""
 
     tokens: Int[np.ndarray, "records length"]
     labels: np.ndarray
 
 
 class Inputs(NamedTuple):
-    """All that is read before anything is written.
+    """All inputs of a run.
 
     Attributes:
-        shape: of the model.
-        weights: of the model; a new head's are shapes alone.
-        train: to train on.
-        validation: to validate on, by name.
-        summary: of the data, for the log.
+        shape: shape of the model.
+        weights: weights of the model; ShapeDtypeStructs for a new head.
+        train: training records.
+        validation: validation sets by name.
+        summary: description of the data for the log.
     """
 
     shape: roberta.RobertaConfig
@@ -107,7 +112,7 @@ def tokenized(
     examples: Sequence[glue.Example],
     longest: int,
 ) -> Split:
-    """Tokens of the sentences, or pairs of them, as the tokenizer frames them."""
+    """Tokens of sentences or sentence pairs, with the special tokens of the tokenizer."""
     tokenizer.enable_truncation(min(longest, shape.longest))
     texts = [e.texts[0] if len(e.texts) == 1 else e.texts for e in examples]
     rows = [encoded.ids for encoded in tokenizer.encode_batch(texts)]
@@ -121,7 +126,8 @@ def read(config: Config) -> Inputs:
     """Reads and checks the model, its tokenizer and the records.
 
     Raises:
-        ValueError, OSError: something is not there or makes no sense.
+        OSError: a file is missing.
+        ValueError: a file is damaged, or a record is malformed.
     """
     shape, weights = hugging_face.read_roberta(config.model, glue.TASKS[config.task].outputs)
     shape = replace(shape, dtype=jnp.dtype(config.dtype))
@@ -129,7 +135,7 @@ def read(config: Config) -> Inputs:
     found = glue.load(config.task, config.data, skip=config.skip_malformed)
     sets = {"train": found.train, **found.validation}
     for skipped in (s.skipped for s in sets.values() if s.skipped):
-        run_display.say(f"skipped {len(skipped)} records, the first one: {skipped[0]}")
+        run_display.say(f"skipped {len(skipped)} records, first: {skipped[0]}")
     split = {
         name: tokenized(tokenizer, shape, s.records, config.max_length) for name, s in sets.items()
     }
@@ -143,7 +149,7 @@ def read(config: Config) -> Inputs:
 
 
 def losses(logits: Float[Array, "n outputs"], labels: Array) -> Float[Array, " n"]:
-    """Cross-entropy of classes, squared error of a score."""
+    """Cross-entropy for classes, squared error for scores."""
     logits = logits.astype(jnp.float32)
     if logits.shape[1] == 1:
         return jnp.square(logits[:, 0] - labels)
@@ -151,7 +157,7 @@ def losses(logits: Float[Array, "n outputs"], labels: Array) -> Float[Array, " n
 
 
 def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
-    """A run on these inputs."""
+    """The job of one optimizer."""
     functions = training.make_functions(
         config,
         partial(roberta.Roberta, inputs.shape),
@@ -167,7 +173,7 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
         return np.int32(step), train.tokens[rows], train.labels[rows]
 
     def logits(params, tokens: Int[np.ndarray, "n length"]) -> Float[np.ndarray, "n outputs"]:
-        """Of all, in batches of one size: the last one is filled up."""
+        """Logits of all records, in batches of equal size; the last batch is filled up."""
         size, n = config.batch_size, len(tokens)
         filled = np.resize(tokens, (-(-n // size) * size, tokens.shape[1]))
         parts = [predict(params, part) for part in np.split(filled, len(filled) // size)]
@@ -187,9 +193,10 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
         init=functions.init,
         train_step=functions.train_step,
         batch=batch,
-        like=jax.eval_shape(lambda: batch(1)),
+        abstract_batch=jax.eval_shape(lambda: batch(1)),
         validate=validate,
         data=inputs.summary,
+        export=training.plain_params,
         about=lambda header: (
             f"{glue.TASKS[config.task].name} with {len(inputs.train.labels):,} records, "
             f"{config.optimizer} at learning rate {config.lr}, rank {config.rank}"
@@ -198,13 +205,13 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
 
 
 def prepare(config: Config):
-    """Reads everything and makes the folders; returns the config and what trains."""
+    """Reads all inputs and creates the folders; returns the config and the training function."""
     inputs = read(config)
     config = replace(config, steps=training.steps_of(config, len(inputs.train.labels)))
     name = f"{config.task}-{'-'.join(config.optimizers)}"
     config = training_loop.claim(config, name, inputs.summary)
     if lost := pretrained.missing(inputs.weights):
-        run_display.say(f"not in {config.model}, so they begin at random: {', '.join(lost)}")
+        run_display.say(f"randomly initialised, not in {config.model}: {', '.join(lost)}")
 
     def train_one(one: Config, interrupts: training_loop.Interrupts) -> None:
         state = training_loop.train(one, make_job(one, inputs), interrupts)
@@ -216,12 +223,13 @@ def prepare(config: Config):
 
 
 def conclude(config: Config, results: Sequence[run_log.Run]) -> None:
+    """Prints the results."""
     run_display.show_table(results)
-    print(f"log, checkpoint and model are in {config.out}")
+    print(f"output folder: {config.out} ({training_loop.contents(config, 'model')})")
 
 
 def main() -> None:
-    training_loop.run(lambda: prepare(command_line.from_command_line(Config)), conclude)
+    training_loop.run(lambda: prepare(command_line.from_command_line(Config, __doc__)), conclude)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The eight tasks of GLUE (arXiv 1804.07461) that RoBERTa is measured by, and how each is judged.
+"""The eight GLUE tasks (arXiv 1804.07461) of the RoBERTa paper: records and metrics.
 
-A task's records are in a folder, `train` and `dev` (or `validation`), as GLUE's own .tsv or as
-.jsonl with the names that Hugging Face's data set has; MNLI has two sets to validate on.
+The folder of a task has the files `train` and `dev` (or `validation`), as GLUE's own .tsv or as
+.jsonl with the column names of Hugging Face's data set. MNLI has two validation sets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,30 +16,31 @@ from examples.finetuning import records
 
 
 def accuracy(labels: Int[np.ndarray, " n"], guesses: Int[np.ndarray, " n"]) -> float:
+    """Share of correct guesses."""
     return float(np.mean(labels == guesses))
 
 
 def f1(labels: Int[np.ndarray, " n"], guesses: Int[np.ndarray, " n"]) -> float:
-    """Harmonic mean of precision and recall of the label 1; 0 where neither has a 1."""
+    """Harmonic mean of precision and recall of label 1; 0 if neither array contains a 1."""
     both = np.sum((labels == 1) & (guesses == 1))
     either = np.sum(labels == 1) + np.sum(guesses == 1)
     return float(2 * both / either) if either else 0.0
 
 
 def matthews(labels: Int[np.ndarray, " n"], guesses: Int[np.ndarray, " n"]) -> float:
-    """Correlation of two-valued labels and guesses; 0 where one of them is constant."""
+    """Matthews correlation of binary labels and guesses; 0 if one of them is constant."""
     return pearson(labels.astype(np.float64), guesses.astype(np.float64))
 
 
 def pearson(labels: Float[np.ndarray, " n"], guesses: Float[np.ndarray, " n"]) -> float:
-    """Correlation; 0 where labels or guesses are constant."""
+    """Pearson correlation; 0 if labels or guesses are constant."""
     if np.ptp(labels) == 0 or np.ptp(guesses) == 0:
         return 0.0
     return float(scipy.stats.pearsonr(labels, guesses).statistic)
 
 
 def spearman(labels: Float[np.ndarray, " n"], guesses: Float[np.ndarray, " n"]) -> float:
-    """Correlation of ranks; 0 where labels or guesses are constant."""
+    """Spearman (rank) correlation; 0 if labels or guesses are constant."""
     return pearson(scipy.stats.rankdata(labels), scipy.stats.rankdata(guesses))
 
 
@@ -56,13 +57,13 @@ class Task(NamedTuple):
     """One task.
 
     Attributes:
-        name: its folder in GLUE's own archive.
-        texts: columns of the one or two sentences, each by all its names.
-        labels: names of the classes in their order; none: labels are numbers from 0 to 5.
-        metrics: the paper's, the first one is what the task is reported by.
-        column: of the label, by all its names.
-        header: names of the columns of a .tsv file that has none.
-        validation: names of the sets to validate on, by what their metrics are called.
+        name: folder of the task in GLUE's own archive.
+        texts: possible column names of each of the one or two sentences.
+        labels: class names in order; empty for regression with scores from 0 to 5.
+        metrics: the paper's metrics; the first one is the headline.
+        column: possible column names of the label.
+        header: column names of a .tsv file without a header.
+        validation: possible file names of each validation set, by the suffix of its metrics.
     """
 
     name: str
@@ -121,60 +122,60 @@ TASKS = {
 
 
 class Example(NamedTuple):
-    """A record: its sentences, and the number of its class or its score."""
+    """A record: sentences, and class index or score."""
 
     texts: tuple[str, ...]
     label: int | float
 
 
 def cell(row: records.Row, names: Sequence[str]) -> object:
-    """The cell of a row in the column of one of these names."""
+    """The value in the first column of these names that the row has."""
     for name in names:
         if name in row:
             return row[name]
-    raise ValueError(f"no {' or '.join(names)} among {', '.join(row)}")
+    raise ValueError(f"no column {' or '.join(names)} among {', '.join(row)}")
 
 
 def parse(task: Task, row: records.Row) -> Example:
-    """An example from a row of a file.
+    """Converts a row of a file to an example.
 
     Raises:
-        ValueError: a column is not there, a sentence is no text, or the label is out of range.
+        ValueError: a column is missing, a sentence is not a string, or the label is invalid.
     """
     texts = [cell(row, names) for names in task.texts]
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{text!r} is no text")
+            raise ValueError(f"{text!r} is not a string")
     return Example(tuple(map(str, texts)), label(task, cell(row, task.column)))
 
 
-def label(task: Task, said: object) -> int | float:
-    """The number of a class, of its name or of its number as text; or a score.
+def label(task: Task, value: object) -> int | float:
+    """Class index from the name or index of a class; for regression the score.
 
     Raises:
-        ValueError: it is out of range.
+        ValueError: the label is invalid.
     """
     if not task.labels:
         try:
-            score = float(str(said))
+            score = float(str(value))
         except ValueError:
             score = np.nan
         if not 0 <= score <= 5:
-            raise ValueError(f"label {said!r} is no number from 0 to 5")
+            raise ValueError(f"label {value!r} is not a number from 0 to 5")
         return score
     numbers = [str(i) for i in range(len(task.labels))]
     for names in (task.labels, numbers):
-        if str(said) in names:
-            return names.index(str(said))
-    raise ValueError(f"label {said!r} is none of {', '.join((*numbers, *task.labels))}")
+        if str(value) in names:
+            return names.index(str(value))
+    raise ValueError(f"label {value!r} is not one of {', '.join((*numbers, *task.labels))}")
 
 
 class Data(NamedTuple):
-    """A task's records.
+    """Records of a task.
 
     Attributes:
-        train: to train on.
-        validation: the sets to validate on, by their names.
+        train: training records.
+        validation: validation sets by name.
     """
 
     train: records.Records[Example]
@@ -182,11 +183,11 @@ class Data(NamedTuple):
 
 
 def load(task: str, folder: Path, *, skip: bool = False) -> Data:
-    """Reads a task's records.
+    """Reads the records of a task.
 
     Raises:
-        FileNotFoundError: a file is not there; says how to get it.
-        ValueError: a record cannot be read, and is not to be skipped.
+        FileNotFoundError: a file is missing; the message has the command that downloads it.
+        ValueError: a record is malformed and `skip` is false.
     """
     about = TASKS[task]
     files = {None: ("train",), **about.validation}
@@ -195,9 +196,9 @@ def load(task: str, folder: Path, *, skip: bool = False) -> Data:
         file = records.find(folder, *names)
         if file is None:
             raise FileNotFoundError(
-                f"no {names[0]}.tsv or {names[-1]}.jsonl in {folder}; to get {about.name}: python "
-                f"-c \"import datasets as d; [s.to_json(f'{folder}/{{n}}.jsonl') for n, s in "
-                f"d.load_dataset('nyu-mll/glue', '{task}').items()]\""
+                f"no {names[0]}.tsv or {names[-1]}.jsonl in {folder}; to download {about.name}: "
+                f"python -c \"import datasets as d; [s.to_json(f'{folder}/{{n}}.jsonl') for n, s "
+                f"in d.load_dataset('nyu-mll/glue', '{task}').items()]\""
             )
         return records.read(file, lambda row: parse(about, row), columns=about.header, skip=skip)
 
@@ -208,7 +209,7 @@ def load(task: str, folder: Path, *, skip: bool = False) -> Data:
 def measure(
     task: str, labels: np.ndarray, logits: Float[np.ndarray, "n outputs"], of: str = ""
 ) -> dict[str, float]:
-    """The task's metrics of a set; `of` says which, where there are several."""
+    """Metrics of the task on one validation set; `of` is the name of the set, appended to each."""
     about = TASKS[task]
     guesses = logits.argmax(axis=1) if about.labels else logits[:, 0].astype(np.float64)
     suffix = f" {of}" if of else ""

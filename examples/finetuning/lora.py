@@ -7,7 +7,7 @@ from flax import nnx
 
 
 def with_adapters(model: nnx.Module, rank: int, rngs: nnx.Rngs) -> nnx.Module:
-    """The model with a LoRA beside each linear of its layers: x W + (x A) B, B zero at first."""
+    """Adds LoRA to each linear of the layers: x W + (x A) B, with B initially zero."""
     for _, module in list(nnx.iter_modules(model.layers)):
         for name, child in list(vars(module).items()):
             if isinstance(child, nnx.Linear):
@@ -18,7 +18,7 @@ def with_adapters(model: nnx.Module, rank: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def without_adapters(params: Any) -> Any:
-    """Plain weights: each sum of a kernel and its LoRA is one kernel."""
+    """Merges each kernel W with its adapters: W + A B."""
     if not isinstance(params, Mapping):
         return params
     if "base_module" in params:

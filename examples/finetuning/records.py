@@ -1,9 +1,9 @@
-"""Records from files of lines, JSON or cells between tabs, none of them lost in silence.
+"""Reads records from .jsonl and .tsv files.
 
     train = read(find(folder, "train"), parse, skip=False)
 
-A line that cannot be read ends everything with its file and number, or with `skip` is left out and
-counted. Lines end at a line feed only: sentences may have every other separator of Unicode in them.
+A malformed line raises an error with its file and line number; with `skip` it is skipped and
+reported. Only a line feed ends a line: sentences may contain other Unicode separators.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ Row = dict[str, Any]
 
 
 class Records(NamedTuple, Generic[Record]):
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
-        records: that could be read.
-        skipped: what was wrong with the others, one message each.
+        records: the valid records.
+        skipped: one error message per skipped record.
         sha256: digest of the file.
     """
 
@@ -32,20 +32,21 @@ class Records(NamedTuple, Generic[Record]):
 
 
 def find(folder: Path, *names: str) -> Path | None:
-    """The file of one of these names in the folder, as .jsonl or .tsv; None where there is none."""
+    """The first existing file name.jsonl or name.tsv in the folder; None if there is none."""
     files = [folder / f"{name}.{kind}" for name in names for kind in ("jsonl", "tsv")]
     return next((file for file in files if file.is_file()), None)
 
 
 def from_json(line: str) -> Row:
+    """Parses a line of a .jsonl file."""
     row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("not a JSON object")
     return row
 
 
 def from_tabs(line: str, columns: Sequence[str]) -> Row:
-    """A line's cells by the names of their columns; quotes mean nothing in it."""
+    """Parses a line of a .tsv file; quotes are ordinary characters."""
     cells = line.split("\t")
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} cells for {len(columns)} columns")
@@ -62,13 +63,13 @@ def read(
     """Reads a .jsonl or .tsv file.
 
     Args:
-        file: with one record a line.
-        parse: makes a record of a row; a KeyError or ValueError of it is about that line.
-        columns: names of the columns of a .tsv file without a header.
-        skip: leave out lines that cannot be read, instead of raising.
+        file: one record per line.
+        parse: row -> record; raises KeyError or ValueError for a malformed row.
+        columns: column names of a .tsv file without a header.
+        skip: skip malformed lines instead of raising.
 
     Raises:
-        ValueError: a line cannot be read, or no line can.
+        ValueError: a line is malformed, or no line is valid.
     """
     content = file.read_bytes()
     lines = list(enumerate(content.removesuffix(b"\n").split(b"\n"), start=1))
@@ -81,12 +82,10 @@ def read(
             row = from_json(text) if file.suffix == ".jsonl" else from_tabs(text, columns)
             records.append(parse(row))
         except (KeyError, ValueError) as error:
-            said = f"no {error}" if isinstance(error, KeyError) else str(error)
-            skipped.append(f"{file}, line {number}: {said}")
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            skipped.append(f"{file}, line {number}: {reason}")
             if not skip:
-                raise ValueError(f"{skipped[0]} (--skip-malformed leaves such out)") from error
+                raise ValueError(f"{skipped[0]} (--skip-malformed skips such records)") from error
     if not records:
-        raise ValueError(
-            f"{skipped[0]}; no other line is better" if skipped else f"{file} is empty"
-        )
+        raise ValueError(f"{skipped[0]}; no line is valid" if skipped else f"{file} is empty")
     return Records(records, skipped, hashlib.sha256(content).hexdigest())

@@ -4,43 +4,44 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import optax
+import tyro
 
 import natgalore_jax as natgalore
 from examples.common import command_line
-from examples.common.command_line import flag
+from examples.common.command_line import flag, unset
 
 
 @dataclass(frozen=True)
 class Config(command_line.Run):
-    """Fine-tune a model."""
+    """Settings of all fine-tuning runs."""
 
     CHANGEABLE: ClassVar = (*command_line.Run.CHANGEABLE, "model", "data")
     PATHS: ClassVar = ("model", "data")
     COUNTS: ClassVar = (*command_line.Run.COUNTS, "epochs", "steps", "max_length")
 
-    model: Path | None = None
-    """Folder with config.json, model.safetensors and tokenizer.json."""
-    data: Path | None = None
-    """Folder with the records."""
+    model: Annotated[Path | None, unset("FOLDER")] = None
+    """Folder with config.json, model.safetensors and tokenizer.json. Required."""
+    data: Annotated[Path | None, unset("FOLDER")] = None
+    """Folder with the records. Required."""
     skip_malformed: bool = False
-    """Leave out records that cannot be read, instead of refusing them."""
-    rank: int | None = 4
-    """Rank of the projected gradients, and of LoRA."""
+    """Skip malformed records instead of stopping with an error."""
+    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 4
+    """Rank of the projection, and of LoRA."""
     scale: float = 4.0
-    """Of the projected weights' updates."""
+    """Factor on the updates of projected weights."""
     fisher: Literal["core", "window", "none"] = "core"
-    """Natural GaLore's Fisher: core, or window as in the paper."""
+    """Fisher stage of natural_galore; window is the paper's form."""
     epochs: int = 30
-    """Times that each record is seen."""
-    steps: int | None = None
-    """Training steps, in place of --epochs."""
+    """Passes over the training records."""
+    steps: Annotated[int | None, unset("INT")] = None
+    """Number of training steps. Default: --epochs passes over the records."""
     max_length: int = 512
-    """Tokens of a record at most; what is longer is cut off."""
+    """Maximum tokens per record; longer records are truncated."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and matmuls; the weights are float32."""
+    """Dtype of activations and matmuls; weights are float32."""
 
     def check(self) -> None:
         super().check()
@@ -48,14 +49,14 @@ class Config(command_line.Run):
             raise ValueError(f"--scale must be above 0 and finite, got {self.scale}")
         for name in ("model", "data"):
             path = getattr(self, name)
-            if path is None and not self.resume:  # which knows it
-                raise ValueError(f"{flag(name)} is needed: {getattr(self, f'get_{name}')()}")
+            if path is None and not self.resume:
+                raise ValueError(f"{flag(name)} is required: {getattr(self, f'get_{name}')()}")
 
     def make_optimizer(self) -> optax.GradientTransformation:
         return self.OPTIMIZERS[self.optimizer].make(self.schedule(), self)
 
     def schedule(self) -> optax.Schedule:
-        """Up within 6 % of the steps, as for RoBERTa, and down to zero, both in a line."""
+        """Linear warm-up over 6 % of the steps (as in RoBERTa), then linear decay to zero."""
         steps = self.steps or 100
         warmup = max(1, steps * 6 // 100)
         up = optax.linear_schedule(0.0, self.lr, warmup)
@@ -65,13 +66,14 @@ class Config(command_line.Run):
 
 
 class Recipe(NamedTuple):
-    """An optimizer as a function of its schedule and the config, and its usual learning rate."""
+    """An optimizer as a function of schedule and config, and its default learning rate."""
 
     learning_rate: float
     make: Callable[[optax.Schedule, Any], optax.GradientTransformation]
 
 
 def low_rank(schedule: optax.Schedule, config: Config, **settings: Any):
+    """natural_galore without a residual."""
     return natgalore.natural_galore(
         schedule,
         rank=config.rank,
@@ -85,6 +87,7 @@ def low_rank(schedule: optax.Schedule, config: Config, **settings: Any):
 
 
 def natural(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
+    """natural_galore with the Fisher stage of the config."""
     fisher = None if config.fisher == "none" else config.fisher
     return low_rank(schedule, config, fisher=fisher)
 
@@ -94,7 +97,7 @@ def adamw(schedule: optax.Schedule, config: Config) -> optax.GradientTransformat
 
 
 def optimizers(**learning_rates: float) -> dict[str, Recipe]:
-    """The four, at these learning rates."""
+    """The four optimizers with default learning rates by name."""
     makers = {
         "natural_galore": natural,
         "galore": partial(low_rank, fisher=None),

@@ -1,16 +1,16 @@
-"""Small models and records made of the standard library's text, for every example to be tried on.
+"""Make small models and records from the standard library's text, to try every example offline.
 
-    python examples/finetuning/tiny_assets.py --out runs/tiny      a few seconds, and no network
+    python examples/finetuning/tiny_assets.py --out runs/tiny      a few seconds, no network
     python examples/finetuning/finetune_glue.py --task cola --model runs/tiny/roberta \\
         --data runs/tiny/glue/CoLA --lr 1e-3 --scale 1 --epochs 10
     python examples/pretraining/pretrain.py --dataset c4 --data runs/tiny/c4 \\
         --tokenizer runs/tiny/c4
 
-It leaves a byte-level BPE tokenizer trained on docstrings, a RoBERTa and a Llama of two layers with
-random weights as Hugging Face stores them, a few hundred records for each task in the format that
-it is published in, and the docstrings as shards of C4. Labels follow from one word of the last
-sentence, which can be learned; a model that does not learn it is at the share of the most frequent
-label.
+The output folder (about 4 MB) has a two-layer RoBERTa and a two-layer Llama with random weights in
+Hugging Face's format, with a byte-level BPE tokenizer trained on docstrings; 640 training and 100
+validation records per GLUE task, in the format in which the task is published; plans in TinyAgent's
+format; and the docstrings as shards of C4. A label depends on one word of the last sentence, so it
+can be learned.
 """
 
 import ast
@@ -25,15 +25,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from examples.common import data, hugging_face, llama, roberta
+from examples.common import command_line, data, hugging_face, llama, roberta, training_loop
 from examples.finetuning import glue
 
 
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # at their places in RoBERTa's vocabulary
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in the order of RoBERTa's vocabulary
 RECORDS = {"train": 640, "dev": 100}
 
 
@@ -47,7 +46,7 @@ def docstrings(files: Iterable[Path]) -> Iterator[str]:
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Sentences of 5 to 16 plain words, each of them once."""
+    """Distinct sentences of 5 to 16 plain words."""
     seen = set()
     for text in texts:
         for sentence in re.split(r"(?<=\.)\s+|\n\s*\n", text):
@@ -59,7 +58,7 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int = 1000) -> Tokenizer:
-    """A byte-level BPE that frames one sentence or two as RoBERTa's does."""
+    """A byte-level BPE tokenizer with RoBERTa's special tokens around sentences and pairs."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +76,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int = 1000) -> Tokenizer:
 
 
 def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2, seed: int = 0) -> None:
-    """A few layers with random weights and no classifier, as RoBERTa-base is published."""
+    """Writes a small RoBERTa with random weights and no classifier, like RoBERTa-base."""
     config = roberta.RobertaConfig(
         hidden=64,
         intermediate=128,
@@ -97,7 +96,7 @@ def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2, seed: int 
 
 
 def save_llama(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> None:
-    """Two layers with random weights, four heads on two of keys and values."""
+    """Writes a two-layer Llama with random weights, four query and two key-value heads."""
     config = llama.LlamaConfig(
         64, 128, heads=4, layers=2, vocabulary=tokenizer.get_vocab_size(), kv_heads=2
     )
@@ -115,7 +114,7 @@ def has_to(sentence: str) -> bool:
 
 
 def answer(task: glue.Task, sentence: str) -> int | float:
-    """The label that is to be learned: which of two words the last sentence has."""
+    """The label of a record: which of two words its last sentence contains."""
     if not task.labels:
         return 2.0 * has_the(sentence) + 2.5 * has_to(sentence)
     if len(task.labels) == 3:
@@ -123,7 +122,7 @@ def answer(task: glue.Task, sentence: str) -> int | float:
     return int(has_the(sentence))
 
 
-# How each task's own .tsv has a record: header, and cells of (number, sentences, label).
+# Format of each task's own .tsv: its header, and the cells from (number, sentences, label).
 LAYOUTS: dict[str, tuple[str, Callable[[int, Sequence[str], Any], Sequence[Any]]]] = {
     "cola": ("", lambda i, s, label: ("stdlib", label, "", *s)),
     "sst2": ("sentence\tlabel", lambda i, s, label: (*s, label)),
@@ -146,11 +145,11 @@ LAYOUTS: dict[str, tuple[str, Callable[[int, Sequence[str], Any], Sequence[Any]]
     "qnli": ("index\tquestion\tsentence\tlabel", lambda i, s, label: (i, *s, label)),
     "rte": ("index\tsentence1\tsentence2\tlabel", lambda i, s, label: (i, *s, label)),
 }
-NAMED = ("mnli", "qnli", "rte")  # tasks whose .tsv has labels by name
+NAMED = ("mnli", "qnli", "rte")  # tasks whose .tsv has class names as labels
 
 
 def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
-    """Records of one task to train and to validate on; no sentence is last in both."""
+    """Writes training and validation records of a task; their last sentences are disjoint."""
     task, (header, cells) = glue.TASKS[name], LAYOUTS[name]
     folder.mkdir(parents=True, exist_ok=True)
     number = itertools.count()
@@ -162,13 +161,13 @@ def save_task(folder: Path, name: str, pool: Sequence[str]) -> None:
                 last = pool[i % len(pool)]
                 texts = [pool[(7 * i + 3) % len(pool)], last][-len(task.texts) :]
                 label = answer(task, last)
-                said = task.labels[int(label)] if name in NAMED else label
-                lines.append("\t".join(map(str, cells(i, texts, said))))
+                value = task.labels[int(label)] if name in NAMED else label
+                lines.append("\t".join(map(str, cells(i, texts, value))))
             (folder / f"{file}.tsv").write_text("\n".join(lines) + "\n")
 
 
 def save_c4(folder: Path, tokenizer: Tokenizer, texts: Sequence[str], held_out: int = 10) -> None:
-    """Texts as shards of C4, with a tokenizer; one of `held_out` texts is for validation."""
+    """Writes texts as shards of C4, with a tokenizer; every `held_out`-th is for validation."""
     folder.mkdir(parents=True, exist_ok=True)
     rest = [text for i, text in enumerate(texts) if i % held_out]
     splits = {"train": [rest[::2], rest[1::2]], "validation": [texts[::held_out]]}
@@ -184,7 +183,7 @@ PLACES = ("parser", "socket", "thread", "buffer", "module", "header", "stream", 
 
 
 def save_plans(folder: Path) -> None:
-    """Plans in TinyAgent's format: every pair of a name and a subject, in one of two wordings."""
+    """Writes plans in TinyAgent's format: two wordings for each pair of a name and a subject."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = np.random.default_rng(0).permutation(list(itertools.product(PLACES, PLACES)))
     found: dict[str, dict[str, Any]] = {"training": {}, "testing": {}}
@@ -209,15 +208,15 @@ def save_plans(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """Make small models and records of the standard library's text."""
+    """Settings of this script."""
 
     out: Path = Path("runs/tiny")
-    """Folder to make them in."""
+    """Output folder; existing files are overwritten."""
 
 
 def make(out: Path) -> None:
-    """Makes all of them in the folder."""
-    files = data.standard_library()[::4]  # enough, and quick
+    """Writes all models and records to the folder."""
+    files = data.standard_library()[::4]  # a quarter suffices
     texts = list(docstrings(files))
     pool = list(sentences(texts))
     order = np.random.default_rng(0).permutation(len(pool))
@@ -232,9 +231,10 @@ def make(out: Path) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(Config)
-    make(config.out)
-    print(f"models and records are in {config.out}")
+    with training_loop.one_line_errors():
+        config = command_line.parse(Config, description=__doc__)
+        make(config.out)
+    print(f"output folder: {config.out}")
 
 
 if __name__ == "__main__":

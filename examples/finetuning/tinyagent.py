@@ -1,12 +1,13 @@
-"""Plans of function calls: how TinyAgent writes, stores and judges them (arXiv 2409.00608).
+"""TinyAgent's plans of function calls (arXiv 2409.00608): parser, comparison, records.
 
     1. get_email_address("Sid")
     2. compose_new_email(["$1"], "Lunch", "At noon?", [])
     3. join()<END_OF_PLAN>
 
-A call may use what an earlier one gave, $1 here: calls are the nodes of a graph without cycles and
-such uses its edges. Two plans are equal if their graphs are, whatever the order and the numbers of
-the calls. TinyAgent's own measure compares names and edges; ours can compare the arguments too.
+A call may use the result of an earlier call, here $1. The calls are the nodes and the uses are the
+edges of an acyclic graph. Two plans are equal if their graphs are isomorphic, whatever the order
+and the numbers of the calls. TinyAgent's own metric compares names and edges; `same_graph` can also
+compare the arguments.
 """
 
 import ast
@@ -25,7 +26,7 @@ REFERENCE = re.compile(r"\$\{?(\d+)\}?")
 
 
 class Call(NamedTuple):
-    """One call: its number in the plan, the function, and the arguments, strings as written."""
+    """One call: its number in the plan, the name of the function, and its arguments."""
 
     number: int
     name: str
@@ -33,7 +34,7 @@ class Call(NamedTuple):
 
 
 def arguments(text: str) -> Any:
-    """A list of Python literals, or the text itself where it is none."""
+    """The arguments as a list of Python literals; the text itself if it cannot be parsed."""
     try:
         return ast.literal_eval(f"[{text}]")
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -41,32 +42,32 @@ def arguments(text: str) -> Any:
 
 
 def references(call: Call) -> set[int]:
-    """Numbers of the calls that it uses."""
+    """Numbers of the calls whose results the call uses."""
     return {int(number) for number in REFERENCE.findall(repr(call.arguments))}
 
 
 def parse(text: str) -> list[Call]:
-    """The calls of a plan, up to its `join()`, which uses them all and is left out.
+    """The calls of a plan, up to and without its final `join()`.
 
     Raises:
-        ValueError: a line is no call, or uses one that does not come before it.
+        ValueError: a line is not a call, uses the result of a later call, or `join()` is missing.
     """
     calls: list[Call] = []
     for line in filter(str.strip, text.splitlines()):
         match = CALL.match(line)
         if match is None:
-            raise ValueError(f"{line!r} is no call")
+            raise ValueError(f"{line!r} is not a call")
         call = Call(int(match[1]), match[2], arguments(match[3]))
         if call.name == "join":
             return calls
         if missing := references(call) - {before.number for before in calls}:
-            raise ValueError(f"{line!r} uses ${min(missing)}, which is not before it")
+            raise ValueError(f"{line!r} uses ${min(missing)}, which is not an earlier call")
         calls.append(call)
-    raise ValueError("it does not end with join()")
+    raise ValueError("the plan does not end with join()")
 
 
 def renamed(value: Any, numbers: dict[int, int]) -> Any:
-    """Arguments with the numbers of calls replaced, however deep they are."""
+    """Arguments with the numbers of calls replaced, at any depth."""
     if isinstance(value, str):
         return REFERENCE.sub(lambda m: f"${numbers[int(m[1])]}", value)
     if isinstance(value, (list, tuple)):
@@ -77,10 +78,10 @@ def renamed(value: Any, numbers: dict[int, int]) -> Any:
 
 
 def same_graph(plan: Sequence[Call], other: Sequence[Call], *, with_arguments: bool) -> bool:
-    """Whether one plan's graph is the other's.
+    """Whether the graphs of two plans are isomorphic.
 
-    Each call of the plan is matched, in its order, to one of the other that has its name and, with
-    the numbers of the calls matched before, its arguments; a choice that fails later is taken back.
+    Backtracking search: each call of the plan, in order, is matched to an unmatched call of the
+    other plan with the same name and, under the numbering so far, the same edges or arguments.
     """
     identity = {call.number: call.number for call in other}
 
@@ -103,7 +104,7 @@ def same_graph(plan: Sequence[Call], other: Sequence[Call], *, with_arguments: b
 
 
 def judge(written: str, wanted: str) -> dict[str, float]:
-    """Success of what a model wrote: the whole graph, and without its arguments (TinyAgent's)."""
+    """Success of a generated plan, with and without arguments (TinyAgent's metric): 0 or 1."""
     expected = parse(wanted)
     try:
         calls = parse(written)
@@ -116,7 +117,7 @@ def judge(written: str, wanted: str) -> dict[str, float]:
 
 
 class Example(NamedTuple):
-    """What a model is told, as (role, content), and the plan that it is to write."""
+    """The prompt as (role, content) messages, and the plan to be generated."""
 
     messages: tuple[tuple[str, str], ...]
     plan: str
@@ -126,37 +127,37 @@ def example(record: Any) -> Example:
     """The example in one of TinyAgent's records.
 
     Raises:
-        ValueError: there is none in it.
+        ValueError: the record has no plan.
     """
     try:
         output = next(part for part in record["output"] if part["type"] == "plan")
         messages = tuple((str(m["role"]), str(m["content"])) for m in output["raw_input"])
         plan = str(output["raw_output"])
     except (KeyError, TypeError, StopIteration) as error:
-        raise ValueError(f"no plan in it ({type(error).__name__} {error})") from error
+        raise ValueError(f"no plan in the record ({type(error).__name__} {error})") from error
     parse(plan)
     return Example(messages, plan)
 
 
 def read(file: Path, *, skip: bool = False) -> Records[Example]:
-    """Reads TinyAgent's file: one JSON object of records by their keys.
+    """Reads a file of TinyAgent: a JSON object of records by key.
 
     Raises:
-        FileNotFoundError: it is not there; says how to get it.
-        ValueError: it is no such file, or a record has no plan and is not to be skipped.
+        FileNotFoundError: the file is missing; the message has the command that downloads it.
+        ValueError: the file is malformed, or a record has no plan and `skip` is false.
     """
     if not file.is_file():
         raise FileNotFoundError(
-            f"no {file.name} in {file.parent}; to get it: hf download --repo-type dataset "
+            f"no {file.name} in {file.parent}; to download it: hf download --repo-type dataset "
             f"squeeze-ai-lab/TinyAgent-dataset --local-dir {file.parent}"
         )
     content = file.read_bytes()
     try:
         found = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{file} is cut short or no JSON: {error}") from error
+        raise ValueError(f"{file} is truncated or not JSON: {error}") from error
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"{file} holds no records by their keys")
+        raise ValueError(f"{file} is not a JSON object of records by key")
     examples, skipped = [], []
     for key, record in found.items():
         try:
@@ -164,7 +165,7 @@ def read(file: Path, *, skip: bool = False) -> Records[Example]:
         except ValueError as error:
             skipped.append(f"{file}, record {key}: {error}")
             if not skip:
-                raise ValueError(f"{skipped[0]} (--skip-malformed leaves such out)") from error
+                raise ValueError(f"{skipped[0]} (--skip-malformed skips such records)") from error
     if not examples:
-        raise ValueError(f"{file} has no record: {skipped[0]}")
+        raise ValueError(f"{file} has no valid record: {skipped[0]}")
     return Records(examples, skipped, hashlib.sha256(content).hexdigest())

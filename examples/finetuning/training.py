@@ -1,12 +1,12 @@
-"""Fine-tuning, whatever the model and the task: which weights learn, by which optimizer, how fast.
+"""Training step and batches of fine-tuning, for any model and task.
 
-    natural_galore, galore   all weights; the optimizer of the layers' matrices lives in a subspace
-    adamw                    all weights
-    lora                     a low-rank sum beside each of these matrices (arXiv 2106.09685), and
-                             the model's head; the other weights are as they were
+    natural_galore, galore   trains all weights; layer matrices have their optimizer in a subspace
+    adamw                    trains all weights
+    lora                     trains low-rank adapters of the layer matrices (arXiv 2106.09685) and
+                             the head
 
-All are compared at one rank. A model's `trained` weights are what the optimizer sees; `frozen` ones
-are carried along, so that a checkpoint holds the whole model.
+The optimizer sees the `trained` weights only. The `frozen` weights are part of the state, so a
+checkpoint contains the complete model.
 """
 
 from collections.abc import Callable
@@ -25,18 +25,19 @@ from examples.finetuning import lora, settings
 
 
 def joined(*parts: pretrained.Params) -> pretrained.Params:
-    """Nested dicts that share no leaf, as one."""
+    """Merges nested dicts with disjoint leaves."""
     flat = [traverse_util.flatten_dict(part) for part in parts]
     return traverse_util.unflatten_dict({k: v for part in flat for k, v in part.items()})
 
 
 class Functions(NamedTuple):
-    """What a run computes.
+    """Functions of a run.
 
     Attributes:
-        init: key -> TrainState, whose params are {"trained", "frozen"}.
-        train_step: (TrainState, batch) -> TrainState and loss; a batch begins with its step.
-        model: params -> the model, to be called within a jitted function.
+        init: key -> TrainState with params {"trained": ..., "frozen": ...}.
+        train_step: (TrainState, batch) -> (TrainState, loss); the first entry of a batch is its
+            step.
+        model: params -> model, for use inside a jitted function.
     """
 
     init: Callable[..., TrainState]
@@ -54,11 +55,11 @@ def make_functions(
     """The functions of a run.
 
     Args:
-        config: of the run.
-        make_model: from scratch.
-        weights: to begin with; those that are shapes alone begin at random.
+        config: settings of the run.
+        make_model: rngs -> randomly initialised model.
+        weights: initial weights; ShapeDtypeStructs are initialised randomly.
         loss_fn: (model, *batch without its step, rngs) -> mean loss.
-        head: the module that LoRA trains whole.
+        head: name of the module that LoRA trains without adapters.
     """
     tx = config.make_optimizer()
     use_lora = config.optimizer == "lora"
@@ -106,7 +107,7 @@ def make_functions(
 def completed(
     weights: pretrained.Params, make_model: Callable[[nnx.Rngs], nnx.Module], key: Array
 ) -> tuple[pretrained.Params, pretrained.Params]:
-    """The weights that are known, and for those that are shapes alone such as a new model has."""
+    """The given weights, and random ones for leaves that are ShapeDtypeStructs."""
     flat = traverse_util.flatten_dict(weights)
     lost = {path for path, leaf in flat.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
 
@@ -122,14 +123,14 @@ def completed(
 
 
 def plain_params(params: dict[str, Any]) -> pretrained.Params:
-    """Of a TrainState's params: all weights, adapters summed up, as the model had them."""
+    """All weights of a TrainState's params, with adapters merged."""
     return lora.without_adapters(joined(params["trained"], params["frozen"]))
 
 
 def epoch_rows(records: int, batch_size: int, seed: int, step: int) -> Int[np.ndarray, " batch"]:
-    """Which records are in the batch of a step, counted from 1: each once in an epoch, at most.
+    """Indices of the records in the batch of a step, counted from 1.
 
-    What is left over of an epoch when no whole batch is, is left out; it is another rest each time.
+    Each epoch is a permutation of the records; its incomplete last batch is dropped.
     """
     epoch, place = divmod(step - 1, records // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(records)
@@ -137,10 +138,10 @@ def epoch_rows(records: int, batch_size: int, seed: int, step: int) -> Int[np.nd
 
 
 def steps_of(config: settings.Config, records: int) -> int:
-    """Steps in all.
+    """Total number of steps.
 
     Raises:
-        ValueError: there is no whole batch.
+        ValueError: there are fewer records than a batch has.
     """
     if records < config.batch_size:
         raise ValueError(f"{records} records are fewer than --batch-size {config.batch_size}")
@@ -148,7 +149,7 @@ def steps_of(config: settings.Config, records: int) -> int:
 
 
 def padded(rows: list[list[int]], padding: int, length: int) -> Int[np.ndarray, "records length"]:
-    """Rows of tokens as one array."""
+    """Rows of tokens as one array, padded to `length`."""
     tokens = np.full((len(rows), length), padding, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row

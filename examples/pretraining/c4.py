@@ -1,15 +1,15 @@
-"""C4, the paper's text, as tokens of T5: from shards in a folder, or streamed from the Hub.
+"""C4, the paper's data set, in tokens of T5: read from local shards or streamed from the Hub.
 
     hf download google-t5/t5-base tokenizer.json --local-dir t5-base
     hf download --repo-type dataset allenai/c4 --include 'en/c4-train.0000*' \\
         'en/c4-validation.*' --local-dir c4
     python examples/pretraining/pretrain.py --dataset c4 --preset 60m --data c4 --tokenizer t5-base
 
-Without `--data` texts come from the Hub through the package `datasets` as they are needed. Either
-way they keep their order, which is random as published; each gets an end token, and all are packed
-(`packing.py`). A step reads what follows, so a checkpoint holds the place: of a shard, its number
-and the line; of the Hub, what `datasets` calls the state. Every process reads all of it, and keeps
-its rows.
+Without `--data` the package `datasets` streams the texts from the Hub. Texts keep their published
+order, which is random. Each text ends with an end token, and all texts are packed (`packing.py`).
+Batches are sequential, so a checkpoint contains the position: the number of the shard and the line,
+or the state of the stream of `datasets`. With several processes, each reads all texts and keeps its
+rows.
 """
 
 import gzip
@@ -35,32 +35,32 @@ GET_SHARDS = (
     "hf download --repo-type dataset allenai/c4 "
     "--include 'en/c4-train.0000*' 'en/c4-validation.*' --local-dir c4"
 )
-BEGINNING = 4096  # bytes of a shard that its digest is made of: reading all takes hours
+BEGINNING = 4096  # bytes of a shard in the digest: reading whole shards takes hours
 
 
 class Shards(NamedTuple):
-    """Files of texts, one JSON object a line, compressed."""
+    """Gzipped files of texts, one JSON object per line."""
 
     files: tuple[Path, ...]
 
     def read(self, place: Sequence[int] | None) -> Iterator[tuple[str, tuple[int, int]]]:
-        """The texts from a place on, each with the place after it: number of file, and of line.
+        """Yields the texts after a place, each with the place after it (file index, line number).
 
         Raises:
-            OSError: a file is not there, damaged, or has a record without a text.
+            OSError: a file is missing or damaged, or a record has no text.
         """
-        first, seen = place or (0, 0)
+        first, done = place or (0, 0)
         for i, file in enumerate(self.files[first:], first):
             try:
                 with gzip.open(file) as lines:
                     for number, line in enumerate(lines, 1):
-                        if i > first or number > seen:
+                        if i > first or number > done:
                             yield text_of(line, f"{file}, line {number}"), (i, number)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise OSError(f"{file} is cut short or damaged: download it again") from error
+                raise OSError(f"{file} is truncated or damaged: download it again") from error
 
     def about(self) -> dict[str, Any]:
-        """What tells them from others: their names, and how each begins."""
+        """Number of shards, and a digest of their names and beginnings."""
         digest = hashlib.sha256()
         for file in self.files:
             with file.open("rb") as opened:
@@ -69,13 +69,13 @@ class Shards(NamedTuple):
 
 
 def text_of(line: bytes, where: str) -> str:
-    """The text of a record."""
+    """The text of a record; raises an OSError if there is none."""
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise OSError(f'{where}: no record with a "text"')
+        raise OSError(f'{where}: not a record with a "text"')
     return text
 
 
@@ -85,18 +85,18 @@ class Hub(NamedTuple):
     split: str
 
     def read(self, place: dict[str, Any] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The texts from a place on, each with the place after it.
+        """Yields the texts after a place, each with the place after it.
 
         Raises:
-            ValueError: the package is not there.
-            OSError: they cannot be streamed.
+            ValueError: the package `datasets` is not installed.
+            OSError: streaming failed.
         """
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ValueError(
-                "to stream C4: pip install 'natgalore_jax[c4]' (the package datasets); "
-                f"for --data: {GET_SHARDS}"
+                "streaming C4 needs the package datasets: pip install 'natgalore_jax[c4]'; "
+                f"to download shards for --data: {GET_SHARDS}"
             ) from error
         try:
             stream = load_dataset("allenai/c4", "en", split=self.split, streaming=True)
@@ -104,72 +104,83 @@ class Hub(NamedTuple):
                 stream.load_state_dict(place)
             for row in stream:
                 yield row["text"], stream.state_dict()
-        except Exception as error:  # of many types, by what failed in between
-            raise OSError(f"C4 cannot be streamed ({error}); for --data: {GET_SHARDS}") from error
+        except Exception as error:  # the type varies
+            raise OSError(
+                f"C4 cannot be streamed ({error}); to download shards for --data: {GET_SHARDS}"
+            ) from error
 
     def about(self) -> dict[str, Any]:
+        """Name and configuration of the data set."""
         return {"hub": "allenai/c4", "config": "en"}
 
 
 def find(folder: Path | None, split: str) -> Shards | Hub:
-    """Where the texts of a split are: in the folder or its folder `en`; without one, at the Hub.
+    """The texts of a split: shards in the folder or its subfolder `en`; the Hub if folder is None.
 
     Raises:
-        FileNotFoundError: the folder has none.
+        FileNotFoundError: the folder has no shards.
     """
     if folder is None:
         return Hub(split)
     pattern = f"c4-{split}.*.json.gz"
     files = sorted(folder.glob(pattern)) or sorted(folder.glob(f"en/{pattern}"))
     if not files:
-        raise FileNotFoundError(f"no {pattern} in {folder}: {GET_SHARDS}")
+        raise FileNotFoundError(f"no {pattern} in {folder}; to download it: {GET_SHARDS}")
     return Shards(tuple(files))
 
 
 def tokenizer_file(path: Path | None) -> Path:
-    """The file at a path, which may be its folder.
+    """The tokenizer file at a path, or in the folder at the path.
 
     Raises:
-        ValueError, FileNotFoundError: there is none.
+        ValueError: path is None.
+        FileNotFoundError: there is no tokenizer.
     """
     if path is None:
-        raise ValueError(f"--tokenizer is needed: {GET_TOKENIZER}")
+        raise ValueError(f"--tokenizer is required; to download it: {GET_TOKENIZER}")
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"no tokenizer at {file}: {GET_TOKENIZER}")
+        raise FileNotFoundError(f"no tokenizer at {file}; to download it: {GET_TOKENIZER}")
     return file
 
 
 def digest_of(tokenizer: Path | None) -> str:
+    """SHA-256 of the tokenizer file."""
     return hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
 
 
 def read_tokenizer(path: Path | None, sha256: str | None = None) -> Tokenizer:
-    """The tokenizer in a file or a folder.
+    """Reads the tokenizer in a file or a folder.
+
+    Args:
+        path: the file or folder.
+        sha256: expected digest of the file.
 
     Raises:
-        ValueError, FileNotFoundError: it is not there, damaged, or has another digest than is
-            wanted, or no token for the end of a text.
+        FileNotFoundError: there is no tokenizer.
+        ValueError: the file is damaged, has another digest, or has no end token.
     """
     file = tokenizer_file(path)
     if sha256 not in (None, digest_of(file)):
-        raise ValueError(f"{file} is not the tokenizer that the run was given")
+        raise ValueError(f"{file} differs from the tokenizer of the run")
     tokenizer = hugging_face.open_tokenizer(file)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if tokenizer.token_to_id(END) is None:
-        raise ValueError(f"{file} has no token {END} for the end of a text: {GET_TOKENIZER}")
+        raise ValueError(f"{file} has no end token {END}; to download T5's: {GET_TOKENIZER}")
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, with its end."""
+    """Tokens of each text, with an end token."""
     end = tokenizer.token_to_id(END)
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [[*one.ids, end] for one in encoded]
 
 
 def coding(tokenizer: Tokenizer) -> data.Coding:
+    """The tokenizer as a `data.Coding`."""
+
     def tokens(text: str) -> list[int]:
         text = text.encode(errors="surrogateescape").decode(errors="replace")
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -184,16 +195,18 @@ def coding(tokenizer: Tokenizer) -> data.Coding:
 def load(
     folder: Path | None, tokenizer: Path | None, batch_size: int, length: int, validation: int
 ) -> data.Source:
-    """Reads the tokenizer and the windows to validate on, and one batch to see that there is one.
+    """Reads the tokenizer, the validation batches, and one training batch as a check.
 
     Args:
-        folder: with the shards, or None for the Hub.
-        tokenizer: its file or folder.
-        batch_size, length: of a batch.
-        validation: how many batches to validate on, at most.
+        folder: folder of the shards, or None for the Hub.
+        tokenizer: file or folder of the tokenizer.
+        batch_size: sequences per batch.
+        length: tokens per sequence.
+        validation: maximum number of validation batches.
 
     Raises:
-        ValueError, OSError: something is not there, damaged, or too short.
+        OSError: a file is missing or damaged, or streaming failed.
+        ValueError: the tokenizer is invalid, or a split has less than one batch.
     """
     known = read_tokenizer(tokenizer)
     digest: dict[str, Any] = {"tokenizer": digest_of(tokenizer)}
@@ -210,8 +223,8 @@ def load(
         batches = list(itertools.islice(one, count))
         if not batches:
             raise ValueError(
-                f"C4's {split} split has {len(one.tokens):,} tokens here, but a batch has "
-                f"{batch_size * length:,}: give more shards, or a smaller batch or sequence"
+                f"C4's {split} split has {len(one.tokens):,} tokens, but a batch has "
+                f"{batch_size * length:,}: use more shards, or a smaller --batch-size or --seq-len"
             )
         return batches
 

@@ -1,14 +1,13 @@
-"""Let a Llama write on, from what these examples or Hugging Face saved.
+"""Generate text with a Llama: from a run of these examples or from a Hugging Face checkpoint.
 
-    python examples/pretraining/generate.py runs/tiny-natural_galore --prompt "def "  of pretrain.py
+    python examples/pretraining/generate.py runs/tiny-natural_galore --prompt "def "
     python examples/pretraining/generate.py TinyLlama-1.1B --prompt "Once upon" --temperature 0
-    python examples/pretraining/generate.py --help
 
-A folder of pretrain.py or sharded.py is read by its log and checkpoint, and writes bytes, or after
-C4 by the tokenizer that the run was given; one with config.json, model.safetensors and
-tokenizer.json, as Hugging Face has them and fine-tuning leaves them in `model`, writes by its own.
-Each token is computed alone, from the keys and values of those before it (`kv_cache.py`), and given
-all of them: prompt and answer fill no window that slides.
+The folder is the output of pretrain.py, sharded.py or seven_billion.py (read from its log and
+checkpoint; tokens are bytes, or for C4 those of the run's tokenizer), or the output of
+finetune_function_calling.py, or a checkpoint in Hugging Face's format (config.json,
+model.safetensors, tokenizer.json). Each token costs one forward pass of one token, with a key-value
+cache (kv_cache.py). The context is never truncated.
 """
 
 import itertools
@@ -41,23 +40,23 @@ from examples.pretraining import c4, pretrain, settings, seven_billion, sharded
 
 @dataclass(frozen=True)
 class Config:
-    """Let a Llama write on."""
+    """Settings of this script."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """A run of pretrain.py, or a checkpoint of Hugging Face's."""
+    """Output folder of a run, or a folder with a Hugging Face checkpoint."""
     prompt: str = "def "
-    """What it goes on from."""
+    """Text to continue."""
     tokens: int = 200
-    """Tokens to write at most."""
+    """Maximum number of generated tokens."""
     temperature: float = 0.8
-    """How freely it draws; 0 for the likeliest token each time."""
+    """Sampling temperature; 0: always the most likely token."""
     seed: int = 0
-    """Seed of what is drawn."""
+    """Seed of the sampling."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of activations and matmuls."""
 
     def check(self) -> None:
-        """Raises a ValueError that names the first argument that makes no sense."""
+        """Raises a ValueError that names the first invalid argument."""
         if not self.prompt:
             raise ValueError("--prompt must not be empty")
         if not 1 <= self.tokens < 2**20:
@@ -69,14 +68,14 @@ class Config:
 
 
 class Writer(NamedTuple):
-    """A model and how its tokens are text.
+    """A model with its tokenizer.
 
     Attributes:
         config: shape of the model.
-        params: its weights.
+        params: weights of the model.
         encode: text -> tokens.
-        decode: tokens -> text, with nothing in it that steers a terminal.
-        end: the token after which nothing is to come, or None.
+        decode: tokens -> text, with control characters escaped.
+        end: end token, or None.
     """
 
     config: llama.LlamaConfig
@@ -86,37 +85,39 @@ class Writer(NamedTuple):
     end: int | None = None
 
 
-def of_a_run(folder: Path) -> Writer:
-    """The model of a run of pretrain.py, sharded.py or seven_billion.py.
+def read_run(folder: Path) -> Writer:
+    """Reads the model of a run of pretrain.py, sharded.py or seven_billion.py.
 
     Raises:
-        ValueError, OSError: it holds no checkpoint, or a damaged one, or its tokenizer is gone.
+        OSError: the tokenizer of the run is missing.
+        ValueError: the folder has no checkpoint, or a damaged one.
     """
     header = run_log.read_header(folder / "log.jsonl")
-    own = {"mesh": sharded.Config, "limit": seven_billion.Config}  # settings that others lack
-    began_with = header.get("config", {})
-    kind = next((k for name, k in own.items() if name in began_with), settings.Config)
+    kinds = {"mesh": sharded.Config, "limit": seven_billion.Config}  # by a setting of their own
+    recorded = header.get("config", {})
+    kind = next((k for name, k in kinds.items() if name in recorded), settings.Config)
     config = command_line.begun_with(folder, kind)
     if config.compare:
-        raise ValueError(f"{folder} is a comparison: name one of {config.compare} in it")
+        raise ValueError(f"{folder} is a comparison: choose one of its folders {config.compare}")
     if not checkpoint.holds_checkpoint(folder):
-        raise ValueError(f"{folder} holds no checkpoint")
+        raise ValueError(f"{folder} has no checkpoint")
     coding, end = data.BYTES, None
     if config.dataset == "c4":
         tokenizer = c4.read_tokenizer(config.tokenizer, header["data"]["tokenizer"])
         coding, end = c4.coding(tokenizer), tokenizer.token_to_id(c4.END)
-    like = jax.eval_shape(pretrain.make_functions(config).init, jax.random.key(0))
+    target = jax.eval_shape(pretrain.make_functions(config).init, jax.random.key(0))
     with checkpoint.Checkpoints(config, header["data"]["sha256"]) as checkpoints:
-        state, _ = checkpoints.restore(like)
+        state, _ = checkpoints.restore(target)
     decode = lambda tokens: sample.printable(coding.decode(tokens))
     return Writer(config.model, state.params, coding.encode, decode, end)
 
 
-def with_tokenizer(folder: Path) -> Writer:
-    """The model in a folder as Hugging Face has them.
+def read_hugging_face(folder: Path) -> Writer:
+    """Reads a Llama and its tokenizer in Hugging Face's format.
 
     Raises:
-        ValueError, OSError: a file is not there, not whole, or of another model.
+        OSError: a file is missing.
+        ValueError: a file is damaged or of another model.
     """
     config, params = hugging_face.read_llama(folder)
     tokenizer = hugging_face.read_tokenizer(folder, config.vocabulary)
@@ -131,40 +132,41 @@ def with_tokenizer(folder: Path) -> Writer:
 
 
 def read(folder: Path) -> Writer:
-    """The model in a folder, whichever kind of folder it is.
+    """Reads the model in a folder of any supported kind.
 
     Raises:
-        ValueError, OSError: there is none, or it cannot be read.
+        OSError: there is no model, or a file is missing.
+        ValueError: a file is damaged.
     """
     if (folder / "config.json").is_file():
-        return with_tokenizer(folder)
+        return read_hugging_face(folder)
     if (folder / "model").is_dir():
-        return with_tokenizer(folder / "model")
+        return read_hugging_face(folder / "model")
     if (folder / "log.jsonl").is_file():
-        return of_a_run(folder)
-    raise FileNotFoundError(f"{folder} holds neither a run nor a checkpoint (config.json)")
+        return read_run(folder)
+    raise FileNotFoundError(f"{folder} has neither a run (log.jsonl) nor a model (config.json)")
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="past")
+@partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def extend(
     config: llama.LlamaConfig,
     params: Any,
     tokens: Int[Array, "1 new"],
-    past: kv_cache.Past,
+    cache: kv_cache.KVCache,
     start: Int[Array, ""],
-) -> tuple[Float[Array, "1 new vocabulary"], kv_cache.Past]:
-    return kv_cache.extend(nnx.merge(llama.structure(config), params), tokens, past, start)
+) -> tuple[Float[Array, "1 new vocabulary"], kv_cache.KVCache]:
+    return kv_cache.extend(nnx.merge(llama.structure(config), params), tokens, cache, start)
 
 
 @jax.jit
 def draw(
     logits: Float[Array, " vocabulary"], temperature: Float[Array, ""], key: Key[Array, ""]
 ) -> Int[Array, ""]:
-    """A token from softmax(logits / temperature), the likeliest one at 0."""
-    cold = temperature == 0
+    """Draws a token from softmax(logits / temperature); at 0 takes the most likely one."""
+    greedy = temperature == 0
     logits = logits.astype(jnp.float32)
-    drawn = jax.random.categorical(key, logits / jnp.where(cold, 1.0, temperature))
-    return jnp.where(cold, logits.argmax(), drawn)
+    drawn = jax.random.categorical(key, logits / jnp.where(greedy, 1.0, temperature))
+    return jnp.where(greedy, logits.argmax(), drawn)
 
 
 def generate(
@@ -179,14 +181,15 @@ def generate(
 ) -> Iterator[int]:
     """Yields up to `count` tokens after the prompt, each as soon as it is drawn.
 
-    The room for keys and values is a power of two, so that prompts of different lengths compile
-    once; the prompt is filled up to one as well, and what stands behind it is overwritten unseen.
+    The lengths of the cache and of the padded prompt are powers of two, so that prompts of
+    different lengths share one compilation. The cache entries of the padding are masked until they
+    are overwritten.
     """
     ceiling = lambda n: 1 << (n - 1).bit_length()
     filled = np.zeros((1, ceiling(len(prompt))), np.int32)
     filled[0, : len(prompt)] = prompt
-    past = kv_cache.empty(config, 1, ceiling(max(filled.shape[1], len(prompt) + count)))
-    logits, past = extend(config, params, filled, past, np.int32(0))
+    cache = kv_cache.empty(config, 1, ceiling(max(filled.shape[1], len(prompt) + count)))
+    logits, cache = extend(config, params, filled, cache, np.int32(0))
     logits = logits[0, len(prompt) - 1]
     for i, key in enumerate(jax.random.split(jax.random.key(seed), count)):
         token = draw(logits, np.float32(temperature), key)
@@ -195,18 +198,18 @@ def generate(
         yield int(token)
         if i + 1 < count:
             start = np.int32(len(prompt) + i)
-            logits, past = extend(config, params, token[None, None], past, start)
+            logits, cache = extend(config, params, token[None, None], cache, start)
             logits = logits[0, 0]
 
 
 def main() -> None:
     with training_loop.one_line_errors():
-        config = command_line.parse(Config)
+        config = command_line.parse(Config, description=__doc__)
         config.check()
         writer = read(config.folder)
         prompt = writer.encode(config.prompt)
         if not prompt:
-            raise ValueError("--prompt has no token")
+            raise ValueError("--prompt has no tokens")
     shape = replace(writer.config, dtype=jnp.dtype(config.dtype))
     drawn = generate(
         shape,
@@ -217,20 +220,20 @@ def main() -> None:
         seed=config.seed,
         end=writer.end,
     )
-    for text in as_it_grows(writer, prompt, drawn):
+    for text in stream_text(writer, prompt, drawn):
         print(text, end="", flush=True)
     print()
 
 
-def as_it_grows(writer: Writer, prompt: list[int], drawn: Iterator[int]) -> Iterator[str]:
-    """Yields the text piece by piece: what the next tokens, within a letter, cannot change."""
+def stream_text(writer: Writer, prompt: list[int], drawn: Iterator[int]) -> Iterator[str]:
+    """Yields the text piece by piece; bytes of an incomplete character wait for the next tokens."""
     tokens, shown = list(prompt), 0
     for token in drawn:
         tokens.append(token)
         pairs = zip(writer.decode(tokens[:-3]), writer.decode(tokens), strict=False)
-        sure = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        yield sure[shown:]
-        shown = max(shown, len(sure))
+        fixed = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        yield fixed[shown:]
+        shown = max(shown, len(fixed))
     yield writer.decode(tokens)[shown:]
 
 

@@ -1,12 +1,12 @@
-"""How a Llama lies on a mesh of data x fsdp x tensor: batch, weights and activations.
+"""Sharding of a Llama on a mesh of data x fsdp x tensor: batch, weights and activations.
 
-    data     copies of the model, each on its own part of the batch
-    fsdp     the same, but each keeps a part of every weight only and gathers a layer's in turn
-    tensor   each computes a part of every layer: some heads, some of the width inside the MLP
+    data     replicas of the model, each with its own rows of the batch
+    fsdp     rows of the batch too; weights are sharded and gathered layer by layer
+    tensor   each device computes some attention heads and a slice of the MLP's inner width
 
-A matrix is sharded over fsdp on the side of the residual stream and over tensor on the other, so
-that a layer needs two sums over tensor (Megatron, arXiv:1909.08053). The axes of the mesh are Auto:
-the model is written as for one device, and the compiler places what it computes.
+A matrix is sharded over fsdp on the axis of the residual stream and over tensor on the other axis,
+so a layer needs two reductions over tensor (Megatron, arXiv 1909.08053). The mesh axes are Auto:
+the model is written for one device, and the compiler partitions the computation.
 """
 
 import math
@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
-RULES = {  # the last axes of a weight, by its name
+RULES = {  # mesh axes of a weight's last axes, by its name
     r"embed/embedding": ("fsdp", "tensor"),
     r"(query|key|value|gate|up)/kernel": ("fsdp", "tensor"),
     r"(out|down)/kernel": ("tensor", "fsdp"),
@@ -30,10 +30,10 @@ RULES = {  # the last axes of a weight, by its name
 
 
 def make_mesh(shape: Sequence[int]) -> Mesh:
-    """All devices as a mesh of this shape, in which one -1 stands for what is left.
+    """A mesh of all devices; one size may be -1 and is computed from the others.
 
     Raises:
-        ValueError: the shape does not fit the devices.
+        ValueError: the shape does not match the number of devices.
     """
     devices, known = jax.device_count(), math.prod(n for n in shape if n != -1)
     sizes = tuple(devices // known if n == -1 else n for n in shape)
@@ -43,18 +43,18 @@ def make_mesh(shape: Sequence[int]) -> Mesh:
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """The sharding of each weight, by its name; an axis that does not divide it leaves it whole."""
+    """The sharding of each weight by its name; an axis that is not divisible is replicated."""
 
-    def lies(path, weight):
+    def sharding(path, weight):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         (last,) = [axes for rule, axes in RULES.items() if re.search(f"{rule}$", name)]
         axes = (*[None] * (weight.ndim - len(last)), *last)
-        fits = [
+        divisible = [
             axis if axis and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, weight.shape, strict=True)
         ]
-        while fits and fits[-1] is None:  # JAX's own spelling, which compiles once
-            fits.pop()
-        return NamedSharding(mesh, P(*fits))
+        while divisible and divisible[-1] is None:  # JAX's own form: avoids a second compilation
+            divisible.pop()
+        return NamedSharding(mesh, P(*divisible))
 
-    return jax.tree_util.tree_map_with_path(lies, params)
+    return jax.tree_util.tree_map_with_path(sharding, params)

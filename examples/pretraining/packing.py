@@ -1,12 +1,12 @@
-"""Texts as batches of windows, in their order, from a place in them that can be come back to.
+"""Sequence packing: texts become batches of windows, in order, from a restorable position.
 
     packed = Packed(read, encode, batch_size, length)
-    tokens = packed.next()               the windows that follow, or None where no whole batch does
-    packed.seek(packed.position())       to where it was: JSON, to be kept in a checkpoint
+    tokens = packed.next()               the next batch; None if the rest is shorter than a batch
+    packed.seek(packed.position())       positions are JSON, for the checkpoint
 
-The tokens of all texts, each with its end, are one line that is cut every `length` tokens: no
-window is padded, and none is shared by two batches. A position does not hold tokens but where to
-read them again, so it stays small, and is the same whoever reads.
+The tokens of all texts, each with an end token, are concatenated and cut every `length` tokens. No
+window is padded. A position contains no tokens, only the place in the texts where they are read
+again, so it is small and independent of the process.
 """
 
 import itertools
@@ -17,21 +17,21 @@ import numpy as np
 from jaxtyping import Int
 
 
-CHUNK = 256  # texts that are encoded together, in parallel
+CHUNK = 256  # texts per call of the tokenizer, which encodes them in parallel
 
 
 class Packed:
-    """Batches, and the place in the texts.
+    """Batches of packed texts.
 
     Args:
-        read: position -> texts, each with the position after it; None is that of the first.
-        encode: texts -> the tokens of each, with its end.
-        batch_size: windows in a batch.
-        length: tokens in a window.
+        read: place -> (text, place after the text) pairs; place None is the first text.
+        encode: texts -> tokens of each text, with its end token.
+        batch_size: windows per batch.
+        length: tokens per window.
 
     Attributes:
-        tokens: read, and not in a batch yet.
-        epoch: how often the texts have been read from first to last.
+        tokens: tokens read but not yet in a batch.
+        epoch: number of completed passes over the texts.
     """
 
     def __init__(
@@ -47,14 +47,15 @@ class Packed:
         self.start_at(epoch=0, place=None)
 
     def start_at(self, epoch: int, place: Any) -> None:
+        """Starts reading at a place."""
         self.epoch = epoch
-        self.chunk = self.after = place  # before and after the texts of the newest chunk
-        self.size = 0  # tokens of that chunk
+        self.chunk = self.after = place  # places before and after the newest chunk of texts
+        self.size = 0  # tokens of the newest chunk
         self.texts = self.read(place)
         self.tokens = np.zeros(0, np.int32)
 
     def extend(self) -> bool:
-        """Reads a chunk; False where there is none."""
+        """Reads and encodes the next chunk; returns False at the end of the texts."""
         chunk = list(itertools.islice(self.texts, CHUNK))
         if not chunk:
             return False
@@ -65,7 +66,7 @@ class Packed:
         return True
 
     def take(self, count: int) -> Int[np.ndarray, " count"] | None:
-        """The next tokens, or None, and no change, where there are not so many."""
+        """The next `count` tokens; None, without consuming any, if fewer remain."""
         while len(self.tokens) < count:
             if not self.extend():
                 return None
@@ -73,39 +74,39 @@ class Packed:
         return taken
 
     def next(self) -> Int[np.ndarray, "batch length"] | None:
-        """The next batch, or None where what is left of the texts is less."""
+        """The next batch; None if fewer tokens remain."""
         batch_size, length = self.shape
         tokens = self.take(batch_size * length)
         return None if tokens is None else tokens.reshape(self.shape)
 
     def __iter__(self) -> Iterator[Int[np.ndarray, "batch length"]]:
-        """The batches that are left, once."""
+        """The remaining batches of this pass."""
         while (tokens := self.next()) is not None:
             yield tokens
 
     def batch(self, step: int) -> Int[np.ndarray, "batch length"]:
-        """The next batch, whatever the step: after the last one of the texts, the first again.
+        """The next batch; after the last one, a new pass begins. `step` is not used.
 
         Raises:
-            ValueError: the texts are less than a batch.
+            ValueError: the texts have fewer tokens than a batch.
         """
         tokens = self.next()
         if tokens is None:
             self.start_at(self.epoch + 1, None)
             tokens = self.next()
         if tokens is None:
-            raise ValueError(f"{len(self.tokens)} tokens are less than a batch")
+            raise ValueError(f"{len(self.tokens)} tokens are fewer than a batch has")
         return tokens
 
     def position(self) -> dict[str, Any]:
-        """Where the next batch begins; the tokens that are left are all of the newest chunk."""
+        """Position of the next batch; all remaining tokens belong to the newest chunk."""
         return {"epoch": self.epoch, "texts": self.chunk, "used": self.size - len(self.tokens)}
 
     def seek(self, position: dict[str, Any]) -> None:
-        """Goes to where the next batch began.
+        """Moves to a position.
 
         Raises:
-            ValueError: the texts end before.
+            ValueError: the texts end before the position.
         """
         self.start_at(position["epoch"], position["texts"])
         if self.take(position["used"]) is None:

@@ -1,17 +1,18 @@
-"""The paper's hyper-parameters of pre-training, by the size of the model (arXiv 2410.16029).
+"""The paper's pre-training hyper-parameters by model size (arXiv 2410.16029, --preset).
 
-They are GaLore's (arXiv 2403.03507, `scripts/benchmark_c4`), which the paper took over: batches of
-512 x 256 tokens, a rate of 0.01 for projected and other weights alike, a tenth of the steps to warm
-up, a cosine down to a tenth. GaLore's script for 1b says rank 1024, its table and the paper 512.
+The paper uses GaLore's settings (arXiv 2403.03507, `scripts/benchmark_c4`): batches of 512 x 256
+tokens, learning rate 0.01 for all weights, warm-up over a tenth of the steps, cosine decay to a
+tenth of the rate. For 1b, GaLore's script has rank 1024; its table and the paper have 512.
 
-Not theirs: how often to validate and save; layers are scanned, to compile sooner; a batch is summed
-from micro-batches that are meant for one device of 80 GB. Weights stay float32.
+Our additions: intervals of validation and checkpoints; scanned layers, to compile faster;
+micro-batches sized for one device with 80 GB. Weights are float32.
 """
 
 from typing import Any
 
 
 def numbers(size: str, rank: int, steps: int, micro_batches: int) -> dict[str, Any]:
+    """Settings of one size."""
     return {
         "size": size,
         "rank": rank,
@@ -35,7 +36,7 @@ PRESETS = {
     "1b": numbers("1b", rank=512, steps=100_000, micro_batches=32),
 }
 
-# Of the optimizers that have published ones: the others keep their defaults.
+# Settings of the optimizers in the paper; other optimizers keep their defaults.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "natural_galore": {
         "lr": 0.01,

@@ -1,17 +1,17 @@
-"""Pre-train a Llama on text with Natural GaLore in place of AdamW, byte by byte or on C4.
+"""Pre-train a Llama with Natural GaLore or another optimizer, on bytes of text or on C4.
 
-    python examples/pretraining/pretrain.py                           about five minutes on a laptop
-    python examples/pretraining/pretrain.py --optimizer adamw        the same with another optimizer
-    python examples/pretraining/pretrain.py --compare galore,adamw  several in turn, one picture
-    python examples/pretraining/pretrain.py --out runs/mine --resume    go on where it was stopped
+    python examples/pretraining/pretrain.py                         about five minutes on a laptop
+    python examples/pretraining/pretrain.py --optimizer adamw       with another optimizer
+    python examples/pretraining/pretrain.py --compare galore,adamw  two runs in one figure
+    python examples/pretraining/pretrain.py --out runs/mine --resume    continue a stopped run
     python examples/pretraining/pretrain.py --dataset c4 --preset 60m --tokenizer t5-base
-                                                               the paper's run (paper_presets.py)
-    python examples/pretraining/pretrain.py --help                      everything else
+                                                                    a run of the paper
 
-It leaves a log (`log.jsonl`), a checkpoint, a figure (`loss.png`) and a sample of what the model
-writes (`sample.txt`) in a folder of `runs/`. Bad input ends it with one line and exit status 2,
-before anything is written. Ctrl-C ends it with status 130 after the step in progress and a
-checkpoint, from which it goes on as if nothing had been; a second Ctrl-C ends it at once.
+The default text is the source code of Python's standard library, one token per byte. The output
+folder, by default a new one in runs/, has the log (log.jsonl), a checkpoint, a figure of the losses
+(loss.png) and generated text (sample.txt). Invalid input ends the run with one line and exit status
+2, before any output is written. Ctrl-C ends the run after the current step, with a checkpoint and
+status 130; --resume continues to the same bits. A second Ctrl-C stops at once.
 """
 
 import math
@@ -38,14 +38,14 @@ SAMPLE_TOKENS = 300
 
 
 class Functions(NamedTuple):
-    """What a run computes, and where.
+    """Functions of a run.
 
     Attributes:
-        init: key -> TrainState; compiled, as the others are.
-        train_step: (TrainState, tokens) -> TrainState and loss.
-        validation_loss: (params, tokens) -> loss.
-        place: puts a batch of tokens on the devices.
-        about: in words, after what is said of the run at its start.
+        init: key -> TrainState; jitted.
+        train_step: (TrainState, tokens) -> (TrainState, loss); jitted.
+        validation_loss: (params, tokens) -> loss; jitted.
+        place: transfers a batch of tokens to the devices.
+        about: text appended to the description of the run.
     """
 
     init: Callable[..., Any]
@@ -58,7 +58,7 @@ class Functions(NamedTuple):
 def make_functions(
     config: settings.Config, activations: jax.sharding.NamedSharding | None = None
 ) -> Functions:
-    """The three compiled functions of a run: init, train_step and validation_loss."""
+    """The functions of a run on one device, or with `activations` sharded."""
     shape = replace(config.model, activations=activations)
     structure = llama.structure(shape)
     tx = config.make_optimizer()
@@ -74,12 +74,12 @@ def make_functions(
         return TrainState(params, tx.init(params))
 
     if config.low_rank_gradients and config.optimizer in settings.PROJECTING:
-        of_cores = natgalore.value_and_grad(loss_fn, tx, on_fallback="error", micro_batches=k)
-        gradients = lambda params, opt_state, tokens: of_cores(params, opt_state, split(tokens, k))
+        low_rank = natgalore.value_and_grad(loss_fn, tx, on_fallback="error", micro_batches=k)
+        gradients = lambda params, opt_state, tokens: low_rank(params, opt_state, split(tokens, k))
     else:
-        whole = jax.value_and_grad(loss_fn)
+        full = jax.value_and_grad(loss_fn)
         gradients = lambda params, opt_state, tokens: (
-            mean(lambda part: whole(params, part), tokens, k),
+            mean(lambda part: full(params, part), tokens, k),
             opt_state,
         )
 
@@ -97,15 +97,15 @@ def make_functions(
 
 
 def split(tokens: Int[Array, "batch length"], k: int) -> Int[Array, "..."]:
-    """The batch as k micro-batches on a leading axis, or as it is if k is 1.
+    """Splits the batch into k micro-batches on a leading axis; k = 1 returns the batch itself.
 
-    Every k-th row is in the same one: each device keeps its rows, as it has of a sharded batch.
+    A micro-batch has every k-th row, so that no row of a sharded batch changes its device.
     """
     return tokens if k == 1 else tokens.reshape(-1, k, tokens.shape[1]).swapaxes(0, 1)
 
 
 def mean(f: Callable[[Array], Any], tokens: Int[Array, "batch length"], k: int) -> Any:
-    """The mean of f, a tree of arrays, over k micro-batches: one at a time is in memory."""
+    """Mean of f, a tree of arrays, over k micro-batches, computed one after the other."""
     if k == 1:
         return f(tokens)
     parts = split(tokens, k)
@@ -115,10 +115,11 @@ def mean(f: Callable[[Array], Any], tokens: Int[Array, "batch length"], k: int) 
 
 
 def open_source(config: settings.Config) -> data.Source:
-    """What the config reads, after checking it.
+    """Opens and checks the data of the config.
 
     Raises:
-        ValueError, OSError: it is not there, damaged, or too short.
+        OSError: a file is missing or damaged.
+        ValueError: the data are too short, or the vocabulary or the prompt is invalid.
     """
     length = config.seq_len + 1  # each token but the first is predicted
     shape = (config.batch_size, length, VALIDATION_BATCHES)
@@ -128,17 +129,17 @@ def open_source(config: settings.Config) -> data.Source:
         source = data.source(config.text, *shape, seed=config.seed)
     size = source.coding.size
     if config.vocabulary is not None and config.vocabulary < size:
-        raise ValueError(f"--vocabulary must be at least {size:,}, the tokens that there are")
+        raise ValueError(f"--vocabulary must be at least {size:,}, the size of the tokenizer")
     (prompt,) = {run.prompt for run in config.runs()}
     if not source.coding.encode(prompt):
-        raise ValueError("--prompt has no token")
+        raise ValueError("--prompt has no tokens")
     return source
 
 
 def make_job(
     config: settings.Config, source: data.Source, functions: Functions
 ) -> training_loop.Job:
-    """A run of these functions on what the source has."""
+    """The job of one optimizer."""
     batches = source.training()
 
     def validate(params) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def make_job(
         init=functions.init,
         train_step=functions.train_step,
         batch=lambda step: functions.place(batches.batch(step)),
-        like=jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.int32),
+        abstract_batch=jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), np.int32),
         validate=validate,
         data=source.summary,
         about=lambda header: (
@@ -169,7 +170,7 @@ def make_job(
 
 
 def write_sample(config: settings.Config, coding: data.Coding, params: Any) -> None:
-    """Shows what the model writes after the prompt, and keeps it in `sample.txt`."""
+    """Generates text after the prompt, prints it and writes it to sample.txt."""
     prompt = coding.encode(config.prompt)
     written = sample.generate(
         config.model, params, prompt, count=SAMPLE_TOKENS, length=config.seq_len, seed=config.seed
@@ -177,20 +178,20 @@ def write_sample(config: settings.Config, coding: data.Coding, params: Any) -> N
     text = sample.printable(coding.decode([*prompt, *written]))
     if jax.process_index() == 0:
         (config.out / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\nwhat it writes after {config.prompt!r}:\n\n{text}\n")
+    print(f"\ngenerated text after the prompt {config.prompt!r}:\n\n{text}\n")
 
 
 def run(
     from_command_line: Callable[[], settings.Config],
     make_functions: Callable[[settings.Config], Functions],
 ) -> None:
-    """The whole program, with the settings and functions of this example or of another."""
+    """The main program of this example and of sharded.py and seven_billion.py."""
 
     def prepare():
         config = from_command_line()
         source = open_source(config)
-        room = config.vocabulary or -(-source.coding.size // 128) * 128
-        config = replace(config, vocabulary=room)
+        vocabulary = config.vocabulary or -(-source.coding.size // 128) * 128
+        config = replace(config, vocabulary=vocabulary)
         name = f"{config.size}-{'-'.join(config.optimizers)}"
         config = training_loop.claim(config, name, source.summary)
 
@@ -203,13 +204,14 @@ def run(
     def conclude(config: settings.Config, results: Sequence[run_log.Run]) -> None:
         run_display.plot(results).savefig(config.out / "loss.png", dpi=150)
         run_display.show_table(results)
-        print(f"log, checkpoint, figure and sample are in {config.out}")
+        files = training_loop.contents(config, "figure", "sample")
+        print(f"output folder: {config.out} ({files})")
 
     training_loop.run(prepare, conclude)
 
 
 def main() -> None:
-    run(lambda: command_line.from_command_line(settings.Config), make_functions)
+    run(lambda: command_line.from_command_line(settings.Config, __doc__), make_functions)
 
 
 if __name__ == "__main__":

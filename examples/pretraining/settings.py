@@ -1,4 +1,4 @@
-"""The settings of a run: what the command line can say, and what becomes of it."""
+"""Settings of a pre-training run and the optimizers it can use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ import optax
 
 import natgalore_jax as natgalore
 from examples.common import command_line, data, llama
-from examples.common.command_line import flag, one_of
+from examples.common.command_line import flag, one_of, unset
 from examples.pretraining import paper_presets
 
 
 class Recipe(NamedTuple):
-    """An optimizer as a function of its schedule and the config, and its usual learning rate."""
+    """An optimizer as a function of schedule and config, and its default learning rate."""
 
     learning_rate: float
     make: Callable[[optax.Schedule, "Config"], optax.GradientTransformation]
@@ -26,12 +26,12 @@ FISHERS = {"none": None, "core": "core", "window": "window"}
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Those that are not None: where they are, an optimizer's own default counts."""
+    """The settings that are not None; for the others the optimizer's own default applies."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def low_rank(recipe: Callable[..., optax.GradientTransformation]):
-    """One of natgalore's recipes, with the settings of the config."""
+    """An optimizer of natgalore with the settings of the config."""
 
     def make(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
         options = given(scale=config.scale, b2=config.b2)
@@ -39,7 +39,7 @@ def low_rank(recipe: Callable[..., optax.GradientTransformation]):
             options |= {"fisher": FISHERS[config.fisher]}
         if config.residual is not None:
             options |= {"residual": RESIDUALS[config.residual]}
-        if config.low_rank_gradients:  # no whole gradient; a refresh of one costs as much as of all
+        if config.low_rank_gradients:  # no full gradient; one refresh costs as much as all
             options |= {"residual": None, "stagger": False}
         return recipe(
             schedule,
@@ -54,11 +54,12 @@ def low_rank(recipe: Callable[..., optax.GradientTransformation]):
 
 
 def adamw(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
+    """Optax's AdamW."""
     return optax.adamw(schedule, weight_decay=config.weight_decay, **given(b2=config.b2))
 
 
 def contrib_galore(schedule: optax.Schedule, config: "Config") -> optax.GradientTransformation:
-    """Optax's own GaLore, on the matrices that natgalore projects: those of the layers."""
+    """Optax's own GaLore, on the same matrices that natgalore projects."""
     return optax.contrib.galore(
         schedule,
         rank=config.rank,
@@ -76,8 +77,8 @@ OPTIMIZERS = {
 }
 
 
-PROJECTING = ("natural_galore", "galore")  # natgalore's
-FOR = {  # settings that not every optimizer has
+PROJECTING = ("natural_galore", "galore")  # natgalore's optimizers
+FOR = {  # optimizers that have a setting
     "residual": PROJECTING,
     "low_rank_gradients": PROJECTING,
     "scale": PROJECTING,
@@ -90,7 +91,7 @@ PROMPTS = {"text": "def ", "c4": "The weather today"}
 
 @dataclass(frozen=True)
 class Config(command_line.Run):
-    """Pre-train a Llama on text: on bytes, or on C4 by the tokens of T5."""
+    """Settings of a pre-training run."""
 
     PATHS: ClassVar = ("text", "data", "tokenizer")
     CHANGEABLE: ClassVar = (*command_line.Run.CHANGEABLE, *PATHS, "prompt", "micro_batches")
@@ -103,63 +104,67 @@ class Config(command_line.Run):
         "vocabulary",
     )
 
-    preset: Annotated[str | None, one_of(paper_presets.PRESETS)] = None
-    """The paper's numbers for this size, in place of the defaults: every flag but --dataset, --data
-    and --tokenizer; what is given beside it counts. Natural GaLore is in the paper's form then."""
+    preset: Annotated[str | None, unset(paper_presets.PRESETS)] = None
+    """Settings of the paper for this model size (paper_presets.py), including the paper's form of
+    natural_galore. Flags given beside it take precedence."""
     dataset: Literal["text", "c4"] = "text"
-    """What to train on: the bytes of --text, or C4, in order, each text ended and all packed."""
-    data: Path | None = None
-    """For c4: a folder with its shards, c4-train.*.json.gz and c4-validation.*.json.gz. Default:
-    streamed from the Hub."""
-    tokenizer: Path | None = None
-    """For c4: T5's tokenizer.json, or its folder."""
-    vocabulary: int | None = None
-    """Tokens that the model has room for. Default: those that there are, in multiples of 128."""
+    """Training data: the bytes of --text, or C4."""
+    data: Annotated[Path | None, unset("FOLDER")] = None
+    """For c4: folder with c4-train.*.json.gz and c4-validation.*.json.gz. Default: stream C4 from
+    the Hub."""
+    tokenizer: Annotated[Path | None, unset("PATH")] = None
+    """For c4: T5's tokenizer.json, or its folder. Required."""
+    vocabulary: Annotated[int | None, unset("INT")] = None
+    """Vocabulary size of the model. Default: that of the tokenizer (256 for bytes), rounded up to a
+    multiple of 128."""
 
-    optimizer: Annotated[str | None, one_of(OPTIMIZERS)] = None
-    """Which optimizer; contrib_galore is Optax's own GaLore. Default: natural_galore."""
-    lr: float | None = None
-    """Peak learning rate, after a linear warm-up and before a cosine decay to a tenth of it.
-    Default: one that suits the optimizer."""
-    rank: int | None = None
-    """Rank of the projected gradients. Default: a quarter of the model's width."""
+    optimizer: Annotated[str | None, unset(OPTIMIZERS)] = None
+    """Optimizer; contrib_galore is Optax's own GaLore. Default: natural_galore."""
+    lr: Annotated[float | None, unset("FLOAT")] = None
+    """Peak learning rate, after linear warm-up (a tenth of the steps), before cosine decay to a
+    tenth. Default: 0.005 for natural_galore and contrib_galore, 0.0025 for galore, 0.002 for
+    adamw."""
+    rank: Annotated[int | None, unset("INT")] = None
+    """Rank of the projection. Default: a quarter of the model's width."""
     seed: int = 0
-    """Seed of the initial weights, of the batches, of the first projections and of the sample."""
-    out: Path | None = None
-    """Folder for log, checkpoint, figure and sample. Default: a new folder in runs/."""
+    """Seed of initial weights, batches, initial bases and generated text."""
+    out: Annotated[Path | None, unset("FOLDER")] = None
+    """Output folder for log, checkpoint, figure and sample. Default: a new folder in runs/."""
     size: Annotated[str, one_of(llama.CONFIGS)] = "tiny"
-    """Size of the model."""
-    scale: float | None = None
-    """Of the projected weights' updates. Default: 1."""
-    fisher: Annotated[str | None, one_of(FISHERS)] = None
-    """Natural GaLore's Fisher in the subspace: window is the paper's form, and costs more state
-    than AdamW. Default: none."""
-    b2: float | None = None
+    """Model size: number of parameters (tiny: 0.9 million)."""
+    scale: Annotated[float | None, unset("FLOAT")] = None
+    """Factor on the updates of projected weights. Default: 1."""
+    fisher: Annotated[str | None, unset(FISHERS)] = None
+    """Fisher stage of natural_galore; window is the paper's form and needs more state than AdamW.
+    Default: none."""
+    b2: Annotated[float | None, unset("FLOAT")] = None
     """Adam's decay of second moments. Default: 0.95 for natural_galore, 0.999 for the others."""
-    residual: Annotated[str | None, one_of(RESIDUALS)] = None
-    """What becomes of what the projections leave out. Default: whitened for natural_galore, none
-    for galore, and none with --low-rank-gradients."""
+    residual: Annotated[str | None, unset(RESIDUALS)] = None
+    """Treatment of the gradient outside the subspace. Default: whitened for natural_galore, none
+    for galore, none with --low-rank-gradients."""
     low_rank_gradients: bool = False
-    """Take the gradients of projected weights as cores, never whole; refresh all at once."""
+    """Compute gradients of projected weights as cores, without forming full gradients; all bases
+    are then refreshed at the same step."""
     steps: int = 700
     """Number of training steps."""
     micro_batches: int = 1
-    """Parts of a batch that are computed one after the other, to save memory."""
+    """Micro-batches per batch, computed one after the other to save memory."""
     seq_len: int = 128
-    """Tokens in a sequence."""
-    text: Path | None = None
-    """A text file or a folder of them. Default: the sources of the Python standard library."""
+    """Tokens per sequence."""
+    text: Annotated[Path | None, unset("PATH")] = None
+    """A text file, or a folder of text files. Default: the source code of Python's standard
+    library."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations and matmuls; the weights are float32."""
+    """Dtype of activations and matmuls; weights are float32."""
     scan: bool = False
-    """Stack the layers and scan over them: compiles faster when the model is deep."""
+    """Stack the layers and scan over them: deep models compile faster."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
-    prompt: str | None = None
-    """What the sample at the end begins with."""
+    prompt: Annotated[str | None, unset("TEXT")] = None
+    """Beginning of the generated sample. Default: "def " for text, "The weather today" for c4."""
 
     def check(self) -> None:
-        """Raises a ValueError that names the first argument that makes no sense."""
+        """Raises a ValueError that names the first invalid argument."""
         for name, known in (
             ("preset", paper_presets.PRESETS),
             ("size", llama.CONFIGS),
@@ -174,9 +179,9 @@ class Config(command_line.Run):
         for name, having in FOR.items():
             is_given = getattr(self, name) not in (None, False)
             if is_given and not {*self.optimizers} & {*having}:
-                raise ValueError(f"{flag(name)} is for {' and '.join(having)}")
+                raise ValueError(f"{flag(name)} applies only to {' and '.join(having)}")
         if self.residual not in (None, "none") and self.low_rank_gradients:
-            raise ValueError("--residual needs whole gradients, --low-rank-gradients forms none")
+            raise ValueError("--residual needs full gradients: drop --low-rank-gradients")
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise ValueError(f"--scale must be above 0 and finite, got {self.scale}")
         if self.b2 is not None and not 0 <= self.b2 < 1:
@@ -189,12 +194,13 @@ class Config(command_line.Run):
         for name in ("text",) if self.dataset == "c4" else FOR_C4:
             if getattr(self, name) is not None:
                 other = "text" if self.dataset == "c4" else "c4"
-                raise ValueError(f"{flag(name)} is for --dataset {other}")
+                raise ValueError(f"{flag(name)} applies only to --dataset {other}")
         if self.prompt == "":
             raise ValueError("--prompt must not be empty")
 
     @property
     def model(self) -> llama.LlamaConfig:
+        """Shape of the model."""
         return replace(
             llama.CONFIGS[self.size],
             vocabulary=self.vocabulary or data.VOCABULARY,
@@ -206,12 +212,12 @@ class Config(command_line.Run):
     def fill(self, name: str) -> dict[str, Any]:
         rank = self.model.hidden // 4 if self.rank is None else self.rank
         published = paper_presets.OPTIMIZERS.get(name, {}) if self.preset else {}
-        unsaid = {k: v for k, v in published.items() if getattr(self, k) is None}
+        remaining = {k: v for k, v in published.items() if getattr(self, k) is None}
         prompt = PROMPTS[self.dataset] if self.prompt is None else self.prompt
-        return super().fill(name) | {"rank": rank, "prompt": prompt} | unsaid
+        return super().fill(name) | {"rank": rank, "prompt": prompt} | remaining
 
     def defaults(self) -> Self | None:
-        """The numbers of the preset, for what the command line does not say."""
+        """The settings of --preset."""
         numbers = paper_presets.PRESETS.get(self.preset or "")
         return numbers and type(self)(**numbers)
 

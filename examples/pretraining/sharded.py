@@ -1,17 +1,18 @@
-"""Pre-train the Llama of pretrain.py on many devices: data, fully sharded or tensor parallel.
+"""Pre-train a Llama on many devices with data, fully sharded (FSDP) or tensor parallelism.
 
-    python examples/pretraining/sharded.py           on all GPUs or TPUs, or eight simulated devices
-    python examples/pretraining/sharded.py --mesh 2,2,2    data x fsdp x tensor; -1: the rest
-    python examples/pretraining/sharded.py --mesh 8,1,1 --zero  whole weights, sharded state
-    python examples/pretraining/sharded.py --help               everything else, as for pretrain.py
+    python examples/pretraining/sharded.py                  all GPUs or TPUs, else 8 simulated CPUs
+    python examples/pretraining/sharded.py --mesh 2,2,2     data x fsdp x tensor; -1: the remainder
+    python examples/pretraining/sharded.py --mesh 8,1,1 --zero    replicated weights, sharded state
+    python examples/pretraining/sharded.py --out runs/mine --resume    continue, on any mesh
 
-With --distributed each host of a cluster or TPU slice runs the same line; --out then names a folder
-that all of them see. A run goes on on another mesh as well, and one of pretrain.py does: the same
-numbers, but for the order of sums. On the same mesh it goes on to the same bits.
+Model, training loop and all other flags are those of pretrain.py, and so are the numbers, up to the
+order of sums. A checkpoint can be resumed on another mesh, and a checkpoint of pretrain.py too; on
+the same mesh the run continues to the same bits. With --distributed, each host of a cluster or TPU
+slice runs the same command; --out is then a folder that all hosts share.
 
-This file only says how arrays lie. The model is pretrain.py's and knows of no mesh but where the
-embedded tokens lie; `natgalore.state_shardings` tells how the optimizer's state does. Its
-`zero_axis` is fsdp, or a weight whose rows lie there would have its moments on every device.
+This file defines shardings only. The optimizer state gets its shardings from
+natgalore.state_shardings, with zero_axis="fsdp": otherwise the moments of a weight whose rows are
+sharded over fsdp would be replicated.
 """
 
 import math
@@ -32,36 +33,37 @@ from examples.pretraining import llama_sharding, pretrain, settings
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Pre-train a Llama on text, on bytes or C4, on many devices."""
+    """Settings of a run on many devices."""
 
     ABOUT_THE_CALL: ClassVar = (*settings.Config.ABOUT_THE_CALL, "distributed")
     CHANGEABLE: ClassVar = (*settings.Config.CHANGEABLE, "mesh", "zero", "devices")
 
     mesh: Annotated[str, tyro.conf.arg(metavar="DATA,FSDP,TENSOR")] = "1,-1,1"
-    """Sizes of the mesh's axes; one of them may be -1, for what is left. Default: all fsdp."""
+    """Sizes of the mesh axes; one size may be -1 and is computed from the others."""
     zero: bool = False
-    """Shard the optimizer's state of replicated weights over the axis data (ZeRO-1)."""
+    """Shard the optimizer state of replicated weights over the data axis (ZeRO-1)."""
     devices: int = 8
-    """CPU devices to simulate where there is no GPU or TPU."""
+    """Number of simulated CPU devices, if there is no GPU or TPU."""
     distributed: bool = False
-    """Find the other processes of this cluster or TPU slice, and train with them."""
+    """Train with the other processes of the cluster or TPU slice (jax.distributed.initialize)."""
 
     def check(self) -> None:
         super().check()
         if not 1 <= self.devices < 2**10:
             raise ValueError(f"--devices must be at least 1 and below 2**10, got {self.devices}")
         sizes = self.mesh.split(",")
-        whole = [n for n in sizes if n.isdecimal() and int(n) > 0]
-        if len(sizes) != len(llama_sharding.AXES) or len(whole) + sizes.count("-1") != len(sizes):
-            raise ValueError(f"--mesh must be three sizes, as in 2,2,2 or 1,-1,1, got {self.mesh}")
+        positive = [n for n in sizes if n.isdecimal() and int(n) > 0]
+        axes = len(llama_sharding.AXES)
+        if len(sizes) != axes or len(positive) + sizes.count("-1") != axes:
+            raise ValueError(f"--mesh must be three sizes, e.g. 2,2,2 or 1,-1,1, got {self.mesh}")
         if sizes.count("-1") > 1:
-            raise ValueError(f"--mesh can have one -1, got {self.mesh}")
+            raise ValueError(f"--mesh can have only one -1, got {self.mesh}")
 
     def make_mesh(self) -> jax.sharding.Mesh:
-        """The mesh; starts JAX's devices.
+        """The mesh; initialises JAX's devices.
 
         Raises:
-            ValueError: it does not fit them, or the batch does not fit it.
+            ValueError: the mesh does not match the devices, or the batch is not divisible.
         """
         mesh = llama_sharding.make_mesh([int(n) for n in self.mesh.split(",")])
         parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -78,28 +80,29 @@ class Config(settings.Config):
 
 
 def from_command_line() -> Config:
-    """Reads the command line and starts the devices.
+    """Reads the command line and initialises the devices.
 
     Raises:
-        ValueError: something makes no sense, or does not fit them.
+        ValueError: an argument is invalid, or does not match the devices.
     """
-    config = command_line.from_command_line(Config)
+    config = command_line.from_command_line(Config, __doc__)
     if config.devices != jax.config.jax_num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.devices)
     if config.distributed:
         jax.distributed.initialize()
     config.make_mesh()
     if jax.process_count() > 1 and config.out is None:
-        raise ValueError("several processes need --out, a folder that all of them see")
-    if jax.process_index() > 0:  # the first one speaks for all
+        raise ValueError("several processes need --out, a folder that all of them share")
+    if jax.process_index() > 0:  # only process 0 prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return config
 
 
 def make_functions(config: Config) -> pretrain.Functions:
-    """The functions of a run, with their arrays sharded."""
+    """The functions of a run, with sharded arrays."""
     mesh = config.make_mesh()
-    whole, batch = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), llama_sharding.BATCH))
+    specs = (PartitionSpec(), llama_sharding.BATCH)
+    replicated, batch = (NamedSharding(mesh, spec) for spec in specs)
     functions = pretrain.make_functions(config, activations=batch)
     abstract = jax.eval_shape(functions.init, jax.random.key(config.seed))
     params = llama_sharding.param_shardings(mesh, abstract.params)
@@ -110,30 +113,30 @@ def make_functions(config: Config) -> pretrain.Functions:
         zero_axis=("fsdp", "data") if config.zero else "fsdp",
     )
     state = TrainState(params, opt_state)
-    mine = TrainState(*map(bytes_per_device, abstract, state))
+    per_device = TrainState(*map(bytes_per_device, abstract, state))
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return pretrain.Functions(
         init=jax.jit(functions.init, out_shardings=state),
         train_step=jax.jit(
             functions.train_step,
             in_shardings=(state, batch),
-            out_shardings=(state, whole),
+            out_shardings=(state, replicated),
             donate_argnums=0,
         ),
         validation_loss=jax.jit(
-            functions.validation_loss, in_shardings=(params, batch), out_shardings=whole
+            functions.validation_loss, in_shardings=(params, batch), out_shardings=replicated
         ),
-        # Each process draws the whole batch and keeps the rows of its devices.
+        # Each process draws the full batch and keeps the rows of its devices.
         place=lambda tokens: jax.make_array_from_process_local_data(batch, tokens, tokens.shape),
         about=(
-            f", {sizes}: a device holds {run_display.megabytes(mine.params)} of weights "
-            f"and {run_display.megabytes(mine.opt_state)} of optimizer state"
+            f", {sizes}, per device {run_display.megabytes(per_device.params)} of weights "
+            f"and {run_display.megabytes(per_device.opt_state)} of optimizer state"
         ),
     )
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree's arrays on each of the devices they are sharded over."""
+    """Bytes of a sharded tree on each device."""
     sizes = jax.tree.map(
         lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
     )

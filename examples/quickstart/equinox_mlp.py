@@ -1,6 +1,6 @@
-"""Equinox: Natural GaLore on the arrays of a module, as any Optax optimizer.
+"""Equinox: train a module with Natural GaLore, used like any Optax optimizer.
 
-python examples/quickstart/equinox_mlp.py      learns to sort sixteen numbers; some ten seconds
+python examples/quickstart/equinox_mlp.py      learns to sort 16 numbers; about ten seconds
 """
 
 import equinox as eqx
@@ -12,7 +12,7 @@ import natgalore_jax as natgalore
 
 
 NUMBERS = 16
-CONSTANT = 0.0098  # loss of the best answer that ignores its input: the mean k-th smallest number
+CONSTANT = 0.0098  # loss of the best constant prediction: the mean of the k-th smallest number
 
 tx = natgalore.natural_galore(2e-3, rank=16)
 
@@ -30,7 +30,7 @@ def train_step(model: eqx.Module, state, key: jax.Array):
 
 
 def main(steps: int = 400) -> list[float]:
-    """Trains, and returns the loss of each step: every batch is new numbers."""
+    """Trains on random numbers; returns the loss of each step."""
     model = eqx.nn.MLP(NUMBERS, NUMBERS, width_size=128, depth=3, key=jax.random.key(0))
     params = eqx.filter(model, eqx.is_inexact_array)
     print(natgalore.describe(tx, params))
@@ -40,8 +40,8 @@ def main(steps: int = 400) -> list[float]:
         model, state, loss = train_step(model, state, jax.random.key(step))
         losses.append(float(loss))
     print(
-        f"mean squared error: {losses[0]:.4f} at first, {np.mean(losses[-20:]):.4f} at the end; "
-        f"{CONSTANT} without looking"
+        f"mean squared error: {losses[0]:.4f} at first, {np.mean(losses[-20:]):.4f} at the end "
+        f"(best constant prediction: {CONSTANT})"
     )
     return losses
 

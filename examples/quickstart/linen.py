@@ -1,6 +1,6 @@
-"""Flax Linen: Natural GaLore in a TrainState, as any Optax optimizer.
+"""Flax Linen: Natural GaLore in a TrainState, used like any Optax optimizer.
 
-python examples/quickstart/linen.py      learns the next byte of Python source; some ten seconds
+python examples/quickstart/linen.py   predicts the next byte of Python code; ten seconds
 """
 
 import jax
@@ -14,7 +14,7 @@ from examples.common import data
 
 
 class NextByte(linen.Module):
-    """Logits of the next byte, from those before it."""
+    """Logits of the next byte given the previous bytes."""
 
     @linen.compact
     def __call__(self, context):
@@ -35,7 +35,7 @@ def train_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Arr
 
 
 def main(steps: int = 200) -> list[float]:
-    """Trains, and returns the loss of each step: every batch is new text."""
+    """Trains on Python's standard library; returns the loss of each step."""
     text = data.load().train
     model = NextByte()
     params = model.init(jax.random.key(0), np.zeros((1, 8), np.int32))["params"]

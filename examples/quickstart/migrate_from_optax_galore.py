@@ -1,6 +1,6 @@
-"""From optax.contrib.galore to natgalore: what to change, and what that gives.
+"""Migrate from optax.contrib.galore to natgalore: the changed arguments and their effect.
 
-    python examples/quickstart/migrate_from_optax_galore.py  trains one model four times: 30 s
+    python examples/quickstart/migrate_from_optax_galore.py     trains one model four times; 30 s
 
     optax.contrib.galore(                     natgalore.galore(
         3e-3, rank=48, scale=1.0,                 3e-3, rank=48, scale=1.0,
@@ -10,13 +10,13 @@
                                                   transport="keep", stagger=False,
                                               )
 
-The last two lines make it Optax's algorithm: a basis of the long side of a matrix, by SVD, all
-matrices at once, and moments that stay as they are when the basis changes. The two runs agree to
-rounding until then; after it each depends on the signs of its singular vectors. Without those
-lines the basis is of the short side, as in GaLore's paper (r (m + 2n) numbers of an m x n weight
-in place of r (n + 2m), n the long side), it follows the gradient without an SVD, and the moments
-turn with it. Without `select`, Optax projects every matrix, embedding and head too, and natgalore
-those that `natgalore.describe` lists.
+The last two lines give Optax's algorithm: the long side of a matrix is projected, bases come from
+an SVD, all matrices are refreshed at the same step, and the moments are kept when the basis
+changes. The two runs agree up to rounding until the second basis; afterwards each depends on the
+signs of its singular vectors. Without those two lines natgalore projects the short side, as in
+GaLore's paper (r (m + 2n) numbers for an m x n weight with m < n, instead of r (n + 2m)), computes
+bases without an SVD, and rotates the moments into the new basis. Without `select`, Optax projects
+every matrix including embedding and head, and natgalore those that `natgalore.describe` lists.
 """
 
 import jax
@@ -48,6 +48,7 @@ OPTIMIZERS = {
 
 
 def init(key: jax.Array) -> dict[str, jax.Array]:
+    """Random weights."""
     shapes = {"embed": (256, 24), "up": (192, 512), "down": (512, 192), "head": (192, 256)}
     keys = jax.random.split(key, len(shapes))
     return {
@@ -57,6 +58,7 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def next_byte_loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the last byte of each row, in nats."""
     x = params["embed"][batch[:, :-1]].reshape(len(batch), -1)
     x += jax.nn.relu(x @ params["up"]) @ params["down"]
     logits = x @ params["head"]
@@ -64,7 +66,7 @@ def next_byte_loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
 
 
 def train(tx: optax.GradientTransformation, text: np.ndarray, steps: int) -> list[float]:
-    """The loss of each step: every batch is new text."""
+    """Trains on `text`; returns the loss of each step."""
 
     @jax.jit
     def step(params, state, batch):
@@ -83,11 +85,12 @@ def train(tx: optax.GradientTransformation, text: np.ndarray, steps: int) -> lis
 
 
 def main(steps: int = 200) -> dict[str, list[float]]:
+    """Prints the memory of the four optimizers, then trains with each; returns their losses."""
     text = data.load().train
     print(natgalore.memory_report(jax.eval_shape(init, jax.random.key(0)), OPTIMIZERS))
     losses = {name: train(tx, text, steps) for name, tx in OPTIMIZERS.items()}
-    for name, of in losses.items():
-        print(f"{name:26} {of[0]:.3f} -> {np.mean(of[-20:]):.3f} nats per byte")
+    for name, values in losses.items():
+        print(f"{name:26} {values[0]:.3f} -> {np.mean(values[-20:]):.3f} nats per byte")
     return losses
 
 

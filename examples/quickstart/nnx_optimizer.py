@@ -1,6 +1,6 @@
-"""Flax NNX: Natural GaLore in an nnx.Optimizer, as any Optax optimizer.
+"""Flax NNX: Natural GaLore in an nnx.Optimizer, used like any Optax optimizer.
 
-python examples/quickstart/nnx_optimizer.py     learns the next byte of Python source; half a minute
+python examples/quickstart/nnx_optimizer.py   predicts the next byte of Python code; 30 s
 """
 
 import jax
@@ -13,7 +13,7 @@ from examples.common import data
 
 
 class NextByte(nnx.Module):
-    """Logits of every next byte: one block of a transformer."""
+    """Logits of the next byte at each position: one transformer block."""
 
     def __init__(self, rngs: nnx.Rngs, length: int = 32, width: int = 48):
         self.embed = nnx.Embed(256, width, rngs=rngs)
@@ -41,7 +41,7 @@ def train_step(model: NextByte, optimizer: nnx.Optimizer, batch: jax.Array) -> j
 
 
 def main(steps: int = 200) -> list[float]:
-    """Trains, and returns the loss of each step: every batch is new text."""
+    """Trains on Python's standard library; returns the loss of each step."""
     text = data.load().train
     model = NextByte(nnx.Rngs(0))
     tx = natgalore.natural_galore(5e-3, rank=16)

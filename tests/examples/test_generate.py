@@ -14,8 +14,8 @@ from flax import nnx
 from examples.common import kv_cache, llama, sample
 from examples.finetuning import tiny_assets
 from examples.pretraining import generate, pretrain, settings
-from tests.examples.test_pretrain import refused
 from tests.helpers.cases import slow
+from tests.helpers.example_runs import refused
 
 
 SMALL = llama.LlamaConfig(
@@ -29,7 +29,7 @@ def model(config):
 
 class TestCache:
     @pytest.mark.parametrize("scan", [False, *slow(True)], ids=["unrolled", "scanned"])
-    def test_extending_equals_computing_all_anew(self, scan):
+    def test_cached_logits_equal_recomputed_logits(self, scan):
         net = model(replace(SMALL, scan=scan))
         tokens = np.random.default_rng(0).integers(50, size=(2, 9)).astype(np.int32)
         whole = jax.jit(lambda tokens: net(tokens))(tokens)
@@ -75,7 +75,7 @@ class TestGenerate:
         "prompt",
         [[7], *slow([1, 2, 3, 4], [9, 8, 7, 6, 5], [3, 41, 7], [31, 4, 15, 9, 26])],
     )
-    def test_the_likeliest_tokens_are_those_without_a_cache(self, prompt):
+    def test_greedy_tokens_equal_those_without_a_cache(self, prompt):
         net = model(SMALL)
         net.head.kernel[...] = net.head.kernel[...] * 100  # clear winners
         expected = greedy(net, prompt, 6)
@@ -83,7 +83,7 @@ class TestGenerate:
         assert len(set(expected)) > 1
         assert written(net, prompt, 6, end=expected[2]) == expected[: expected.index(expected[2])]
 
-    def test_it_draws_from_the_softmax_at_a_temperature(self):
+    def test_draws_follow_the_softmax(self):
         logits = jnp.array([0.0, 1.0, 3.0])
         keys = jax.random.split(jax.random.key(0), 4000)
         drawn = jax.vmap(generate.draw, (None, None, 0))(logits, jnp.float32(2.0), keys)
@@ -96,10 +96,10 @@ class TestGenerate:
         assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_letters_appear_whole_and_once():
+def test_streamed_characters_are_complete():
     letters = "aé日\xff𝄞!".encode() + b"\xe6\x97"
     writer = generate.Writer(SMALL, None, list, lambda tokens: sample.printable(bytes(tokens)))
-    parts = list(generate.as_it_grows(writer, list(letters[:1]), iter(letters[1:])))
+    parts = list(generate.stream_text(writer, list(letters[:1]), iter(letters[1:])))
     assert "".join(parts) == sample.printable(letters)
     assert len([part for part in parts if part]) > 4
 
@@ -121,7 +121,7 @@ def call(monkeypatch, small):
 
 class TestCommandLine:
     @pytest.mark.slow
-    def test_a_pretrained_model_writes_on(self, call, capsys, monkeypatch):
+    def test_generates_from_a_pretraining_run(self, call, capsys, monkeypatch):
         Path("text").write_text("To be, or not to be, that is the question.\n" * 50)
         monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 1)
         given = "--text text --steps 2 --batch-size 2 --seq-len 16 --optimizer adamw --out here"
@@ -136,7 +136,7 @@ class TestCommandLine:
         )
         assert text == writer.decode(list(b"To be") + list(tokens)) + "\n"
 
-    def test_a_checkpoint_of_hugging_faces_writes_by_its_tokenizer(self, call, capsys):
+    def test_generates_from_a_hugging_face_checkpoint(self, call, capsys):
         tokenizer = tiny_assets.train_tokenizer(["def of a def in the of the de"] * 9, 300)
         tiny_assets.save_llama(Path("run/model"), tokenizer)
         for folder in ("run", "run/model"):  # what fine-tuning leaves, and Hugging Face's own
@@ -148,16 +148,16 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ("nowhere", "nowhere holds neither a run nor a checkpoint (config.json)"),
+            ("nowhere", "nowhere has neither a run (log.jsonl) nor a model (config.json)"),
             (". --tokens 0", "--tokens must be at least 1"),
             (". --temperature -1", "--temperature must not be negative"),
             (". --prompt=", "--prompt must not be empty"),
-            ("many", "many is a comparison: name one of adamw,galore in it"),
-            ("one", "one holds no checkpoint"),
+            ("many", "many is a comparison: choose one of its folders adamw,galore"),
+            ("one", "one has no checkpoint"),
             ("bad", "bad/log.jsonl is damaged"),
         ],
     )
-    def test_bad_input_ends_with_one_line(self, call, capsys, arguments, message):
+    def test_invalid_input_gives_one_line(self, call, capsys, arguments, message):
         for name, compare in (("many", "adamw,galore"), ("one", None)):
             Path(name).mkdir()
             line = {"config": settings.Config(compare=compare).saved(), "data": {}}

@@ -29,7 +29,7 @@ def without_context() -> float:
     [linen, pytest.param(nnx_optimizer, marks=pytest.mark.slow)],
     ids=["linen", "nnx_optimizer"],
 )
-def test_the_next_byte_is_learned_from_those_before(example, without_context, capsys):
+def test_flax_examples_learn_the_next_byte(example, without_context, capsys):
     losses = example.main(steps=120)
     assert losses[0] == pytest.approx(np.log(256), abs=0.2)
     assert np.mean(losses[-20:]) < without_context - 0.5
@@ -38,7 +38,7 @@ def test_the_next_byte_is_learned_from_those_before(example, without_context, ca
 
 
 @pytest.mark.slow
-def test_equinox_learns_to_sort():
+def test_equinox_example_learns_to_sort():
     n = equinox_mlp.NUMBERS
     k = np.arange(1, n + 1)
     variance = k * (n + 1 - k) / ((n + 1) ** 2 * (n + 2))  # of the k-th smallest of n in [0, 1]
@@ -48,7 +48,7 @@ def test_equinox_learns_to_sort():
 
 
 @pytest.mark.slow
-def test_migrating_changes_nothing_until_it_is_to(without_context, capsys):
+def test_migrated_optimizer_equals_optax_galore(without_context, capsys):
     losses = migrate.main(steps=120)  # the second basis comes at step 80
     assert list(losses) == list(migrate.OPTIMIZERS)
     optax_galore, same, *_ = map(np.array, losses.values())
@@ -64,7 +64,7 @@ def test_migrating_changes_nothing_until_it_is_to(without_context, capsys):
     assert bytes_held["optax.contrib.galore"] == bytes_held["natgalore, the same"]
 
 
-def test_the_line_that_migrates_stands_in_the_docstring():
+def test_docstring_has_the_migrated_arguments():
     """The table of arguments on top is that of the code below."""
     shape = {"up": jax.ShapeDtypeStruct((64, 16), "float32")}
     view = optax.contrib.GaLoreDimensionNumbers(reduction_axis=0, output_axis=1)

@@ -17,7 +17,7 @@ from flax import nnx
 import natgalore_jax as natgalore
 from examples.common import llama, run_log, training_loop
 from examples.pretraining import pretrain, seven_billion
-from tests.examples.test_pretrain import (
+from tests.helpers.example_runs import (
     TEXT,
     assert_same_run,
     interrupt,
@@ -72,7 +72,7 @@ def tokens(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(256, size=(2, 17)).astype(np.int32)
 
 
-def test_weights_are_bfloat16_and_large_state_is_bytes(run, monkeypatch):
+def test_weights_are_bfloat16_and_state_8_bit(run, monkeypatch):
     four = dataclasses.replace(llama.CONFIGS["tiny"], layers=4)
     monkeypatch.setitem(llama.CONFIGS, "small", four)
     state = jax.eval_shape(make_functions(config(size="small")).init, jax.random.key(0))
@@ -92,7 +92,7 @@ def test_weights_are_bfloat16_and_large_state_is_bytes(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_step_is_that_of_whole_gradients(run):
+def test_step_equals_that_of_full_gradients(run):
     """But for rounding: its bases come from passes here and from the gradient there."""
     # 32 tokens make gradients of rank 32, whose last directions are bfloat16's rounding: take 16.
     settings = config(dtype="float32", rank=16)
@@ -132,20 +132,20 @@ def test_a_step_is_that_of_whole_gradients(run):
     ("arguments", "message"),
     [
         ("--limit -1", "--limit must not be negative, got -1.0"),
-        ("--limit 81", "--limit 81 GiB, but the GPU has 80.0"),
-        ("--residual whitened", "--residual needs whole gradients, --low-rank-gradients forms"),
+        ("--limit 81", "--limit is 81 GiB, but the GPU has 80.0 GiB"),
+        ("--residual whitened", "--residual needs full gradients: drop --low-rank-gradients"),
         ("--optimizer adamw", "--optimizer must be one of galore, got 'adamw'"),
         ("--rank 0", "--rank must be at least 1"),
     ],
 )
-def test_bad_input_ends_with_one_line(run, monkeypatch, capsys, arguments, message):
+def test_invalid_input_gives_one_line(run, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(seven_billion, "gpu_bytes", lambda: 80 * 2**30)
     assert run(*arguments.split()) == 2
     assert message in refused(capsys)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_to_the_same_bits(run, monkeypatch, capsys):
+def test_resumed_run_is_bitwise_equal(run, monkeypatch, capsys):
     arguments = ["--refresh-every", "2", "--validate-every", "4", "--limit", "0"]
     assert run(*arguments, "--out", "whole") == 0
     with monkeypatch.context() as patch:
@@ -158,7 +158,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_allocator_gets_the_limit_before_devices_start(tmp_path):
+def test_memory_limit_is_set_before_jax_starts(tmp_path):
     program = """
 import os, sys
 from jax._src import xla_bridge
@@ -182,7 +182,7 @@ print(config.vocabulary)
     assert said.stdout.split() == ["0.250000", "False", "32000"]
 
 
-def test_the_peak_is_in_the_log_where_the_allocator_tells(monkeypatch):
+def test_peak_memory_from_the_allocator(monkeypatch):
     class Device:
         def memory_stats(self):
             return {"peak_bytes_in_use": 20, "bytes_limit": 24, "num_allocs": 3}

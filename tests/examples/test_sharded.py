@@ -1,7 +1,6 @@
 """The example on a mesh: pretrain.py's numbers, shards where they should be, good manners."""
 
 import contextlib
-import functools
 import math
 import os
 import re
@@ -19,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from examples.common import llama, training_loop
 from examples.pretraining import llama_sharding, pretrain, sharded
-from tests.examples.test_pretrain import (
+from tests.helpers.example_runs import (
     TEXT,
+    CompiledOnce,
     assert_same_run,
     contents,
     interrupt,
@@ -34,18 +34,6 @@ from tests.helpers.hlo import collectives
 SETTINGS = """--text text --steps 4 --refresh-every 2 --save-every 3 --rank 4
     --batch-size 8 --seq-len 16 --lr 1e-3"""
 ROWS = 8 // 4  # of the batch, on each of data x fsdp
-
-
-class CompiledOnce:
-    """A jitted function that all runs share, compiled."""
-
-    def __init__(self, f):
-        self.f = f
-        self.compile = functools.cache(lambda: self.lowered.compile())
-
-    def lower(self, *args):
-        self.lowered = self.f.lower(*args)
-        return self
 
 
 @pytest.fixture
@@ -87,7 +75,7 @@ def losses(folder: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_from_it(run, monkeypatch, capsys):
+def test_mesh_run_equals_one_device_and_resumes_its_checkpoint(run, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 3, interrupt)
         assert run(pretrain, "--out", "one") == 130
@@ -125,7 +113,7 @@ def test_a_run_on_a_mesh_is_that_of_one_device_and_goes_on_from_it(run, monkeypa
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_on_any_mesh(run):
+def test_checkpoint_resumes_on_any_mesh(run):
     assert run(sharded, "--scan", "--mesh", "2,2,2", "--out", "whole") == 0
     Path("whole").rename("here")
     for mesh in ("1,4,2", "8,1,1"):
@@ -136,7 +124,7 @@ def test_a_checkpoint_goes_on_on_any_mesh(run):
 
 
 @pytest.mark.slow
-def test_processes_that_share_a_folder_train_as_one(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     """Two of two devices each; what one is asked, both do after the same step."""
     (tmp_path / "text").write_text(TEXT)
     command = [
@@ -195,10 +183,10 @@ def test_processes_that_share_a_folder_train_as_one(tmp_path):
         ("--mesh 3,2,1", "a mesh of 3 x 2 x 1 does not fit 8 devices"),
         ("--mesh 3,-1,1", "a mesh of 3 x -1 x 1 does not fit 8 devices"),
         ("--mesh 16,-1,1", "a mesh of 16 x -1 x 1 does not fit 8 devices"),
-        ("--mesh 2,2", "--mesh must be three sizes, as in 2,2,2 or 1,-1,1, got 2,2"),
+        ("--mesh 2,2", "--mesh must be three sizes, e.g. 2,2,2 or 1,-1,1, got 2,2"),
         ("--mesh 2,2,0", "--mesh must be three sizes"),
         ("--mesh 2,2,x", "--mesh must be three sizes"),
-        ("--mesh=-1,-1,1", "--mesh can have one -1, got -1,-1,1"),
+        ("--mesh=-1,-1,1", "--mesh can have only one -1, got -1,-1,1"),
         ("--batch-size 6", "--batch-size must be a multiple of data x fsdp, 8, got 6"),
         ("--batch-size 6 --mesh 2,2,2", "--batch-size must be a multiple of data x fsdp, 4, got"),
         ("--devices 0", "--devices must be at least 1 and below 2**10, got 0"),
@@ -206,7 +194,7 @@ def test_processes_that_share_a_folder_train_as_one(tmp_path):
         ("--resume --out nowhere", "nowhere holds no run to resume"),
     ],
 )
-def test_bad_input_ends_with_one_line(run, capsys, arguments, message):
+def test_invalid_input_gives_one_line(run, capsys, arguments, message):
     before = contents()
     assert run(sharded, *arguments.split()) == 2
     assert message in refused(capsys)
@@ -220,7 +208,7 @@ class TestShards:
         return jax.tree.map(lambda s: s.spec, llama_sharding.param_shardings(mesh, params))
 
     @pytest.mark.slow
-    def test_the_rule(self):
+    def test_sharding_rules_by_name(self):
         specs = self.specs("350m", (2, 2, 2))
         into, out = P("fsdp", "tensor"), P("tensor", "fsdp")
         assert specs["embed"]["embedding"] == specs["head"]["kernel"] == into
@@ -236,17 +224,17 @@ class TestShards:
         }
         assert layer["attention_norm"]["scale"] == layer["mlp_norm"]["scale"] == P()
 
-    def test_layers_of_a_stack_lie_as_one(self):
+    def test_stacked_layers_are_sharded_alike(self):
         layers = self.specs("350m", (2, 2, 2), scan=True)["layers"]
         assert layers["mlp"]["gate"]["kernel"] == P(None, "fsdp", "tensor")
         assert layers["attention"]["out"]["kernel"] == P(None, "tensor", "fsdp")
         assert layers["mlp_norm"]["scale"] == P()
 
-    def test_what_an_axis_does_not_divide_is_whole_there(self):
+    def test_indivisible_axes_are_replicated(self):
         mlp = self.specs("1b", (1, 4, 2))["layers"][0]["mlp"]  # 2048 x 5461
         assert mlp["gate"]["kernel"] == P("fsdp")
         assert mlp["down"]["kernel"] == P(None, "fsdp")
 
-    def test_what_is_left_of_the_devices(self):
+    def test_mesh_size_of_minus_one(self):
         assert tuple(llama_sharding.make_mesh((2, -1, 2)).shape.values()) == (2, 2, 2)
         assert llama_sharding.make_mesh((-1, 1, 1)).axis_names == ("data", "fsdp", "tensor")
