@@ -1,4 +1,4 @@
-"""The environment every results file carries: figures mean little without it."""
+"""The environment that every results file records."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""Which collectives a compiled program has, what they move, and whether every run meets them."""
+"""Collectives of a compiled program: bytes, repetitions, and whether every step runs them."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
-# Of a pair the second is read: the type of what the first returns has its operands in it too.
+# Of a start/done pair `done` is read: the result type of `start` includes its operands.
 COLLECTIVE = rf"%([\w.\-]+) = (.*?) ({KINDS})(?:-done)?\((?:%([\w.\-]+))?"
 STARTED = rf"%([\w.\-]+) = .*? (?:{KINDS})-start\("
 TRIPS = r'known_trip_count"?:\{"n":"(\d+)"'
@@ -19,14 +19,14 @@ class Collective(NamedTuple):
     """One collective operation.
 
     Attributes:
-      kind: as HLO names it.
-      shapes: of what it returns, a tuple of sizes for each array.
-      size: of that, in bytes on one device.
-      group: how many devices take part in each of its groups.
-      hot: whether every run of the program meets it: it stands in no branch, and in no loop but
-        those of a number of turns that the compiler knows, as a scan's. A refresh stands in a loop
-        of no turn on most steps.
-      times: how often, in a run that does: the turns of those loops.
+      kind: HLO's name.
+      shapes: shape of each result array.
+      size: bytes of the results on one device.
+      group: number of devices in each group.
+      hot: whether every run of the program executes it: it is in no branch, and only in loops with
+        a trip count known to the compiler, such as a scan. A refresh is in a loop of zero
+        iterations on most steps.
+      times: executions per run, the product of those trip counts.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class Collective(NamedTuple):
 
     @property
     def received(self) -> float:
-        """Bytes that a device must get from others for it once, by the best of algorithms."""
+        """Bytes that one device receives per execution, with an optimal algorithm."""
         others = self.group - 1
         return (
             self.size
@@ -53,7 +53,7 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str) -> list[Collective]:
-    """All collectives that a run of an optimised HLO program can meet, once for each call."""
+    """All collectives that an optimised HLO program can execute, one entry per call."""
     own, calls, groups = defaultdict(list), defaultdict(list), {}
     devices = re.search(r"num_partitions=(\d+)", program)
     everyone = int(devices[1]) if devices else 1
@@ -93,7 +93,7 @@ def collectives(program: str) -> list[Collective]:
 
 
 def group_size(line: str) -> int | None:
-    """How many devices take part in each group of a collective; None if all do, or it is none.
+    """Number of devices in each group of a collective; None if all, or if the line is none.
 
     Example:
         >>> group_size("replica_groups={{0,1},{2,3}}"), group_size("replica_groups=[2,4]<=[8]")
@@ -115,7 +115,7 @@ def group_size(line: str) -> int | None:
 
 
 def bits(dtype: str) -> int:
-    """Of one number of a dtype as HLO names it.
+    """Bits of one number of a dtype, by HLO's name.
 
     Example:
         >>> [bits(dtype) for dtype in ("pred", "bf16", "f8e4m3fn", "s4", "token")]

@@ -1,4 +1,4 @@
-"""The optimizers that the benchmarks compare: ours and their peers in Optax, at one rate."""
+"""The optimizers that the speed and memory benchmarks compare, all at one learning rate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ import natgalore_jax as natgalore
 from examples.common import llama
 
 
-RANKS = {"tiny": 32, "60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # as GaLore's
+RANKS = {"tiny": 32, "60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore, table 2
 RATE = 1e-3
 
-# Of rank, steps between refreshes, and weight decay.
+# (rank, steps between refreshes, weight decay) -> optimizer.
 Make = Callable[[int, int, float], optax.GradientTransformation]
 
 
@@ -64,6 +64,6 @@ METHODS: dict[str, Make] = {
     "adafactor": adafactor,
     "lion": lambda rank, every, decay: optax.lion(RATE / 10, weight_decay=decay),
 }
-CORES = "_cores"  # at the end of a name: gradients by natgalore.value_and_grad
-UNROLLED_ONLY = ("contrib_galore", "muon")  # take no stacked layers: muon gives them to Adam
-REFERENCE = "adamw"  # what ratios are to
+CORES = "_cores"  # suffix of a name: gradients by natgalore.value_and_grad
+UNROLLED_ONLY = ("contrib_galore", "muon")  # without stacked layers: muon leaves them to Adam
+REFERENCE = "adamw"  # denominator of all ratios

@@ -2,14 +2,14 @@
 
     python benchmarks/learning/bench_convergence.py --methods adamw,galore,natural_galore
     python benchmarks/learning/bench_convergence.py --methods galore:refresh_every=20+basis=svd
-    python benchmarks/learning/bench_convergence.py --size toy    a try of a minute on a CPU
-    python benchmarks/learning/bench_convergence.py --show        the tables of what is there
-    python benchmarks/learning/bench_convergence.py --show --figure loss.png  a picture of this one,
-                                                         of all methods or of those of --methods
+    python benchmarks/learning/bench_convergence.py --size toy    a run of a minute on a CPU
+    python benchmarks/learning/bench_convergence.py --show        print the tables of --out
+    python benchmarks/learning/bench_convergence.py --show --figure loss.png  draw this setting,
+                                                         all methods or those of --methods
 
-All see the same data in the same order, the same schedule and the same weights at the start. Each
-method's rate is looked for among four at least; the best one is run with more seeds. Every run that
-ends is one more line of --out, so what is cut off goes on where it was, and nothing is run twice.
+All methods share data, data order, schedule and initial weights. Each method's learning rate is
+searched among at least four; the best one is run with more seeds. Every finished run is one line
+of --out, so an interrupted search resumes and no run is repeated.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.learning.convergence.search import next_run
 from benchmarks.learning.convergence.training import SIZES, Setting, compiled, train
 
 
-USUAL = {  # of the sizes: vocabulary, steps, batch, length
+USUAL = {  # size: vocabulary, steps, batch, length
     "toy": (512, 60, 8, 64),
     "33m": (8192, 1000, 64, 256),
     "60m": (32_000, 1000, 64, 256),
@@ -45,13 +45,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="33m")
     parser.add_argument("--methods", type=words, help="adamw,galore,natural_galore by default")
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
-    parser.add_argument("--rate", type=float, help="only this one, and no search")
-    parser.add_argument("--finer", action="store_true", help="rates half a step from the best too")
-    parser.add_argument("--rest-rate", type=float, default=4e-3, help="of embedding, head, norms")
+    parser.add_argument("--rate", type=float, help="use this learning rate, without a search")
+    parser.add_argument(
+        "--finer", action="store_true", help="also try rates half a step from the best"
+    )
+    parser.add_argument(
+        "--rest-rate", type=float, default=4e-3, help="learning rate of embedding, head, norms"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, help="sequences in a step")
     parser.add_argument("--length", type=int, help="tokens in a sequence")
-    parser.add_argument("--vocabulary", type=int, help="number of tokens, of the size by default")
+    parser.add_argument(
+        "--vocabulary", type=int, help="number of tokens, by default that of the size"
+    )
     parser.add_argument("--rank", type=int, help="a quarter of the width by default")
     parser.add_argument(
         "--refresh-every",
@@ -66,17 +72,19 @@ def arguments() -> argparse.Namespace:
         default="python",
         help="the Python files of what is installed, of fetched wheels, or C4",
     )
-    parser.add_argument("--texts", type=int, help="read so many at most")
+    parser.add_argument("--texts", type=int, help="maximum number of texts")
     parser.add_argument(
-        "--cache", type=Path, default="runs/cache", help="where tokens and programs are kept"
+        "--cache", type=Path, default="runs/cache", help="folder of tokens and compiled programs"
     )
-    parser.add_argument("--minutes", type=float, default=1e9, help="after which no run begins")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
     parser.add_argument("--out", type=Path, default="runs/convergence.jsonl")
-    parser.add_argument("--figure", type=Path, help="draw the losses here")
-    parser.add_argument("--show", action="store_true", help="run nothing")
-    parser.add_argument("--markdown", action="store_true", help="the table as a page has it")
+    parser.add_argument("--figure", type=Path, help="draw the losses to this file")
+    parser.add_argument(
+        "--show", action="store_true", help="run nothing, print the tables of --out"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     args = parser.parse_args()
-    args.drawn = args.methods  # None: all
+    args.drawn = args.methods  # None draws all
     args.methods = args.methods or ["adamw", "galore", "natural_galore"]
     try:
         args.methods = {name: contender(name).first for name in args.methods}
@@ -109,7 +117,7 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
 
 def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> None:
-    """Runs until nothing is left to run, or time is up."""
+    """Runs until the search is complete or the time is over."""
     until = time.time() + 60 * args.minutes
     about = {"setting": dataclasses.asdict(setting), "data": text.about}
     header: dict[str, Any] = about | {"environment": environment()}
@@ -126,7 +134,7 @@ def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> N
             return
         name, rate, seed = run
         if name not in programs:
-            programs = {name: compiled(name, setting)}  # of one at a time: they hold memory
+            programs = {name: compiled(name, setting)}  # one at a time: programs hold memory
         program, records = programs[name], []
         print(f"{name}, rate {rate:g}, seed {seed}: ", end="", flush=True)
         began = time.time()
@@ -156,8 +164,8 @@ def main():
         try:
             search(args, setting, text)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the runs that have ended")
-    asked = dataclasses.asdict(setting) | {"attention": None}  # which may depend on where it ran
+            print("\ninterrupted; the same command resumes after the finished runs")
+    asked = dataclasses.asdict(setting) | {"attention": None}  # which depends on the device
     for about, runs in results.groups(args.out):
         this = about["setting"] | {"attention": None} == asked
         this &= about["data"]["dataset"] == args.dataset

@@ -1,16 +1,16 @@
-"""What does a step of fine-tuning cost, in time and memory: Natural GaLore, GaLore, AdamW, LoRA?
+"""What does a step of fine-tuning cost under Natural GaLore, GaLore, AdamW and LoRA?
 
-The training steps of `finetune_glue.py` and `finetune_function_calling.py` (examples/finetuning) on
-models of their real size with random weights, float32, and random tokens; at the paper's ranks.
-All methods have the same model and batch, and take turns, step by step: compare within one table.
+The training steps of examples/finetuning/finetune_glue.py and finetune_function_calling.py on
+models of their real size, with random float32 weights and random tokens, at the paper's ranks. All
+methods have the same model and batch and take turns, step by step; compare within one table only.
 
     python benchmarks/learning/bench_finetune.py [--out benchmarks/results/finetune.json]
     python benchmarks/learning/bench_finetune.py --tasks roberta-base --rank 8 --length 512
-    python benchmarks/learning/bench_finetune.py --tasks tiny --steps 2    a try on a CPU
+    python benchmarks/learning/bench_finetune.py --tasks tiny --steps 2    a quick run on a CPU
 
-`window` is `natural_galore` in the paper's form, with its history of gradients. Bytes are those of
-the compiled step: weights and state, which are its arguments, and what it sets aside beside them.
-With --steps 0 nothing is run. What --out holds of the same task and machine is not measured again.
+`window` is `natural_galore` in the paper's form. Bytes are those of the compiled step: weights and
+state, which are its arguments, and temporaries. With --steps 0 nothing is run. Methods that --out
+already holds for the same task and machine are not measured again.
 """
 
 import argparse
@@ -41,16 +41,16 @@ REFERENCE = "adamw"
 
 
 class Task(NamedTuple):
-    """What is tuned.
+    """A fine-tuning task.
 
     Attributes:
-      config: of the example, with its rank and batch.
-      make_model: from scratch.
+      config: settings of the example, with rank and batch size.
+      make_model: a new model from random streams.
       loss_fn: as `training.make_functions` takes it.
-      head: the module that LoRA trains whole.
+      head: the module that LoRA trains in full.
       vocabulary: number of tokens.
-      length: of a record, in tokens.
-      targets: (tokens) -> what the loss takes beside them.
+      length: tokens of a record.
+      targets: tokens -> the other argument of the loss.
     """
 
     config: settings.Config
@@ -205,11 +205,11 @@ def main():
     words = lambda text: text.split(",")
     parser.add_argument("--tasks", type=words, default=["roberta-base", "tinyllama"])
     parser.add_argument("--methods", type=words, default=list(METHODS))
-    parser.add_argument("--rank", type=int, help="by default the example's, 8 of RoBERTa")
+    parser.add_argument("--rank", type=int, help="by default the example's, 8 for RoBERTa")
     parser.add_argument("--batch-size", type=int, help="records; by default the example's")
     parser.add_argument("--length", type=int, help="tokens of a record")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--minutes", type=float, default=60, help="after which none is compiled")
+    parser.add_argument("--minutes", type=float, default=60, help="compile nothing after this time")
     parser.add_argument("--out", type=pathlib.Path, default="runs/finetune.json")
     args = parser.parse_args()
     args.until = time.time() + 60 * args.minutes

@@ -1,7 +1,7 @@
-"""The README's training table: `pretrain.py --compare` of all optimizers, at its defaults.
+"""How do four optimizers compare in `pretrain.py` at its defaults?
 
-Writes the final losses, state bytes and times, and draws them in one figure. What the folder --runs
-holds already is not repeated: a comparison that was cut off goes on.
+Writes the final losses, state bytes and times for the README, and draws the losses. An interrupted
+comparison resumes: runs that the folder --runs already holds are not repeated.
 
     python benchmarks/learning/bench_pretrain.py [--runs runs/bench]
                                         [--out benchmarks/results/pretrain.json]

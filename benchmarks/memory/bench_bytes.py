@@ -1,9 +1,8 @@
-"""Where do the bytes of training a Llama go: weights, gradients, optimizer state, and the rest?
+"""How many bytes do weights, gradients and optimizer state of a Llama take?
 
-The first three are counted from shapes, the same on any machine; layers are stacked, as scanned.
-Of --compiled sizes a training step is compiled too, float32 throughout, its layers recomputed
-backwards, and what its compiler sets aside beside weights and state is told, gradients among it.
-That is this machine's compiler: another backend fuses other operations. Nothing is run.
+Counted from shapes, with stacked layers: the same on any machine. For --compiled sizes a float32
+training step with recomputed layers is compiled too, and the temporaries (gradients included) that
+this machine's compiler allocates are recorded. Nothing is run.
 
     python benchmarks/memory/bench_bytes.py [--out benchmarks/results/bytes.json]
 """
@@ -29,7 +28,7 @@ from natgalore_jax.planning.byte_counts import byte_count_of, state_of, temporar
 
 
 class Method(NamedTuple):
-    """An optimizer, of a rank, and whether its gradients are cores."""
+    """An optimizer as a function of the rank, and whether its gradients are cores."""
 
     make: Callable[[int], optax.GradientTransformation]
     low_rank_gradients: bool = False
@@ -53,7 +52,7 @@ METHODS = {
 
 
 def step_of(method: Method, size: str, tx: optax.GradientTransformation) -> Callable[..., Any]:
-    """The training step of a Llama whose layers are scanned and recomputed backwards."""
+    """The training step of a Llama with scanned and recomputed layers."""
     config = dataclasses.replace(llama.CONFIGS[size], scan=True, remat=True)
     structure = llama.structure(config)
 
@@ -61,15 +60,15 @@ def step_of(method: Method, size: str, tx: optax.GradientTransformation) -> Call
         return llama.next_token_loss(nnx.merge(structure, params), tokens)
 
     if method.low_rank_gradients:
-        slopes = natgalore.value_and_grad(loss_fn, tx, on_fallback="error")
+        gradients = natgalore.value_and_grad(loss_fn, tx, on_fallback="error")
     else:
-        slopes = lambda params, state, tokens: (
+        gradients = lambda params, state, tokens: (
             jax.value_and_grad(loss_fn)(params, tokens),
             state,
         )
 
     def step(params, state, tokens):
-        (loss, grads), state = slopes(params, state, tokens)
+        (loss, grads), state = gradients(params, state, tokens)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
@@ -106,9 +105,12 @@ def main():
             for name, method in METHODS.items():
                 tx = method.make(rank)
                 state, _, _ = state_of(tx, params)
-                held = temporaries(step_of(method, size, tx), params, state, tokens)
-                found["temporaries"][name] = held
-                print(f"Llama {size}, compiled, {name}: {held / 1e9:.2f} GB beside", flush=True)
+                size_bytes = temporaries(step_of(method, size, tx), params, state, tokens)
+                found["temporaries"][name] = size_bytes
+                print(
+                    f"Llama {size}, compiled, {name}: {size_bytes / 1e9:.2f} GB temporary",
+                    flush=True,
+                )
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
 

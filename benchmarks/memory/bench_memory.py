@@ -1,7 +1,7 @@
-"""What does each optimizer's state weigh on the paper's Llama sizes?
+"""How many bytes does each optimizer's state take on the paper's Llama sizes?
 
-Counts the arrays each optimizer would make, from shapes alone, float32 throughout: the same on any
-machine. `projected` is the state of the leaves that GaLore projects, `total` that of all leaves.
+Counted from shapes, float32 throughout, so the result is the same on any machine. `projected` is
+the state of the leaves that GaLore projects, `total` that of all leaves.
 
     python benchmarks/memory/bench_memory.py [--out benchmarks/results/memory.json]
 """
@@ -14,15 +14,16 @@ import optax
 
 import natgalore_jax as natgalore
 from benchmarks.common.environment import environment
+from benchmarks.common.methods import RANKS
 from examples.common import llama
 
 
-RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # GaLore, table 2
+SIZES = ("60m", "130m", "350m", "1b", "7b")
 
 
 def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
     moments, all_roles = ("linear", "square"), ("linear", "square", "basis")
-    fishers = (*all_roles, "fisher", "root", "window")
+    fishers = (*all_roles, "fisher", "root")
     return {
         "adamw": optax.adamw(1.0),
         "galore": natgalore.galore(1.0, rank),
@@ -43,15 +44,6 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
         "natural_galore, core, 8 bits, Fishers too": natgalore.quantized(
             natgalore.natural_galore(1.0, rank, fisher="core"), fishers
         ),
-        "natural_galore, window, 8 bits": natgalore.quantized(
-            natgalore.natural_galore(1.0, rank, fisher="window"), moments
-        ),
-        "natural_galore, window, 8 bits, bases too": natgalore.quantized(
-            natgalore.natural_galore(1.0, rank, fisher="window"), all_roles
-        ),
-        "natural_galore, window, 8 bits, Fishers too": natgalore.quantized(
-            natgalore.natural_galore(1.0, rank, fisher="window"), fishers
-        ),
         "galore, 8 bits": natgalore.quantized(natgalore.galore(1.0, rank), moments),
         "galore, 8 bits, bases too": natgalore.quantized(natgalore.galore(1.0, rank), all_roles),
         "galore, random, 8 bits": natgalore.quantized(
@@ -67,7 +59,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, help="write the figures here, as JSON")
     args = parser.parse_args()
     results: dict = {"environment": environment()}
-    for size, rank in RANKS.items():
+    for size in SIZES:
+        rank = RANKS[size]
         params = llama.abstract_params(llama.CONFIGS[size])
         report = natgalore.memory_report(params, optimizers(rank))
         results[size] = {"rank": rank, "total": report.total, "projected": report.projected}

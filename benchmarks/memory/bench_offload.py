@@ -1,9 +1,9 @@
-"""What does a state in the host's memory save on the device, and what does it cost?
+"""What does optimizer state in host memory save on the device, and what does it cost?
 
-Trains a Llama on random tokens (bfloat16 activations, float32 weights, scanned and rematerialised
-layers) with the whole state on the device, and with parts of it on the host: with one compiled
-program for the whole step, or with one for the gradients and one for the update. Bytes are of the
-compiled programs: what is there all the time, and what they need beside. Times are medians.
+Trains a Llama on random tokens (bfloat16 activations, float32 weights, scanned and recomputed
+layers) with the state on the device, and with parts of it on the host; with one compiled program
+for the whole step, or one for the gradients and one for the update. Bytes are those of the compiled
+programs, arguments and temporaries. Times are medians.
 
     python benchmarks/memory/bench_offload.py --size 350m --out benchmarks/results/offload.json
 """
@@ -42,7 +42,7 @@ def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
 
 
 class Run:
-    """A model in training under `tx`, in one program or two."""
+    """A training step with `tx`, compiled as one program and as two."""
 
     def __init__(self, config: llama.LlamaConfig, tx, tokens):
         structure = llama.structure(config)
@@ -64,38 +64,39 @@ class Run:
             loss, grads = gradients(params, tokens)
             return *update(grads, params, state), loss
 
-        lies = jax.tree.map(lambda _: device, jax.eval_shape(init, jax.random.key(0)))
+        shardings = jax.tree.map(lambda _: device, jax.eval_shape(init, jax.random.key(0)))
         self.tokens = jax.device_put(tokens, device)
-        self.params = jax.jit(init, out_shardings=lies)(jax.random.key(0))
-        told = natgalore.state_shardings(tx, self.params, lies)
-        self.state = jax.jit(tx.init, out_shardings=told)(self.params)
+        self.params = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+        state_shardings = natgalore.state_shardings(tx, self.params, shardings)
+        self.state = jax.jit(tx.init, out_shardings=state_shardings)(self.params)
         self.step = (
-            jax.jit(step, donate_argnums=(0, 1), out_shardings=(lies, told, device))
+            jax.jit(step, donate_argnums=(0, 1), out_shardings=(shardings, state_shardings, device))
             .lower(self.params, self.state, self.tokens)
             .compile()
         )
         self.gradients = (
-            jax.jit(gradients, out_shardings=(device, lies))
+            jax.jit(gradients, out_shardings=(device, shardings))
             .lower(self.params, self.tokens)
             .compile()
         )
         self.update = (
-            jax.jit(update, donate_argnums=(1, 2), out_shardings=(lies, told))
+            jax.jit(update, donate_argnums=(1, 2), out_shardings=(shardings, state_shardings))
             .lower(self.params, self.params, self.state)
             .compile()
         )
 
     def bytes(self) -> dict[str, int]:
-        """What is on the device and the host, and the most on the device during either way."""
+        """State on device and host, and the peak on the device with one program and with two."""
         temporary = lambda program: program.memory_analysis().temp_size_in_bytes
         weights = nbytes(self.params, "device")
-        there = weights + nbytes(self.state, "device")
-        apart = max(temporary(self.gradients), temporary(self.update))
+        resident = weights + nbytes(self.state, "device")
+        largest = max(temporary(self.gradients), temporary(self.update))
         return {
             "state_on_device": nbytes(self.state, "device"),
             "state_on_host": nbytes(self.state, "pinned_host"),
-            "device_bytes_one_program": there + temporary(self.step),
-            "device_bytes_two_programs": there + weights + apart,  # the gradients pass between
+            "device_bytes_one_program": resident + temporary(self.step),
+            # The gradients, as large as the weights, pass between the two programs.
+            "device_bytes_two_programs": resident + weights + largest,
         }
 
     def one_program(self) -> jax.Array:
@@ -128,8 +129,8 @@ def main():
     parser.add_argument("--size", choices=llama.CONFIGS, default="350m")
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64, help="sequences of 512 tokens")
-    parser.add_argument("--steps", type=int, default=9, help="of each variant that are timed")
-    parser.add_argument("--only", default="", help="variants with this in their name")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each variant")
+    parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--out", type=pathlib.Path, help="write the figures here, as JSON")
     args = parser.parse_args()
     config = dataclasses.replace(

@@ -1,7 +1,6 @@
 """Draws docs/memory.png: weights, gradients and optimizer state of Llama 1b and 7b, as bars.
 
-The bytes are those of benchmarks/memory/bench_bytes.py, counted from shapes. Activations and other
-temporaries are not in the picture: they depend on the batch and on the compiler.
+Activations and other temporaries are not drawn: they depend on the batch and the compiler.
 
     python benchmarks/memory/draw_memory.py [--out docs/memory.png]
 """
@@ -15,7 +14,7 @@ from matplotlib.axes import Axes
 
 
 COLORS = {"weights": "#9fb3c8", "gradients": "#f2c9a5", "state": "#e07b54"}
-SHOWN = {  # what a method is called in the figures, and in the picture
+SHOWN = {  # name of a method in the results: label in the picture
     "AdamW": "AdamW",
     "8-bit AdamW": "8-bit AdamW",
     "GaLore": "GaLore",
@@ -24,15 +23,15 @@ SHOWN = {  # what a method is called in the figures, and in the picture
 }
 
 
-def draw(ax: Axes, of: dict[str, dict[str, int]], labelled: bool) -> None:
-    """A bar for each method, the first on top, with its total at the end."""
-    largest = max(sum(counted.values()) for counted in of.values())
+def draw(ax: Axes, figures: dict[str, dict[str, int]], labelled: bool) -> None:
+    """A bar for each method, from the top, with its total at the end."""
+    largest = max(sum(counted.values()) for counted in figures.values())
     for place, name in enumerate(SHOWN):
         left = 0.0
         for kind, color in COLORS.items():
-            width = of[name][kind] / 1e9
+            width = figures[name][kind] / 1e9
             ax.barh(place, width, left=left, color=color, edgecolor="white", height=0.7)
-            if of[name][kind] > 0.04 * largest:
+            if figures[name][kind] > 0.04 * largest:
                 middle = left + width / 2
                 ax.text(middle, place, f"{width:.1f}", ha="center", va="center", fontsize=8)
             left += width
@@ -48,7 +47,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--figures", type=pathlib.Path, default="benchmarks/results/bytes.json", help="to draw"
+        "--figures",
+        type=pathlib.Path,
+        default="benchmarks/results/bytes.json",
+        help="results of bench_bytes.py",
     )
     parser.add_argument("--out", type=pathlib.Path, default="docs/memory.png")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draws docs/sharding.png: a weight on a mesh, and which part of what is kept of it lies where.
+"""Draws docs/sharding.png: a weight on a mesh, and the sharding of its state.
 
 python benchmarks/memory/draw_sharding.py [--out docs/sharding.png]
 """
@@ -18,11 +18,11 @@ import natgalore_jax as natgalore
 
 MESH = {"fsdp": 4, "tensor": 2}
 M, N, RANK, WINDOW = 64, 128, 24, 6
-NARROW = 60  # room for the title of a narrow array
+NARROW = 60  # width that the title of a narrow array needs
 
 
 def draw(ax: Axes, name: str, shape: tuple[int, ...], sharding: NamedSharding, colors) -> None:
-    """The last two axes of an array, each part in the colours of the devices that hold it."""
+    """The last two axes of an array, each shard in the colours of its devices."""
     rows, cols = shape[-2:]
     holders: dict[tuple[int, int, int, int], list[int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
@@ -36,8 +36,8 @@ def draw(ax: Axes, name: str, shape: tuple[int, ...], sharding: NamedSharding, c
             place = (left + i * strip, top)
             ax.add_patch(Rectangle(place, strip, height, color=colors[device], lw=0))
         ax.add_patch(Rectangle((left, top), width, height, fill=False, lw=1.2))
-        held = "all" if len(devices) == len(colors) else " ".join(map(str, sorted(devices)))
-        ax.text(left + width / 2, top + height / 2, held, ha="center", va="center", fontsize=8)
+        label = "all" if len(devices) == len(colors) else " ".join(map(str, sorted(devices)))
+        ax.text(left + width / 2, top + height / 2, label, ha="center", va="center", fontsize=8)
     ax.set(xlim=(-1, max(cols, NARROW) + 1), ylim=(M + 1, -1), aspect="equal")
     ax.axis("off")
     spec = ", ".join(str(entry) for entry in (*sharding.spec, None, None)[: len(shape)])
@@ -54,14 +54,14 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = jax.make_mesh(tuple(MESH.values()), tuple(MESH))
     params = {"kernel": jax.ShapeDtypeStruct((M, N), "float32")}
-    lies = {"kernel": NamedSharding(mesh, P("fsdp", "tensor"))}
+    shardings = {"kernel": NamedSharding(mesh, P("fsdp", "tensor"))}
     stages = (natgalore.scale_by_fisher(WINDOW), natgalore.scale_by_core_fisher())
     tx = natgalore.project(RANK, optax.chain(*stages, optax.scale_by_adam()))
-    where = natgalore.state_shardings(tx, params, lies)
+    state_shardings = natgalore.state_shardings(tx, params, shardings)
     shapes = jax.eval_shape(tx.init, params)
-    state = jax.tree.map(lambda x, sharding: (x.shape, sharding), shapes, where)
+    state = jax.tree.map(lambda x, sharding: (x.shape, sharding), shapes, state_shardings)
     window, core, adam = state.inner_state
-    found = {
+    drawn = {
         "basis P": state.basis,
         "moments": adam.mu,
         "core Fisher, root": core.fisher,
@@ -70,8 +70,8 @@ def main() -> None:
     colors = dict(enumerate(plt.get_cmap("Set3").colors[:8]))
     ratios = [N, NARROW, N, NARROW, N]
     figure, axes = plt.subplots(1, 5, figsize=(14, 2.5), layout="constrained", width_ratios=ratios)
-    draw(axes[0], "weight, gradient, update", (M, N), lies["kernel"], colors)
-    for ax, (name, tree) in zip(axes[1:], found.items(), strict=True):
+    draw(axes[0], "weight, gradient, update", (M, N), shardings["kernel"], colors)
+    for ax, (name, tree) in zip(axes[1:], drawn.items(), strict=True):
         shape, sharding = tree["kernel"].value
         draw(ax, name, shape, sharding, colors)
     figure.suptitle(

@@ -1,7 +1,7 @@
-"""Which arithmetic should a projection and a lift use: what does each cost, and which digits?
+"""Which arithmetic should projection and back-projection use?
 
 For R = PᵀG (`down`) and W + P U + a W (`up`) at the sizes of Llama's matrices, in every arithmetic
-that the device's compiler offers: median time, beside that of an elementwise pass over the large
+that the device's compiler offers: median time, the time of an elementwise pass over the large
 arrays (`pass`), and relative error against float64.
 
     python benchmarks/speed/bench_matmul.py [--out benchmarks/results/matmul.json]
@@ -38,7 +38,7 @@ ARITHMETICS = {
 
 
 def split_down(P, G):
-    """PᵀG of a bfloat16 G, which is exact, with P as a sum of two bfloat16."""
+    """PᵀG for an exact bfloat16 G, with P as a sum of two bfloat16 parts."""
     high = lax.reduce_precision(P, 8, 7)
     dot = lambda part: jnp.matmul(
         part.astype(jnp.bfloat16).mT, G, preferred_element_type=jnp.float32
@@ -57,7 +57,7 @@ def timed(f, *args, repeats: int) -> tuple[float, jax.Array]:
 
 
 def error(x: jax.Array, exact: np.ndarray) -> float:
-    """Of the first matrix of a stack, relative, in the Frobenius norm."""
+    """Relative error of the first matrix of a stack in the Frobenius norm."""
     return float(np.linalg.norm(np.asarray(x[0], np.float64) - exact) / np.linalg.norm(exact))
 
 
@@ -79,7 +79,7 @@ def measure(m: int, n: int, r: int, layers: int, dtype, repeats: int) -> dict:
         dot = lambda P, U: jnp.matmul(P, U, precision=precision)
         return lambda W, P, U: W + (dot(P, U) - 1e-4 * W).astype(W.dtype)
 
-    def lifted(precision):
+    def product(precision):
         return lambda P, U: jnp.matmul(P, U, precision=precision)
 
     row: dict = {
@@ -92,14 +92,14 @@ def measure(m: int, n: int, r: int, layers: int, dtype, repeats: int) -> dict:
         try:
             down_ms, R = timed(down(precision), P, G, repeats=repeats)
             up_ms, _ = timed(up(precision), W, P, U, repeats=repeats)
-            full = jax.jit(lifted(precision))(P[:1], U[:1])
+            full = jax.jit(product(precision))(P[:1], U[:1])
             row[name] = {
                 "down_ms": down_ms,
                 "up_ms": up_ms,
                 "down_error": error(R, exact["down"]),
                 "up_error": error(full, exact["up"]),
             }
-        except Exception as problem:  # of many types: the compiler has no such arithmetic
+        except Exception as problem:  # of many types: not every compiler has every arithmetic
             row[name] = {"does not run": str(problem).splitlines()[0][:200]}
     if dtype == jnp.bfloat16:
         down_ms, R = timed(split_down, P, G, repeats=repeats)
@@ -121,10 +121,13 @@ def main():
             row = measure(*SIZES[size], dtype, args.repeats)
             results[f"{size}, {jnp.dtype(dtype).name}"] = row
             print(f"\n{size}, {jnp.dtype(dtype).name}: m, n, rank, layers = {SIZES[size]}")
-            for name, of in row.items():
+            for name, figures in row.items():
                 print(
                     f"  {name:18s}",
-                    {k: float(f"{v:.3g}") if k != "does not run" else v for k, v in of.items()},
+                    {
+                        k: float(f"{v:.3g}") if k != "does not run" else v
+                        for k, v in figures.items()
+                    },
                     flush=True,
                 )
             if args.out:

@@ -1,18 +1,18 @@
-"""What does an optimizer's own step cost: one that only updates, and the slowest of a period?
+"""What does an optimizer's update cost, without a refresh and at its slowest?
 
 Only the update is timed: gradients, state and weights in, weights and state out, donated. The
-methods take turns, step by step, on one set of random gradients, so that what disturbs one disturbs
-all; compare times within one tree. All but step 0 are of one refresh period. A hot step refreshes
-nothing: its time is the lower quartile, since by default half of the steps refresh a matrix or two.
-What all refreshes cost is the sum of what steps took above that. Bytes are the compiled program's.
+methods take turns, step by step, on one set of random gradients, so that disturbances affect all
+alike; compare times within one tree only. All steps after step 0 form one refresh period. `hot` is
+the time of a step without refresh: the lower quartile, since by default half of the steps refresh a
+matrix or two. `refreshes` is the sum of all time above that. Bytes are the compiled program's.
 
     python benchmarks/speed/bench_step.py [--out benchmarks/results/step.json]
-    python benchmarks/speed/bench_step.py --trees tiny --methods galore,adamw    a try
-    python benchmarks/speed/bench_step.py --scaling    galore's step over widths, ranks and depths
+    python benchmarks/speed/bench_step.py --trees tiny --methods galore,adamw    a quick run
+    python benchmarks/speed/bench_step.py --scaling    over widths, ranks and depths
 
-A tree is a size of examples/common/llama.py, or one with another number of layers, as in 350m/4,
-its layers apart (unrolled) or stacked (scanned). Results are written as they come; what --out
-has of the same settings and machine is not measured again.
+A tree is a size of examples/common/llama.py, optionally with another number of layers, as in
+350m/4; its layers are separate (unrolled) or stacked (scanned). Results are written as they come.
+Trees that --out already holds for the same settings and machine are not measured again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from examples.common import llama
 
 
 class Stepper:
-    """One method on one tree: its compiled update, and where its weights and state are."""
+    """One method on one tree: its compiled update, weights and state."""
 
     def __init__(self, tx: optax.GradientTransformation, params: Any):
         def update(params, state, grads):
@@ -83,7 +83,7 @@ class Stepper:
 
 
 def params_of(tree: str, scan: bool, dtype: Any) -> tuple[Any, int]:
-    """The shapes of a tree's weights, and the rank that goes with it."""
+    """The shapes of a tree's weights, and the rank for its size."""
     size, _, layers = tree.partition("/")
     config = llama.CONFIGS[size]
     config = replace(config, scan=scan, layers=int(layers) if layers else config.layers)
@@ -92,7 +92,7 @@ def params_of(tree: str, scan: bool, dtype: Any) -> tuple[Any, int]:
 
 
 def random_like(params: Any) -> Any:
-    """Gradients of normal numbers, in the shapes and dtypes of the weights."""
+    """Normally distributed gradients with the shapes and dtypes of the weights."""
 
     @jax.jit
     def one(key, x):
@@ -106,7 +106,7 @@ def random_like(params: Any) -> Any:
 
 
 def measure(row: dict[str, Any], params: Any, rank: int, args, save: Callable[[], None]) -> None:
-    """All methods on one tree, in turns."""
+    """Times all methods on one tree, in turns."""
     methods = row.setdefault("methods", {})
     grads, steppers = random_like(params), {}
     for name in args.methods:
@@ -116,10 +116,10 @@ def measure(row: dict[str, Any], params: Any, rank: int, args, save: Callable[[]
             tx = METHODS[name](rank, args.refresh_every, args.weight_decay)
             steppers[name] = Stepper(tx, params)
             methods[name] = steppers[name].facts()
-        except Exception as error:  # of many types: a compiler's, or a method's that does not run
+        except Exception as error:  # of many types, from a compiler or a method
             methods[name] = {"does not run": str(error).splitlines()[0]}
         save()
-    gc.collect()  # or Python does it in the middle of some step: what compiling left, 0.2 s of it
+    gc.collect()  # collecting the compiler's garbage takes 0.2 s, which must not fall in a step
     gc.freeze()
     for turn in range(1 + args.refresh_every):
         for stepper in list(steppers.values())[:: 1 if turn % 2 else -1]:
@@ -151,7 +151,7 @@ def show(row: dict[str, Any]) -> None:
         )
 
 
-SCALING = {  # of one stack of square matrices: width, rank and layers
+SCALING = {  # one stack of square matrices: width, rank and layers
     "width": [(width, 128, 4) for width in (512, 1024, 2048, 4096, 8192)],
     "rank": [(2048, rank, 4) for rank in (64, 128, 256, 512, 1024)],
     "layers": [(1024, 128, layers) for layers in (4, 10, 20, 40, 80)],
@@ -159,7 +159,7 @@ SCALING = {  # of one stack of square matrices: width, rank and layers
 
 
 def scaling(args, save: Callable[[], None], results: dict[str, Any]) -> None:
-    """The usual step and the refreshes of galore and natural_galore as the problem grows."""
+    """Steps and refreshes of galore and natural_galore over growing problems."""
     for along, points in SCALING.items():
         rows = results["scaling"].setdefault(along, [])
         for width, rank, layers in points[len(rows) :]:
@@ -169,8 +169,8 @@ def scaling(args, save: Callable[[], None], results: dict[str, Any]) -> None:
             measure(row, params, rank, args, lambda: None)
             rows.append(row)
             save()
-            said = {name: f"{of['hot_ms']:.2f} ms" for name, of in row["methods"].items()}
-            print(f"width {width}, rank {rank}, {layers} layers: {said}", flush=True)
+            times = {name: f"{of['hot_ms']:.2f} ms" for name, of in row["methods"].items()}
+            print(f"width {width}, rank {rank}, {layers} layers: {times}", flush=True)
 
 
 def main():
@@ -182,9 +182,13 @@ def main():
     parser.add_argument("--methods", type=words, default=list(METHODS))
     parser.add_argument("--layers", choices=["unrolled", "scanned", "both"], default="both")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
-    parser.add_argument("--refresh-every", type=int, default=200, help="and steps after step 0")
+    parser.add_argument(
+        "--refresh-every", type=int, default=200, help="also the number of steps after step 0"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--scaling", action="store_true", help="instead, over sizes")
+    parser.add_argument(
+        "--scaling", action="store_true", help="measure over sizes instead of trees"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="write the figures here, as JSON")
     args = parser.parse_args()
     if unknown := [name for name in args.methods if name not in METHODS]:
@@ -192,9 +196,9 @@ def main():
     about: dict[str, Any] = {"environment": environment(), "refresh_every": args.refresh_every}
     results: dict[str, Any] = about | {"trees": [], "scaling": {}}
     if args.out and args.out.exists():
-        held = json.loads(args.out.read_text())
-        same = all(held.get(key) == value for key, value in about.items())
-        results = held if same else results
+        recorded = json.loads(args.out.read_text())
+        same = all(recorded.get(key) == value for key, value in about.items())
+        results = recorded if same else results
 
     def save():
         if args.out:

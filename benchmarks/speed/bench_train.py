@@ -1,27 +1,28 @@
-"""What does a training step cost under each optimizer, in time, in memory and between devices?
+"""What does a training step cost under each optimizer, in time, memory and communication?
 
-A Llama in bfloat16 with float32 weights, its layers scanned and recomputed in the backward pass, on
-random tokens, in some layouts of all the devices of a host, or in that of --mesh:
+A Llama in bfloat16 with float32 weights, scanned and recomputed layers, on random tokens, in
+several layouts of all devices of a host, or on the mesh of --mesh:
 
-    data   weights and state on each; on one device the only one
-    fsdp   weights and state sharded over all
-    zero   weights on each, the optimizer's state sharded over all (ZeRO-1)
+    data   weights and state replicated; the only layout on one device
+    fsdp   weights and state sharded
+    zero   weights replicated, optimizer state sharded (ZeRO-1)
 
-The methods of a layout take turns, step by step, so that what disturbs one disturbs all; compare
-times within one layout. Step 0, on which all bases are new, is apart; the slowest step is that of
-the steps after it, which meet each later refresh once if --steps is --refresh-every; with 0 of them
-nothing is run, and what the compiled program holds and moves is told. A method whose
-name ends in `_unrolled` runs on layers that are not stacked, and so does `contrib_galore`, which
-takes no others. One that ends in `_cores` takes its gradients from `natgalore.value_and_grad`, so
-that of the layers' matrices none is formed, and refreshes all at once.
+The methods of a layout take turns, step by step, so that disturbances affect all alike; compare
+times within one layout only. Step 0, which refreshes all bases, is reported separately. With
+--steps equal to --refresh-every the later steps include each later refresh once. With --steps 0
+nothing is run; memory and communication of the compiled program are reported.
+
+Methods whose name ends in `_unrolled`, and `contrib_galore`, run on separate layers. Methods whose
+name ends in `_cores` take their gradients from `natgalore.value_and_grad` and refresh all bases at
+once.
 
     python benchmarks/speed/bench_train.py --size 350m [--out benchmarks/results/train-350m.json]
     python benchmarks/speed/bench_train.py --layouts fsdp,zero,data    on several devices
     python benchmarks/speed/bench_train.py --methods adamw,galore_cores --micro-batches 8
-    python benchmarks/speed/bench_train.py --size tiny --seq-len 16 --steps 3    a try
+    python benchmarks/speed/bench_train.py --size tiny --seq-len 16 --steps 3    a quick run
 
-Each layout is a process of its own. Results are written as they come, and what --out holds already
-of the same settings and machine is not measured again; --minutes ends the taking of turns in time.
+Each layout runs in its own process. Results are written as they come. Methods that --out already
+holds for the same settings and machine are not measured again; --minutes limits the time.
 """
 
 import argparse
@@ -53,7 +54,7 @@ from examples.common import llama
 from examples.pretraining import llama_sharding
 
 
-LAYOUTS = {  # mesh, and the axis over which state is sharded that would be the same along it
+LAYOUTS = {  # mesh, and the axis that shards otherwise replicated state
     "data": ("-1,1,1", None),
     "fsdp": ("1,-1,1", "fsdp"),
     "zero": ("-1,1,1", "data"),
@@ -64,7 +65,7 @@ ABOUT += ("remat", "dtype")
 
 
 class Program(NamedTuple):
-    """A compiled step, what makes its first state, and what is known of it without running it."""
+    """A compiled step, the initialiser of its state, and facts about the compiled program."""
 
     init: Any
     step: Any
@@ -80,7 +81,7 @@ def make_optimizer(method: str, rank: int, refresh_every: int) -> optax.Gradient
 
 
 def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, args) -> Program:
-    """The step of a method on a mesh, and what it holds and moves."""
+    """The compiled step of a method on a mesh, with its memory and communication."""
     batch, whole = NamedSharding(mesh, batch_spec(args)), NamedSharding(mesh, PartitionSpec())
     config = replace(
         llama.CONFIGS[args.size],
@@ -95,9 +96,9 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
         return nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(key)), nnx.Param))
 
     params = jax.eval_shape(weights, jax.random.key(0))
-    lies = llama_sharding.param_shardings(mesh, params)
+    shardings = llama_sharding.param_shardings(mesh, params)
     tx = make_optimizer(method, args.rank, args.refresh_every)
-    tx = natgalore.sharded(tx, lies, zero_axis=zero_axis)
+    tx = natgalore.sharded(tx, shardings, zero_axis=zero_axis)
 
     def init(key):
         params = weights(key)
@@ -107,19 +108,19 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
         return llama.next_token_loss(nnx.merge(structure, params), tokens)
 
     if method.removesuffix(UNROLLED).endswith(CORES):
-        slopes = natgalore.value_and_grad(
+        gradients = natgalore.value_and_grad(
             loss_fn, tx, micro_batches=args.micro_batches, on_fallback="error"
         )
     else:
-        slopes = whole_gradients(loss_fn, args.micro_batches)
+        gradients = whole_gradients(loss_fn, args.micro_batches)
 
     def step(state, tokens):
         params, opt_state = state
-        (loss, grads), opt_state = slopes(params, opt_state, tokens)
+        (loss, grads), opt_state = gradients(params, opt_state, tokens)
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    state = (lies, natgalore.state_shardings(tx, params, lies, zero_axis=zero_axis))
+    state = (shardings, natgalore.state_shardings(tx, params, shardings, zero_axis=zero_axis))
     init = jax.jit(init, out_shardings=state)
     step = jax.jit(
         step, in_shardings=(state, batch), out_shardings=(state, whole), donate_argnums=0
@@ -142,13 +143,13 @@ def compile_step(method: str, mesh: jax.sharding.Mesh, zero_axis: str | None, ar
 
 
 def whole_gradients(loss_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:
-    """What `natgalore.value_and_grad` does, with sums of whole gradients."""
-    slopes = jax.value_and_grad(loss_fn)
+    """`natgalore.value_and_grad` with sums of full gradients."""
+    gradients = jax.value_and_grad(loss_fn)
 
     def of(params, opt_state, tokens):
         if micro_batches == 1:
-            return slopes(params, tokens), opt_state
-        add = lambda total, part: (jax.tree.map(jnp.add, total, slopes(params, part)), None)
+            return gradients(params, tokens), opt_state
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradients(params, part)), None)
         zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros([]), params))
         total, _ = jax.lax.scan(add, zeros, tokens)
         return jax.tree.map(lambda x: x / micro_batches, total), opt_state
@@ -157,7 +158,7 @@ def whole_gradients(loss_fn: Callable[..., Any], micro_batches: int) -> Callable
 
 
 def batch_shape(mesh: jax.sharding.Mesh, args) -> tuple[int, ...]:
-    """Each token but the first is predicted. Micro-batches have an axis if there are several."""
+    """Shape of the tokens, with a leading axis if there are several micro-batches."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     one = rows * args.batch_per_device, args.seq_len + 1
     return one if args.micro_batches == 1 else (args.micro_batches, *one)
@@ -184,7 +185,7 @@ def count(program: str) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def peak_bytes() -> int | None:
-    """The most that the allocator of any device has held so far, where it keeps count."""
+    """Peak of any device's allocator so far, or None if the platform reports none."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     return max((x["peak_bytes_in_use"] for x in stats if x), default=None)
 
@@ -195,7 +196,7 @@ def bytes_in_use() -> int:
 
 
 def measure(name: str, args, results: dict[str, Any], save) -> None:
-    """One layout: compiles all methods, runs step 0 of each, then lets them take turns."""
+    """Compiles all methods for one layout, runs step 0 of each, then times them in turns."""
     shape, zero_axis = LAYOUTS.get(name, (args.mesh, "fsdp"))
     mesh = llama_sharding.make_mesh([int(n) for n in shape.split(",")])
     results["mesh"], results["zero_axis"] = dict(mesh.shape), zero_axis
@@ -205,7 +206,7 @@ def measure(name: str, args, results: dict[str, Any], save) -> None:
         try:
             programs[method] = compile_step(method, mesh, zero_axis, args)
             methods[method] = programs[method].facts
-        except Exception as error:  # of many types: a compiler's, or a method's that does not run
+        except Exception as error:  # of many types, from a compiler or a method
             methods[method] = {"does not run": str(error).splitlines()[0]}
         save()
     if not args.steps:
@@ -225,7 +226,7 @@ def measure(name: str, args, results: dict[str, Any], save) -> None:
         jax.block_until_ready(states[method])
         return time.perf_counter() - start
 
-    # The peak is of all so far: each is seen if those that hold more come later.
+    # The allocator's peak only grows: measure methods in the order of their memory.
     holds = lambda method: (
         programs[method].facts["argument_bytes"] + (programs[method].facts["temp_bytes"])
     )
@@ -309,7 +310,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 def read(args) -> dict[str, Any]:
-    """What --out holds of these settings, or the start of new results."""
+    """The results in --out if they have the same settings, else empty results."""
     settings = {name: getattr(args, name) for name in ABOUT}
     if args.out.exists():
         results = json.loads(args.out.read_text())
@@ -331,11 +332,11 @@ def main():
     parser.add_argument("--size", choices=RANKS, default="350m")
     parser.add_argument("--methods", type=lambda x: x.split(","), default=list(METHODS)[:3])
     parser.add_argument("--layouts", type=lambda x: x.split(","), default=["data"])
-    parser.add_argument("--mesh", help="this one instead, as data,fsdp,tensor")
+    parser.add_argument("--mesh", help="instead of layouts: data,fsdp,tensor")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-per-device", type=int, default=8, help="sequences")
     parser.add_argument(
-        "--micro-batches", type=int, default=1, help="of those, summed up in a step"
+        "--micro-batches", type=int, default=1, help="number of such batches summed in a step"
     )
     parser.add_argument("--rank", type=int, help="by default GaLore's of this size")
     parser.add_argument("--refresh-every", type=int, default=100)
@@ -348,7 +349,7 @@ def main():
         help="recompute each layer backwards",
     )
     parser.add_argument("--devices", type=int, help="CPU devices to simulate")
-    parser.add_argument("--minutes", type=float, default=60, help="after which nothing begins")
+    parser.add_argument("--minutes", type=float, default=60, help="start nothing after this time")
     parser.add_argument("--out", type=pathlib.Path, default="runs/train.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # in a process
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)

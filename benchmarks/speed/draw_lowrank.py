@@ -1,7 +1,7 @@
-"""Draws docs/low-rank-gradients.png: what the backward pass of one weight makes, and what moves.
+"""Draws docs/low-rank-gradients.png: arrays of the backward pass of one weight, and communication.
 
-Every array is drawn in proportion, of an up-projection of Llama 1b at rank 512 (2048 x 5461) and
-2,048 tokens. That no other exists is held by tests/lowrank_grads/test_value_and_grad.py.
+Arrays are in proportion, for an up-projection of Llama 1b at rank 512 (2048 x 5461) and 2,048
+tokens. tests/lowrank_grads/test_value_and_grad.py checks that no other array exists.
 
     python benchmarks/speed/draw_lowrank.py [--out docs/low-rank-gradients.png]
 """
@@ -20,7 +20,7 @@ GIVEN, MADE, SENT = "#c8d5e3", "#f2c9a5", "#e07b54"
 
 
 def box(ax: Axes, at: tuple[float, float], shape: tuple[int, int], text: str, color: str):
-    """An array of (rows, cols) around a place."""
+    """Draws an array of (rows, cols) centred at a point; returns half its width."""
     height, width = (n * SCALE for n in shape)
     corner = (at[0] - width / 2, at[1] - height / 2)
     ax.add_patch(Rectangle(corner, width, height, facecolor=color, edgecolor="0.25", lw=1))

@@ -1,10 +1,12 @@
-"""Where does the time of a hot step go: the operations of one update on the device, longest first?
+"""Where does the time of an update without refresh go?
+
+Prints the operations of one update on the device, longest first.
 
     python benchmarks/speed/profile_step.py --tree 350m --method galore
-    python benchmarks/speed/profile_step.py --tree tiny --method adamw    a try
+    python benchmarks/speed/profile_step.py --tree tiny --method adamw    a quick run
 
-Command buffers hide the names of operations on GPUs: XLA_FLAGS=--xla_gpu_enable_command_buffer=
-leaves them out. A tree is named as for bench_step.py.
+On GPUs command buffers hide the names of operations; XLA_FLAGS=--xla_gpu_enable_command_buffer=
+disables them. Trees are named as in bench_step.py.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from benchmarks.speed.bench_step import Stepper, params_of, random_like
 
 
 def operations(folder: str) -> collections.Counter[str]:
-    """Microseconds of each operation in the trace that a folder holds."""
+    """Microseconds of each operation in the trace in `folder`."""
     (trace,) = pathlib.Path(folder).glob("**/*.trace.json.gz")
     taken: collections.Counter[str] = collections.Counter()
     for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]:
@@ -45,7 +47,7 @@ def main():
     args = parser.parse_args()
     params, rank = params_of(args.tree, args.layers == "scanned", jnp.dtype(args.dtype))
     grads = random_like(params)
-    # A long period, whose first refreshes are over before the steps that are traced.
+    # The refreshes at the start of this long period end before the traced steps.
     stepper = Stepper(METHODS[args.method](rank, 10_000, args.weight_decay), params)
     for _ in range(3):
         stepper.step(grads)

@@ -1,4 +1,4 @@
-"""The benchmarks at a small size: what they count is right, and what they say they do, they do."""
+"""The benchmarks at a small size: counted bytes, resumption and printed tables."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class TestTrain:
         return json.loads(self.OUT.read_text())
 
     @pytest.mark.slow
-    def test_a_layout_is_measured_once_and_shown(self, small, monkeypatch, capsys):
+    def test_a_layout_is_measured_once(self, small, monkeypatch, capsys):
         make = bench_train.make_optimizer
 
         def make_optimizer(method, *settings):
@@ -58,7 +58,7 @@ class TestTrain:
         assert gathered >= 7 / 8 * 4 * (adamw["parameters"] - norms)
         assert "refresh" not in adamw["collectives"]
 
-        monkeypatch.setattr(bench_train.subprocess, "run", None)  # nothing is left to do
+        monkeypatch.setattr(bench_train.subprocess, "run", None)  # everything is measured
         assert self.run(monkeypatch, *what) == results
         shown = capsys.readouterr().out
         assert "galore does not run: not today:\n" in shown
@@ -76,7 +76,7 @@ class TestTrain:
         moved = {name: row["collectives"].get("refresh", {}) for name, row in rows.items()}
         assert not moved["adamw"]
         assert not moved["adamw_unrolled"]
-        # A refresh moves less than the gradients, which each device has summed whole here.
+        # A refresh moves less than the all-reduced gradients.
         of = lambda name: sum(kind["bytes"] for kind in moved[name].values())
         summed = rows["galore"]["collectives"]["every step"]["all-reduce"]["bytes"]
         assert 0 < of("galore") < summed / 4
@@ -102,12 +102,12 @@ class TestStep:
         shown = capsys.readouterr().out
         assert "tiny, rank 32, unrolled, float32, weight decay 0.1" in shown
 
-        monkeypatch.setattr(bench_step, "measure", None)  # nothing is left to do
+        monkeypatch.setattr(bench_step, "measure", None)  # everything is measured
         run(bench_step, monkeypatch, *what)
         assert json.loads(Path("step.json").read_text()) == results
 
     @pytest.mark.slow
-    def test_what_does_not_run_is_said(self, small, monkeypatch, capsys):
+    def test_methods_that_fail_are_listed(self, small, monkeypatch, capsys):
         def refuse(*settings):
             raise ValueError("not today:\nit is late")
 
@@ -122,7 +122,7 @@ class TestStep:
         assert "no method 'adam': choose from natural_galore, galore" in capsys.readouterr().err
 
     @pytest.mark.slow
-    def test_scaling_goes_on_where_it_was(self, tmp_path, monkeypatch):
+    def test_scaling_resumes(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
             bench_step, "SCALING", {"width": [(32, 8, 2), (64, 8, 2)], "layers": [(32, 8, 3)]}
         )
@@ -137,7 +137,7 @@ class TestStep:
         # P, both moments; refreshes and skipped steps of each matrix; two counts, a version.
         assert state == 4 * (2 * (64 * 8 + 2 * 8 * 64) + 2 * 2 + 3)
 
-        monkeypatch.setattr(bench_step, "measure", None)  # nothing is left to do
+        monkeypatch.setattr(bench_step, "measure", None)  # everything is measured
         run(bench_step, monkeypatch, *what)
         assert json.loads((tmp_path / "step.json").read_text()) == results
 
@@ -164,7 +164,7 @@ class TestFinetune:
             assert of["tokens_per_second"] == pytest.approx(16 / of["median_step_seconds"])
         assert "tiny: rank 32, 2 x 8 tokens" in capsys.readouterr().out
 
-        monkeypatch.setattr(bench_finetune, "measure", None)  # nothing is left to do
+        monkeypatch.setattr(bench_finetune, "measure", None)  # everything is measured
         run(bench_finetune, monkeypatch, *what.split(), "--out", "finetune.json")
         assert json.loads(Path("finetune.json").read_text()) == results
 
@@ -174,7 +174,7 @@ class TestFinetune:
         assert "no method 'adam': choose from adamw, lora" in capsys.readouterr().err
 
 
-def test_a_quarter_of_steps_is_as_quick_as_a_hot_one():
+def test_hot_time_is_the_lower_quartile():
     stepper = object.__new__(bench_step.Stepper)
     stepper.times = [9.0, *[0.001, 0.001, 0.003, 0.005] * 5]
     figures = stepper.figures(20)
@@ -186,7 +186,7 @@ def test_a_quarter_of_steps_is_as_quick_as_a_hot_one():
 
 
 @pytest.mark.slow
-def test_offloading_moves_state_and_keeps_what_it_needs(small, monkeypatch):
+def test_offloading_moves_all_state_but_small_arrays(small, monkeypatch):
     what = "--size tiny --rank 8 --batch-size 2 --steps 1 --out offload.json --only adamw"
     run(bench_offload, monkeypatch, *what.split())
     variants = json.loads(Path("offload.json").read_text())["variants"]
@@ -198,7 +198,7 @@ def test_offloading_moves_state_and_keeps_what_it_needs(small, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_profile_names_the_operations_of_a_step(small, monkeypatch, capsys):
+def test_profile_lists_the_operations_of_a_step(small, monkeypatch, capsys):
     run(profile_step, monkeypatch, "--tree", "tiny", "--method", "adamw", "--steps", "2")
     total, *rows = capsys.readouterr().out.splitlines()
     taken = [float(row.split()[0]) for row in rows]
@@ -208,7 +208,7 @@ def test_a_profile_names_the_operations_of_a_step(small, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_matmul_errors_are_those_of_the_arithmetic(monkeypatch, tmp_path):
+def test_matmul_errors_match_the_arithmetic(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_matmul, "SIZES", {"small": (32, 48, 8, 2)})
     run(bench_matmul, monkeypatch, "--sizes", "small", "--out", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())

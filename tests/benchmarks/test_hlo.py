@@ -1,4 +1,4 @@
-"""What the benchmarks read in compiled programs: kinds, bytes, turns, what is not always met."""
+"""Collectives in compiled programs: kinds, bytes, repetitions, conditional execution."""
 
 import doctest
 
@@ -63,7 +63,7 @@ backend_config={"known_trip_count":{"n":"24"}}
 """
 
 
-def test_everything_is_counted_once_with_its_turns():
+def test_each_collective_is_counted_once_with_its_repetitions():
     gather = Collective("all-gather", [(64, 2)], 512, 4)
     scatter = Collective("reduce-scatter", [(8, 32)], 512, 8)
     assert sorted(collectives(GPU)) == sorted(
@@ -89,29 +89,29 @@ def test_everything_is_counted_once_with_its_turns():
         ("collective-permute", 100),
     ],
 )
-def test_what_a_device_receives(kind, received):
+def test_bytes_received_by_a_device(kind, received):
     assert Collective(kind, [], size=100, group=4).received == received
 
 
-def test_the_sizes_of_dtypes():
+def test_doctests():
     from benchmarks.common import hlo
 
     assert doctest.testmod(hlo).failed == 0
 
 
-def test_a_scan_multiplies_and_a_loop_of_unknown_length_is_not_hot():
+def test_scans_multiply_and_loops_of_unknown_length_are_not_hot():
     """FSDP by hand: each of six layers gathers its weight from four devices."""
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    lies = lambda *spec: NamedSharding(mesh, P(*spec))
+    sharding = lambda *spec: NamedSharding(mesh, P(*spec))
 
     def f(weights, x, turns):
-        layer = lambda x, w: (jnp.sin(x @ jax.lax.with_sharding_constraint(w, lies())), None)
+        layer = lambda x, w: (jnp.sin(x @ jax.lax.with_sharding_constraint(w, sharding())), None)
         x = jax.lax.scan(layer, x, weights)[0]
         return jax.lax.fori_loop(0, turns, lambda _, x: jnp.cos(x) / x.sum(), x)
 
     shapes = [(6, 64, 64), np.float32], [(8, 64), np.float32], [(), np.int32]
-    placed = (lies(None, "fsdp"), lies("data"), lies())
-    f = jax.jit(f, in_shardings=placed, out_shardings=lies("data"))
+    placed = (sharding(None, "fsdp"), sharding("data"), sharding())
+    f = jax.jit(f, in_shardings=placed, out_shardings=sharding("data"))
     program = f.lower(*[jax.ShapeDtypeStruct(*shape) for shape in shapes]).compile().as_text()
     gather, reduce = collectives(program)
     assert gather[2:] == (64 * 64 * 4, 4, True, 6)

@@ -1,4 +1,4 @@
-"""The optimizers of other papers, against NumPy in float64 that does as each paper says."""
+"""The optimizers of other papers against float64 NumPy versions of their algorithms."""
 
 import functools
 
@@ -17,7 +17,7 @@ M, N, R, EVERY, STEPS = 6, 8, 3, 3, 7
 RATE = 0.5
 EPS = 1e-8
 
-# Two refreshes lie within the steps: the second is at step 4, or at 5 for soap.
+# The steps contain two refreshes: the second at step 4, for soap at step 5.
 METHODS = {
     "soap": lambda rate: peers.soap(rate, precondition_every=EVERY),
     "fira": lambda rate: peers.fira(rate, R, refresh_every=EVERY, scale=0.25),
@@ -135,7 +135,7 @@ def dion(gradients, q):
 
 
 def gradients():
-    """Of each matrix a steady part with falling singular values, and noise."""
+    """Gradients: for each matrix a fixed part with decaying singular values, plus noise."""
     rng = np.random.default_rng(0)
     shapes = {"stack": (2, M, N), "tall": (N, M), "wide": (M, N)}
     steady = {}
@@ -148,7 +148,7 @@ def gradients():
 
 @functools.cache
 def run(name):
-    """The gradients, and all that a method answers to them: updates, and states of its matrices."""
+    """The gradients, and a method's updates and states of its matrices."""
     tx, grads = METHODS[name](RATE), gradients()
     state = tx.init(grads[0])
     update = jax.jit(tx.update)
@@ -225,8 +225,8 @@ def test_soap_starts_from_eigenvectors_of_the_first_gradient():
         np.testing.assert_allclose(Q.T @ g @ g.T @ Q, np.diag(eigenvalues), atol=atol)
 
 
-def test_soap_remembers_every_square():
-    """Also on steps that turn no basis, and there by (1) in the basis as it is."""
+def test_soap_accumulates_squares_on_every_step():
+    """Steps without a refresh follow (1) in the current basis."""
     grads, _, states = run("soap")
     for t in (3, 4):  # its bases are from step 2
         gs, before, after = matrices(grads[t - 1]), kept(states[t - 1], "V"), kept(states[t], "V")
@@ -237,7 +237,7 @@ def test_soap_remembers_every_square():
 
 
 def test_fira_of_full_rank_is_adam():
-    """In the basis of its P, which is of unit vectors if the rows of the first G are orthogonal."""
+    """P consists of unit vectors if the rows of the first G are orthogonal."""
     rng = np.random.default_rng(0)
     rows = np.linalg.qr(rng.normal(size=(N, M)))[0].T * np.arange(M, 0, -1)[:, None]
     first = {"a": jnp.asarray(rows, jnp.float32)}
@@ -262,7 +262,7 @@ def test_apollo_scales_columns(method):
             np.testing.assert_allclose(scale, scale[0], rtol=1e-5)
 
 
-def test_apollo_projects_by_fresh_normal_numbers():
+def test_apollo_draws_a_new_normal_projection():
     first, second = (peers.random_projection(jax.random.key(1), i, 64, 256) for i in (0, 1))
     # The standard deviation of a variance of 64 · 256 normal numbers is 1.1 % of it.
     assert first.var() * 256 == pytest.approx(1, rel=0.05)
@@ -271,7 +271,7 @@ def test_apollo_projects_by_fresh_normal_numbers():
 
 
 @pytest.mark.parametrize("method", ["fira", "apollo", "apollo_mini"])
-def test_norms_grow_by_one_hundredth(method, key):
+def test_norms_grow_by_at_most_one_percent(method, key):
     tx = METHODS[method](1.0)
     G = jax.random.normal(key, (M, N))
     state, update = tx.init(G), jax.jit(tx.update)
@@ -286,7 +286,7 @@ def test_norms_grow_by_one_hundredth(method, key):
     assert float(jnp.linalg.norm(u)) > 0.01  # nothing limits what follows a zero
 
 
-def test_ldadam_of_full_rank_loses_nothing(key):
+def test_ldadam_of_full_rank_has_no_error(key):
     tx = peers.ldadam(RATE, M)
     state, update = tx.init(jnp.zeros((M, N))), jax.jit(tx.update)
     for k in jax.random.split(key, 4):
@@ -297,7 +297,7 @@ def test_ldadam_of_full_rank_loses_nothing(key):
 
 
 def test_dion_ends_with_equal_singular_values():
-    """Every update has the norm of one that has; a steady gradient's own are equal in the end."""
+    """Updates have the norm of equal singular values, and converge to them for a fixed gradient."""
     _, updates, states = run("dion")
     for x in (x for u in updates for x in jax.tree.leaves(u)):
         norm = RATE * np.sqrt(R * x.shape[-1] / x.shape[-2])
@@ -319,12 +319,12 @@ def test_dion_ends_with_equal_singular_values():
     )
 
 
-# --- What they have in common -------------------------------------------------------------------
+# --- Common properties --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_types(method):
-    """Updates in the gradient's, state in float32, and no step changes any of it."""
+    """Updates have the gradient's dtype, state is float32, and steps keep both."""
     params = {"a": jnp.zeros((2, N, M), jnp.bfloat16), "b": None}
     tx = METHODS[method](RATE)
     state = jax.eval_shape(tx.init, params)
@@ -352,7 +352,7 @@ def test_the_learning_rate_may_be_traced_or_a_schedule():
 
 @pytest.mark.parametrize(("method", "primitive"), [("soap", "eigh"), ("fira", "svd")])
 def test_a_step_without_a_refresh_factorises_nothing(method, primitive):
-    """Of a stack too: its factorisations stand in the branch of a condition."""
+    """The factorisations of a stack too are inside the branch of a condition."""
 
     def names(jaxpr, into_conditions):
         for eqn in jaxpr.eqns:

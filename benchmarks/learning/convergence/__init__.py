@@ -1,8 +1,9 @@
-"""Does it learn better? The parts of `benchmarks/learning/bench_convergence.py`.
+"""Modules of benchmarks/learning/bench_convergence.py.
 
 corpus       text to tokens
-contenders   the optimizers, each with where its learning rate is looked for
+contenders   the optimizers and their first learning rates
+peers        optimizers of other papers that Optax does not have
 training     one run: a model, an optimizer, a learning rate, a seed
-search       which run comes next
-results      what runs say together: a table, and pictures
+search       chooses the next run
+results      tables and pictures of all runs
 """

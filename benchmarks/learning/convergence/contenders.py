@@ -1,14 +1,14 @@
-"""The optimizers that are compared, each with the learning rates among which to begin.
+"""The compared optimizers, each with the lowest of its first learning rates.
 
-Ours can be given settings after a colon, which is how one thing at a time is taken away or added:
+Settings after a colon change one option of ours at a time:
 
-    natural_galore:refresh_every=20+transport=keep    arguments of the recipe
-    natural_galore:fisher=window+fisher.window=8      one of its Fisher stage
-    natural_galore:bits=8                             its moments and bases in 8 bits
+    natural_galore:refresh_every=20+transport=keep    arguments of the optimizer
+    natural_galore:fisher=window+fisher.window=8      an argument of its Fisher stage
+    natural_galore:bits=8                             moments and bases in 8 bits
 
-A contender sees the matrices of the layers alone; everything else is under Adam, for all alike.
-Rates are in steps of two, four to begin with; `search` goes on where the best is at an end. How
-long a basis serves is the same for all, but for `natural_galore`, which has a default of its own.
+A contender updates the matrices of the layers; all other weights are under Adam. Rates are in steps
+of two, four at first; `search` adds more while the best is at an end. The refresh period is the
+same for all methods except `natural_galore`, which keeps its own default.
 """
 
 import ast
@@ -28,8 +28,8 @@ class Contender(NamedTuple):
 
     Attributes:
       make: (learning rate, rank, refresh_every) -> the transformation; the rate may be traced.
-      first: the lowest of the four rates to begin with.
-      stacked: whether it takes layers that are one stack; else it is given them apart.
+      first: the lowest of the first four rates.
+      stacked: whether it accepts stacked layers; otherwise it receives separate layers.
     """
 
     make: Callable[[Any, int, int], optax.GradientTransformation]
@@ -45,7 +45,7 @@ def ours(
 
     def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
         given = {"rank": rank} | settings
-        if recipe != "natural_galore":  # whose default is a part of what is compared
+        if recipe != "natural_galore":  # its default period is part of the comparison
             given = {"refresh_every": every} | given
         tx = getattr(natgalore, recipe)(rate, **given)
         return natgalore.quantized(tx, ("linear", "square", "basis")) if bits == 8 else tx
@@ -89,7 +89,7 @@ CONTENDERS: dict[str, Contender] = {
         lambda rate, rank, every: peers.apollo_mini(rate, refresh_every=every), 5e-4
     ),
     "ldadam": Contender(
-        # The β of its experiments.
+        # b1 and b2 of the paper's experiments.
         lambda rate, rank, every: peers.ldadam(rate, rank, b1=0.908, b2=0.99),
         2.5e-4,
     ),
@@ -102,10 +102,10 @@ STAGES = {"core": natgalore.scale_by_core_fisher, "window": natgalore.scale_by_f
 
 
 def contender(text: str) -> Contender:
-    """The contender of a name, with its settings if it has any.
+    """The contender of a name, with optional settings.
 
     Raises:
-      ValueError: there is none of this name, or it does not take these settings.
+      ValueError: unknown name or invalid settings.
     """
     name, colon, rest = text.partition(":")
     if name not in CONTENDERS:
@@ -115,25 +115,25 @@ def contender(text: str) -> Contender:
     if name not in ("galore", "natural_galore"):
         raise ValueError(f"{name} takes no settings, got {rest!r}")
     settings: dict[str, Any] = {}
-    of_stage: dict[str, Any] = {}
+    stage_settings: dict[str, Any] = {}
     for part in rest.split("+"):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(f"a setting is name=value, got {part!r}")
-        of = of_stage if key.startswith("fisher.") else settings
-        of[key.removeprefix("fisher.")] = literal(value)
-    if of_stage:
-        settings["fisher"] = STAGES[settings.get("fisher", "core")](**of_stage)
+        target = stage_settings if key.startswith("fisher.") else settings
+        target[key.removeprefix("fisher.")] = literal(value)
+    if stage_settings:
+        settings["fisher"] = STAGES[settings.get("fisher", "core")](**stage_settings)
     try:
-        made = CONTENDERS[name]._replace(make=ours(name, **settings))
-        made.make(1e-3, 8, 1)
+        result = CONTENDERS[name]._replace(make=ours(name, **settings))
+        result.make(1e-3, 8, 1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{text}: {error}") from error
-    return made
+    return result
 
 
 def literal(value: str) -> Any:
-    """A number, True, False or None, or else the word itself."""
+    """A number, True, False or None, otherwise the string itself."""
     try:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):

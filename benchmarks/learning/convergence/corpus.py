@@ -1,9 +1,8 @@
-"""Text to tokens: Python sources that are present wherever this runs or were fetched, or C4.
+"""Text to tokens: installed Python sources, Python sources of downloaded wheels, or C4.
 
-Those that are present are of the standard library and of all packages installed, those that were
-fetched are of wheels in a folder, both less what is equal to another. What is installed differs, so
-a corpus has a digest, and results of different ones are not compared. A byte-pair encoding is
-trained on a part of it; tokens are kept in a file.
+Installed sources are those of the standard library and all packages. Duplicate files are removed.
+Installations differ, so each corpus has a digest, and results of different corpora are not
+compared. A byte-pair encoding is trained on a part of the corpus; tokens are cached in a file.
 """
 
 import hashlib
@@ -19,22 +18,22 @@ from jaxtyping import UInt16
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 
-LARGEST = 1_000_000  # bytes of a file: beyond are tables that a program has written
-HELD_OUT = 50  # one of so many files is for validation
-TAUGHT_BY = 8  # one of so many teaches the encoding
-VOCABULARIES = range(257, 2**16 + 1)  # all bytes and the end of a text; tokens are uint16
+LARGEST = 1_000_000  # bytes of a file: larger ones are generated tables
+HELD_OUT = 50  # one file in 50 is for validation
+TRAINED_ON_ONE_IN = 8  # one file in 8 trains the encoding
+VOCABULARIES = range(257, 2**16 + 1)  # all bytes and the end token; tokens are uint16
 FETCHED = Path(__file__).with_name("wheels.txt")
-AT_ONCE = 4096  # texts
-C4_TEXTS = 200_000  # of C4 at most, about 90M tokens
+AT_ONCE = 4096  # texts per call of the encoder
+C4_TEXTS = 200_000  # at most, about 90M tokens
 
 
 class Corpus(NamedTuple):
-    """Tokens, split.
+    """Tokens for training and validation.
 
     Attributes:
       train: tokens to train on.
       validation: tokens of texts held out.
-      about: what a log should say of it.
+      about: facts for the results file.
     """
 
     train: UInt16[np.ndarray, " tokens"]
@@ -43,7 +42,7 @@ class Corpus(NamedTuple):
 
 
 def installed(cache: Path, limit: int | None) -> Iterable[bytes]:
-    """The Python files of what is installed here."""
+    """The Python files of the standard library and all installed packages."""
     del cache
     paths = sysconfig.get_paths()
     return distinct(
@@ -77,7 +76,7 @@ def fetched(cache: Path, limit: int | None) -> Iterable[bytes]:
 
 
 def distinct(texts: Iterable[bytes]) -> list[bytes]:
-    """Each text once, the empty one left out, in an order that their contents decide."""
+    """The distinct non-empty texts, ordered by their digests."""
     found = {hashlib.sha256(text).digest(): text for text in texts if text}
     return [found[digest] for digest in sorted(found)]
 
@@ -98,16 +97,16 @@ DATASETS = {"python": installed, "wheels": fetched, "c4": c4}
 
 
 def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -> Corpus:
-    """Reads, encodes and keeps a corpus, or returns the kept one if its texts are the same.
+    """Reads, encodes and caches a corpus, or returns the cached one if its texts are equal.
 
     Args:
       dataset: one of DATASETS.
       vocabulary: number of tokens, one of VOCABULARIES.
-      cache: the folder where it is kept, and where wheels are.
-      limit: of texts.
+      cache: the folder of cached tokens and of wheels.
+      limit: maximum number of texts.
 
     Raises:
-      ValueError: there is no text, or what reads it is missing.
+      ValueError: there is no text, or a package that reads it is missing.
     """
     texts = list(DATASETS[dataset](cache, limit))
     if not texts:
@@ -116,18 +115,20 @@ def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -
     for text in texts:
         digest.update(hashlib.sha256(text).digest())
     sha256 = digest.hexdigest()
-    kept = cache / f"{dataset}-{vocabulary}-{sha256[:12]}.npz"
-    if kept.exists():
-        with np.load(kept) as arrays:
+    cached = cache / f"{dataset}-{vocabulary}-{sha256[:12]}.npz"
+    if cached.exists():
+        with np.load(cached) as arrays:
             about = json.loads(str(arrays["about"]))
             return Corpus(arrays["train"], arrays["validation"], about)
 
     strings = [text.decode(errors="replace") for text in texts]
-    encoding = taught(strings[::TAUGHT_BY], vocabulary)
+    encoding = trained_encoding(strings[::TRAINED_ON_ONE_IN], vocabulary)
     end = np.uint16(encoding.token_to_id(END))
     encoded = [
         np.append(np.array(one.ids, np.uint16), end)
-        for start in range(0, len(strings), AT_ONCE)  # what is encoded takes many times its bytes
+        for start in range(
+            0, len(strings), AT_ONCE
+        )  # encodings take many times the bytes of a text
         for one in encoding.encode_batch_fast(strings[start : start + AT_ONCE])
     ]
     held_out = encoded[::HELD_OUT]
@@ -143,16 +144,16 @@ def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -
     }
     cache.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(train, np.concatenate(held_out), about)
-    part = kept.with_suffix(".part.npz")  # or a reader would find half a file
+    part = cached.with_suffix(".part.npz")  # so that no reader finds half a file
     np.savez(part, train=corpus.train, validation=corpus.validation, about=json.dumps(about))
-    part.rename(kept)
+    part.rename(cached)
     return corpus
 
 
-END = "<end>"  # of a text
+END = "<end>"  # token after each text
 
 
-def taught(strings: list[str], vocabulary: int) -> Tokenizer:
+def trained_encoding(strings: list[str], vocabulary: int) -> Tokenizer:
     """A byte-level byte-pair encoding of the strings."""
     encoding = Tokenizer(models.BPE())
     encoding.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

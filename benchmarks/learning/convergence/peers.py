@@ -1,18 +1,18 @@
-"""The optimizers that we compare against and that Optax does not have, from their papers.
+"""Optimizers of other papers that Optax does not have.
 
-They take trees of weight matrices alone, (m, n) or stacks of them. Each is written for one matrix
-G (m x n) with m ≤ n: a taller one is transposed on its way in and out, and so only short sides are
-projected. What some of them share: Adam's answer U to a core R after t updates,
+They take trees of weight matrices, (m, n) or stacks of them. Each is written for one matrix G
+(m x n) with m ≤ n: a taller one is transposed on its way in and out, so only short sides are
+projected. Common parts: Adam's update U for a core R after t steps,
 
     M ← β₁ M + (1 − β₁) R,    V ← β₂ V + (1 − β₂) R∘R                                          (1)
     U = M̂ / (√V̂ + ε),    M̂ = M / (1 − β₁ᵗ),    V̂ = V / (1 − β₂ᵗ)                               (2)
 
-what it does to the length of each column, and a limit on how fast a norm may grow,
+the ratio of column norms, and a limit on the growth of a norm,
 
     φ_j = ‖U_j‖ / (‖R_j‖ + ε)                                                                  (3)
-    S ← S min(1, γ ‖S before‖ / ‖S‖)                                                           (4)
+    S ← S min(1, γ ‖S_before‖ / ‖S‖)                                                           (4)
 
-where nothing limits what follows a zero, as at the start.
+where no limit applies after a zero, as at the start.
 """
 
 import math
@@ -29,9 +29,9 @@ from natgalore_jax.subspace.basis import GENERATOR, svd
 from natgalore_jax.util.linalg import matmul, orthonormalise, product
 
 
-Kept = dict[str, jax.Array]  # what is remembered of one matrix, or of a stack of them
+MatrixState = dict[str, jax.Array]  # of one matrix, or of a stack of matrices
 
-# One at a time: batched factorisations deadlocked on two cores (jaxlib 0.10.2).
+# Sequential: batched factorisations deadlocked on two cores (jaxlib 0.10.2).
 orthonormal = sequential_vmap(orthonormalise)
 leading = sequential_vmap(lambda G, P: svd(G, P, jax.random.key(0)))
 eigenvectors = sequential_vmap(lambda A: jnp.linalg.eigh(A)[1][:, ::-1])  # largest first
@@ -43,7 +43,7 @@ zeros = lambda **shapes: {name: jnp.zeros(shape, jnp.float32) for name, shape in
 
 
 class PeerState(NamedTuple):
-    """Steps so far, and what is kept of the matrices: a dict at each leaf, in float32."""
+    """The number of steps, and a dict of float32 arrays at each leaf."""
 
     count: jax.Array
     kept: Any
@@ -51,21 +51,21 @@ class PeerState(NamedTuple):
 
 def per_matrix(
     learning_rate: optax.ScalarOrSchedule,
-    start: Callable[[jax.Array, int, int], Kept],
-    step: Callable[[jax.Array, Kept, jax.Array], tuple[jax.Array, Kept]],
-    turn: Callable[[jax.Array, Kept, jax.Array], Kept] | None = None,
+    start: Callable[[jax.Array, int, int], MatrixState],
+    step: Callable[[jax.Array, MatrixState, jax.Array], tuple[jax.Array, MatrixState]],
+    refresh: Callable[[jax.Array, MatrixState, jax.Array], MatrixState] | None = None,
     due: Callable[[jax.Array], jax.Array] = lambda t: t == 1,
     finish: Callable[[jax.Array], jax.Array] = lambda U: U,
 ) -> optax.GradientTransformation:
-    """Answers every matrix of a tree by `step`, times the learning rate.
+    """Applies `step` to every matrix of a tree and scales by the learning rate.
 
     Args:
-      learning_rate: or a schedule.
-      start: (key, m, n) -> kept.
-      step: (G, kept, t) -> the answer to G, and kept. t is 1 at the first step.
-      turn: (G, kept, t) -> kept, called before `step` where due(t).
+      learning_rate: a number or a schedule.
+      start: (key, m, n) -> state of a matrix.
+      step: (G, state, t) -> (update, state). t is 1 at the first step.
+      refresh: (G, state, t) -> state, called before `step` where due(t).
       due: t -> bool.
-      finish: the answers, as the leaves lie -> updates, still to be multiplied by the rate.
+      finish: transforms the updates, in the layout of the leaves, before the learning rate.
     """
 
     def init(params):
@@ -75,7 +75,7 @@ def per_matrix(
         for leaf in leaves:
             *stack, m, n = short_first(leaf).shape
             number = first + jnp.arange(math.prod(stack))
-            # By its number among all matrices, so that a stack starts as its matrices apart would.
+            # Keys by the number among all matrices: a stack starts as separate matrices would.
             one = lambda i, m=m, n=n: start(jax.random.fold_in(key, i), m, n)
             back = lambda x, stack=stack: x.reshape(*stack, *x.shape[1:])
             kept.append(jax.tree.map(back, jax.vmap(one)(number)))
@@ -86,18 +86,18 @@ def per_matrix(
         del params
         t = state.count + 1
         leaves, treedef = jax.tree.flatten(updates)
-        answers, kept = [], []
+        results, kept = [], []
         for leaf, old in zip(leaves, treedef.flatten_up_to(state.kept), strict=True):
             G = short_first(leaf).astype(jnp.float32)
             each = lambda f, G=G: f if G.ndim == 2 else jax.vmap(f, (0, 0, None))
-            if turn is not None:
-                # Outside of vmap, which would make it a select: both branches on every step.
-                turned = lambda G, old, each=each: each(turn)(G, old, t)
-                old = lax.cond(due(t), turned, lambda G, old: old, G, old)
+            if refresh is not None:
+                # Outside vmap, which would turn it into a select that runs both branches.
+                refreshed = lambda G, old, each=each: each(refresh)(G, old, t)
+                old = lax.cond(due(t), refreshed, lambda G, old: old, G, old)
             U, new = each(step)(G, old, t)
-            answers.append(finish(U if U.shape == leaf.shape else U.mT).astype(leaf.dtype))
+            results.append(finish(U if U.shape == leaf.shape else U.mT).astype(leaf.dtype))
             kept.append(new)
-        return treedef.unflatten(answers), PeerState(t, treedef.unflatten(kept))
+        return treedef.unflatten(results), PeerState(t, treedef.unflatten(kept))
 
     return optax.chain(
         optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate)
@@ -105,13 +105,13 @@ def per_matrix(
 
 
 def adam(R, M, V, t, b1: float, b2: float, eps: float):
-    """Equations (1) and (2): the answer and both moments."""
+    """Equations (1) and (2): the update and both moments."""
     M, V = mean(M, R, b1), mean(V, R * R, b2)
     return M / (1 - b1**t) / (jnp.sqrt(V / (1 - b2**t)) + eps), M, V
 
 
-def limited(S, before, limit: float):
-    """Equation (4): S and its norm."""
+def limit_growth(S, before, limit: float):
+    """Equation (4): the limited S and its norm."""
     norm = jnp.linalg.norm(S)
     most = jnp.where(before > 0, limit * before, jnp.inf)
     return S * jnp.minimum(1.0, most / norm), jnp.minimum(norm, most)
@@ -126,14 +126,14 @@ def soap(
     precondition_every: int = 10,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Adam in the eigenbases of L and R, by turns; both sides of each matrix:
+    """Adam in the eigenbases of L and R, on both sides of each matrix:
 
         G' = Q_Lᵀ G Q_R,    M ← β₁ M + (1 − β₁) G,    U by (1) and (2) of G' and Q_Lᵀ M Q_R
         L ← β L + (1 − β) G Gᵀ,    R ← β R + (1 − β) Gᵀ G,    W ← W − η Q_L U Q_Rᵀ
-        Q ← Q of the QR decomposition of L Q,    every so many steps
+        Q ← Q of the QR decomposition of L Q,    every `precondition_every` steps
 
-    As in the authors' code, the first gradient only makes L, R and, by eigh, the first bases; it
-    enters no moment. And a turn sorts the columns by their eigenvalue qᵀLq first, with V.
+    As in the authors' code, the first gradient only initialises L, R and, by eigh, the bases; it
+    enters no moment. A refresh first sorts the columns, with V, by their eigenvalues qᵀLq.
 
     Reference: Vyas et al., arXiv:2409.11321, algorithms 3 and 4.
     """
@@ -142,20 +142,20 @@ def soap(
         del key
         return zeros(M=(m, n), V=(m, n), L=(m, m), R=(n, n), QL=(m, m), QR=(n, n))
 
-    def sorted_turn(A, Q):
+    def sorted_refresh(A, Q):
         Y = matmul(A, Q)
         order = jnp.argsort(-(Q * Y).sum(axis=0))
         return orthonormal(Y[:, order]), order
 
-    def turn(G, kept, t):
+    def refresh(G, kept, t):
         del G
 
         def first():
             return {**kept, "QL": eigenvectors(kept["L"]), "QR": eigenvectors(kept["R"])}
 
         def later():
-            QL, rows = sorted_turn(kept["L"], kept["QL"])
-            QR, columns = sorted_turn(kept["R"], kept["QR"])
+            QL, rows = sorted_refresh(kept["L"], kept["QL"])
+            QR, columns = sorted_refresh(kept["R"], kept["QR"])
             return {**kept, "QL": QL, "QR": QR, "V": kept["V"][rows][:, columns]}
 
         return lax.cond(t == 2, first, later)
@@ -163,7 +163,7 @@ def soap(
     def step(G, kept, t):
         M, V, L, R, QL, QR = (kept[name] for name in ("M", "V", "L", "R", "QL", "QR"))
         rotated = lambda X: product(product(QL.mT, X), QR)
-        # There are no bases yet at t = 1: all that is rotated is zero, and so is the answer.
+        # At t = 1 the bases are zero, and so is the update.
         U, _, V = adam(rotated(G), rotated(M), V, jnp.maximum(t - 1, 1), b1, b2, eps)
         new = {"M": jnp.where(t > 1, mean(M, G, b1), M), "V": V, "QL": QL, "QR": QR}
         new["L"] = mean(L, product(G, G.mT), shampoo_beta)
@@ -171,7 +171,7 @@ def soap(
         return product(product(QL, U), QR.mT), new
 
     due = lambda t: (t > 1) & ((t - 2) % precondition_every == 0)
-    return per_matrix(learning_rate, start, step, turn, due)
+    return per_matrix(learning_rate, start, step, refresh, due)
 
 
 def fira(
@@ -185,12 +185,12 @@ def fira(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """GaLore, and what it leaves out, scaled as Adam scales what it sees:
+    """GaLore, plus its residual scaled column by column as Adam scales the core:
 
         R = Pᵀ G,    U by (1) and (2),    S = (G − P R) diag(φ) with φ of (3), limited by (4)
         W ← W − η α (P U + S)
 
-    P has the leading left singular vectors of the gradient of each refresh; moments stay.
+    P holds the leading left singular vectors of the gradient at each refresh; moments are kept.
 
     Reference: Chen et al., arXiv:2410.01623, algorithm 1.
     """
@@ -205,12 +205,12 @@ def fira(
         R = product(P.mT, G)
         U, M, V = adam(R, kept["M"], kept["V"], t, b1, b2, eps)
         S = (G - product(P, R)) * (lengths(U) / (lengths(R) + eps))
-        S, norm = limited(S, kept["norm"], limit)
+        S, norm = limit_growth(S, kept["norm"], limit)
         return scale * (product(P, U) + S), {"P": P, "M": M, "V": V, "norm": norm}
 
-    turn = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
+    refresh = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
     due = lambda t: (t - 1) % refresh_every == 0
-    return per_matrix(learning_rate, start, step, turn, due)
+    return per_matrix(learning_rate, start, step, refresh, due)
 
 
 def apollo(
@@ -225,14 +225,14 @@ def apollo(
     eps: float = 1e-8,
     axis: int | None = 0,
 ) -> optax.GradientTransformation:
-    """The gradient, its columns scaled as Adam scales those of a random projection:
+    """The gradient, with columns scaled as Adam scales those of a random projection:
 
         R = Pᵀ G with P_ij ~ N(0, 1/r),    U by (1) and (2),    S = √α G diag(φ) with φ of (3)
         W ← W − η S, limited by (4)
 
-    P is drawn again at each refresh, and from its key at each step; moments stay. To scale as
-    full-rank Adam does √α would be √(m/r), which the paper leaves to η: its α is 1. With `axis`
-    None one φ = ‖U‖ / ‖R‖ serves all columns.
+    P is drawn anew at each refresh and regenerated from its key at each step; moments are kept.
+    Full-rank Adam's scale would need √α = √(m/r), which the paper leaves to η: its α is 1. With
+    `axis` None one φ = ‖U‖ / ‖R‖ scales all columns.
 
     Reference: Zhu et al., arXiv:2412.05270, algorithm 1.
     """
@@ -247,14 +247,14 @@ def apollo(
         R = product(P.mT, G)
         U, M, V = adam(R, kept["M"], kept["V"], t, b1, b2, eps)
         S = math.sqrt(scale) * G * (lengths(U, axis) / (lengths(R, axis) + eps))
-        S, norm = limited(S, kept["norm"], limit)
+        S, norm = limit_growth(S, kept["norm"], limit)
         return S, {"key": kept["key"], "M": M, "V": V, "norm": norm}
 
     return per_matrix(learning_rate, start, step)
 
 
 def random_projection(key, times, m: int, r: int):
-    """P of APOLLO (m x r) after so many refreshes."""
+    """P of APOLLO (m x r) after `times` refreshes."""
     key = jax.random.fold_in(key, times)
     return jax.random.normal(key, (m, r), jnp.float32) / math.sqrt(r)
 
@@ -262,7 +262,7 @@ def random_projection(key, times, m: int, r: int):
 def apollo_mini(
     learning_rate: optax.ScalarOrSchedule, *, scale: float = 128.0, **settings: Any
 ) -> optax.GradientTransformation:
-    """APOLLO of rank 1, with one φ for all of a matrix and √α = √128, as in the paper."""
+    """APOLLO of rank 1, with one φ per matrix and √α = √128, as in the paper."""
     return apollo(learning_rate, 1, scale=scale, axis=None, **settings)
 
 
@@ -275,14 +275,14 @@ def ldadam(
     rho: float = 0.908,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Adam on a core whose basis turns at every step, and that gets back what that loses:
+    """Adam on a core whose basis changes at every step, with error feedback:
 
         A = G + E,    B = ρ P M̂ + (1 − ρ) A,    P' = Q of the QR decomposition of B Bᵀ P
         C = P'ᵀ P,    M' = C M,    V' = (1 − β₂ᵗ⁻¹) |C∘C (V̂ − M̂∘M̂) + (C M̂)∘(C M̂)|
         U by (1) and (2) of R = P'ᵀ A, M' and V',    W ← W − η P' U
         E ← A − P' R + (P M − P' M') β₁ / (1 − β₁)
 
-    The first P has the leading left singular vectors of the first gradient. The paper's
+    The first P holds the leading left singular vectors of the first gradient. The paper's
     experiments take β₁ = 0.908 and β₂ = 0.99.
 
     Reference: Robert et al., arXiv:2410.16103, algorithm 1.
@@ -295,35 +295,35 @@ def ldadam(
 
     def step(G, kept, t):
         P, M, V = kept["P"], kept["M"], kept["V"]
-        # At t = 1 the moments are zero, whatever they are divided by.
+        # At t = 1 the moments are zero and the divisors only avoid 0 / 0.
         w1, w2 = (jnp.maximum(1 - beta ** (t - 1), 1 - beta) for beta in (b1, b2))
         first, second = M / w1, V / w2
         A = G + kept["error"]
         B = rho * product(P, first) + (1 - rho) * A
-        turned = orthonormal(matmul(B, matmul(B.mT, P)))
-        C = matmul(turned.mT, P)
+        new_P = orthonormal(matmul(B, matmul(B.mT, P)))
+        C = matmul(new_P.mT, P)
         M = matmul(C, M)
         spread = matmul(C * C, second - first * first) + jnp.square(matmul(C, first))
-        R = product(turned.mT, A)
+        R = product(new_P.mT, A)
         U, new, V = adam(R, M, w2 * jnp.abs(spread), t, b1, b2, eps)
-        lost = product(P, kept["M"]) - product(turned, M)
-        error = A - product(turned, R) + b1 / (1 - b1) * lost
-        return product(turned, U), {"P": turned, "M": new, "V": V, "error": error}
+        lost = product(P, kept["M"]) - product(new_P, M)
+        error = A - product(new_P, R) + b1 / (1 - b1) * lost
+        return product(new_P, U), {"P": new_P, "M": new, "V": V, "error": error}
 
-    turn = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
-    return per_matrix(learning_rate, start, step, turn)
+    refresh = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
+    return per_matrix(learning_rate, start, step, refresh)
 
 
 def dion(
     learning_rate: optax.ScalarOrSchedule, rank: int, *, mu: float = 0.95
 ) -> optax.GradientTransformation:
-    """Momentum of which every step applies, and forgets some of, a part of rank r:
+    """Momentum; every step applies and partly removes its component of rank r:
 
         B = M + G,    P = Q of the QR decomposition of B Q,    R = Bᵀ P
         M ← B − (1 − μ) P Rᵀ,    Q ← R, each column over its length
         W ← W − η √(outputs / inputs) P Qᵀ
 
-    Kernels are as JAX's libraries have them, (inputs, outputs). The first Q is random.
+    Kernels have shape (inputs, outputs). The first Q is random.
 
     Reference: Ahn et al., arXiv:2504.05295, algorithm 1.
     """
@@ -339,7 +339,7 @@ def dion(
         R = matmul(B.mT, P)
         M = B - (1 - mu) * product(P, R.mT)
         length = lengths(R)
-        # A column of zeros would stay so for ever.
+        # A column of zeros would remain zero forever.
         Q = jnp.where(length > 0, R / jnp.where(length > 0, length, 1.0), kept["Q"])
         return product(P, Q.mT), {"M": M, "Q": Q}
 

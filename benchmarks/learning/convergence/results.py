@@ -1,7 +1,7 @@
-"""What runs say together: the table of a setting, and its pictures.
+"""Tables and pictures of all runs of a setting.
 
-A result is a line of a file of JSON lines: setting, data, environment, method, rate, seed, bytes of
-state, and the records of the run.
+The results file holds one JSON line per run: setting, data, environment, method, rate, seed, bytes
+of state, and the records of the run.
 """
 
 import json
@@ -23,7 +23,7 @@ REFERENCE = "adamw"
 
 
 class Run(NamedTuple):
-    """A line of results."""
+    """A finished run."""
 
     method: str
     rate: float
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """The last validation loss, infinite if the run broke."""
+        """The last validation loss, inf if the run diverged."""
         return loss_of(self.records[-1])
 
     @property
@@ -43,18 +43,20 @@ class Run(NamedTuple):
 
     @property
     def step_seconds(self) -> float:
-        """The median over the stretches between validations."""
-        stretches = zip(self.records[1:], self.records[2:], strict=False)
-        taken = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in stretches]
-        return statistics.median(taken) if taken else math.nan
+        """Median over the intervals between validations."""
+        intervals = zip(self.records[1:], self.records[2:], strict=False)
+        seconds_per_step = [
+            (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in intervals
+        ]
+        return statistics.median(seconds_per_step) if seconds_per_step else math.nan
 
 
 class Summary(NamedTuple):
     """A method at its best rate.
 
     Attributes:
-      runs: of the best rate, one a seed.
-      tried: (rate, loss) of the first seed, by rate.
+      runs: runs at the best rate, one per seed.
+      tried: (rate, loss) with the first seed, by rate.
     """
 
     method: str
@@ -67,7 +69,7 @@ class Summary(NamedTuple):
 
     @property
     def search(self) -> str:
-        """Of how many rates it is the best, and whether it is at an end of them."""
+        """Number of rates tried, and whether the best is at an end of them."""
         if len(self.tried) == 1:
             return "only one"
         ends = {"lowest ": self.tried[0], "highest ": self.tried[-1]}
@@ -80,7 +82,7 @@ class Summary(NamedTuple):
 
     @property
     def spread(self) -> float | None:
-        """Of the seeds, the standard deviation."""
+        """Standard deviation over the seeds."""
         return statistics.stdev(run.loss for run in self.runs) if len(self.runs) > 1 else None
 
     def curve(self, along: str) -> tuple[list[float], list[float]]:
@@ -91,7 +93,7 @@ class Summary(NamedTuple):
         return [mean(along, row) for row in rows], losses
 
     def tokens_to(self, loss: float) -> float | None:
-        """When the mean curve falls to a loss for good, between validations along a line."""
+        """Tokens after which the mean curve stays at or below a loss, by linear interpolation."""
         tokens, losses = self.curve("tokens")
         if losses[-1] > loss:
             return None
@@ -108,7 +110,7 @@ def loss_of(record: dict[str, Any]) -> float:
 
 
 def lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The results of a file; one that a kill cut short is left out."""
+    """The results of a file, without incomplete lines."""
     if not path.exists():
         return
     for line in path.read_text().splitlines():
@@ -119,7 +121,7 @@ def lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Adds a result; what a kill cut short before it stays a line of its own."""
+    """Appends a result; an incomplete last line stays a separate line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     with path.open("a") as file:
@@ -127,7 +129,7 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def groups(path: Path) -> list[tuple[dict[str, Any], list[Run]]]:
-    """The runs that may be compared: of one setting and one corpus."""
+    """Runs grouped by setting and corpus; only runs of one group are comparable."""
     found: list[tuple[dict[str, Any], list[Run]]] = []
     for line in lines(path):
         about = {name: line[name] for name in ("setting", "data")}
@@ -158,7 +160,7 @@ def summaries(runs: list[Run]) -> list[Summary]:
 
 
 def rows(runs: list[Run]) -> list[dict[str, Any]]:
-    """The table's figures: one row a method."""
+    """The figures of the table, one row per method."""
     found = summaries(runs)
     reference = next((s for s in found if s.method == REFERENCE), None)
     table = []
@@ -177,11 +179,13 @@ def rows(runs: list[Run]) -> list[dict[str, Any]]:
         if reference is not None:
             needed, whole = s.tokens_to(reference.loss), reference.runs[0].records[-1]["tokens"]
             other = {run.seed: run.loss for run in reference.runs}
-            # Seed by seed: all methods have a seed's weights and batches in common.
-            apart = [run.loss - other[run.seed] for run in s.runs if run.seed in other]
+            # By seed: all methods share a seed's initial weights and batches.
+            differences = [run.loss - other[run.seed] for run in s.runs if run.seed in other]
             row |= {
-                "to_reference": statistics.mean(apart) if apart else None,
-                "to_reference_spread": statistics.stdev(apart) if len(apart) > 1 else None,
+                "to_reference": statistics.mean(differences) if differences else None,
+                "to_reference_spread": statistics.stdev(differences)
+                if len(differences) > 1
+                else None,
                 "tokens_to_reference": needed and needed / whole,
             }
         table.append(row)
@@ -193,7 +197,7 @@ COLUMNS += ("tokens to its loss", "state of matrices, MB", "step, ms")
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A row of :func:`rows` as words, in the order of COLUMNS."""
+    """A row of :func:`rows` as text, in the order of COLUMNS."""
     text = lambda value, form: "-" if value is None else format(value, form)
     spread = lambda value: "" if value is None else f" ± {value:.3f}"
     return (
@@ -209,7 +213,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table(about: dict[str, Any], runs: list[Run]) -> Table:
-    """For a terminal."""
+    """The table of a setting for a terminal."""
     setting, data = about["setting"], about["data"]
     tokens = setting["steps"] * setting["batch"] * setting["length"]
     view = Table(
@@ -223,7 +227,7 @@ def table(about: dict[str, Any], runs: list[Run]) -> Table:
 
 
 def markdown(runs: list[Run]) -> str:
-    """For a page."""
+    """The table of a setting in Markdown."""
     lines = [COLUMNS, ["---"] * len(COLUMNS)]
     lines += [(f"`{name}`", *rest) for name, *rest in map(cells, rows(runs))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -238,7 +242,7 @@ def draw(runs: list[Run]) -> Figure:
     top = min(last) + 4 * max(0.05, statistics.median(last) - min(last)) if last else 1.0
     for i, s in enumerate(found):
         style: dict[str, Any] = {"label": s.method, "color": f"C{i % 10}"}
-        style["linestyle"], marker = ("-", "o") if i < 10 else ("--", "s")  # there are ten colors
+        style["linestyle"], marker = ("-", "o") if i < 10 else ("--", "s")  # ten colors
         against_tokens.plot(*s.curve("tokens"), marker=marker, markersize=2, **style)
         against_time.plot(*s.curve("seconds"), **style)
         against_rate.plot(*zip(*s.tried, strict=True), marker=marker, **style)
@@ -254,7 +258,7 @@ def draw(runs: list[Run]) -> Figure:
     against_bytes.xaxis.set_major_formatter(ScalarFormatter())
     against_rate.set(xlabel="learning rate", xscale="log")
     for axes in (against_tokens, against_time, against_rate):
-        limited(axes, min(last, default=0.0), top)
+        limit_losses(axes, min(last, default=0.0), top)
     for axes in figure.axes:
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(alpha=0.3)
@@ -262,6 +266,6 @@ def draw(runs: list[Run]) -> Figure:
     return figure
 
 
-def limited(axes: Axes, best: float, top: float) -> None:
-    """Shows where losses end rather than where all begin."""
+def limit_losses(axes: Axes, best: float, top: float) -> None:
+    """Limits the loss axis to the range of final losses."""
     axes.set_ylim(best - 0.05 * (top - best), top)

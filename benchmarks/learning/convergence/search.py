@@ -1,9 +1,8 @@
-"""Which run comes next: a pure function of the runs that are done.
+"""Chooses the next run, a pure function of the finished runs.
 
-Each method's learning rate is looked for on its own grid of steps of two, with the first seed: four
-rates, then more while the best is at an end; if asked to be finer, then those half a step from the
-best. The best one is run with the other seeds. All methods are tuned before the first gets a second
-seed.
+Each method's learning rate is searched with the first seed on a grid in steps of two: four rates,
+then more while the best is at an end, then, if `finer`, the rates half a step from the best. The
+best rate is run with the other seeds. All methods are tuned before any gets a second seed.
 """
 
 import math
@@ -12,12 +11,12 @@ from typing import NamedTuple
 
 
 FACTOR = 2.0
-RATES = 4  # to begin with
-MOST = 9  # rates of a method, if its best is at an end still
+RATES = 4  # at first
+MOST = 9  # rates of a method, if its best is still at an end
 
 
 class Done(NamedTuple):
-    """A run that has ended, as far as the search looks at it; a loss of one that broke is inf."""
+    """A finished run; the loss is inf if it diverged."""
 
     method: str
     rate: float
@@ -32,7 +31,7 @@ def grid(first: float) -> list[float]:
 def tuning(
     method: str, first: float, done: Sequence[Done], finer: bool = False, seed: int = 0
 ) -> float | None:
-    """The next rate to try, or None if the best of those tried has neighbours on both sides."""
+    """The next rate to try, or None if the best has tried neighbours on both sides."""
     losses = {run.rate: run.loss for run in done if (run.method, run.seed) == (method, seed)}
     if untried := [rate for rate in grid(first) if not any(near(rate, r) for r in losses)]:
         return untried[0]
@@ -56,13 +55,13 @@ def best_rate(method: str, done: Sequence[Done], seed: int = 0) -> float | None:
 def next_run(
     methods: dict[str, float], seeds: int, done: Sequence[Done], finer: bool = False
 ) -> tuple[str, float, int] | None:
-    """Method, rate and seed of the run to make now, or None if all is done.
+    """Method, rate and seed of the next run, or None if the search is complete.
 
     Args:
-      methods: in their order, each with the first rate of its grid.
-      seeds: how many runs of the best rate.
-      done: the runs so far.
-      finer: whether to look half a step from the best rate too.
+      methods: first rate of the grid of each method, in order.
+      seeds: number of runs at the best rate.
+      done: the finished runs.
+      finer: whether to try rates half a step from the best too.
     """
     for method, first in methods.items():
         if (rate := tuning(method, first, done, finer)) is not None:
@@ -78,5 +77,5 @@ def next_run(
 
 
 def near(a: float, b: float) -> bool:
-    """Whether two rates are one but for rounding."""
+    """Whether two rates are equal up to rounding."""
     return math.isclose(a, b, rel_tol=1e-3)

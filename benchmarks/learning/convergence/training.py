@@ -1,9 +1,9 @@
 """One run: a Llama, an optimizer for the matrices of its layers, a learning rate, a seed.
 
-Embedding, head and norms are under Adam at a rate of their own. Both rates rise for a tenth of the
-steps and fall along a cosine to a tenth of their peak. A batch is a function of seed and step, the
-same for all optimizers, and so are the weights at the start. The program of an optimizer is
-compiled once: the rate is an argument of it.
+Embedding, head and norms are under Adam at a rate of their own. Both rates warm up linearly for a
+tenth of the steps and fall along a cosine to a tenth of their peak. Batches and initial weights are
+functions of seed and step, the same for all optimizers. Each optimizer is compiled once, with the
+learning rate as an argument.
 """
 
 import math
@@ -24,30 +24,30 @@ from .corpus import Corpus
 
 SIZES = {
     "toy": llama.LlamaConfig(64, 176, heads=4, layers=2),
-    "33m": llama.CONFIGS["60m"],  # with 8,192 tokens in place of 32,000
+    "33m": llama.CONFIGS["60m"],  # with a vocabulary of 8,192 instead of 32,000
     "60m": llama.CONFIGS["60m"],
     "130m": llama.CONFIGS["130m"],
 }
-CLIP = 1.0  # the gradient's global norm at most
-VALIDATIONS = 20  # in a run
+CLIP = 1.0  # maximum global norm of the gradient
+VALIDATIONS = 20  # per run
 VALIDATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs that are compared have in common.
+    """The settings that all compared runs share.
 
     Attributes:
       size: of the model, one of SIZES.
       vocabulary: number of tokens.
-      steps: of a run.
-      batch: sequences in a step.
-      length: tokens in a sequence.
-      rank: of all low-rank methods.
-      refresh_every: steps between their bases, but for `natural_galore`'s, whose name says it.
-      rest_rate: peak learning rate of what is not a matrix of a layer.
-      dtype: of activations and products; weights are float32.
-      attention: what computes it, as `llama.LlamaConfig` has it.
+      steps: steps of a run.
+      batch: sequences per step.
+      length: tokens per sequence.
+      rank: rank of all low-rank methods.
+      refresh_every: steps between refreshes, except for `natural_galore`.
+      rest_rate: peak learning rate of embedding, head and norms.
+      dtype: dtype of activations and products; weights are float32.
+      attention: implementation, as in `llama.LlamaConfig`.
     """
 
     size: str
@@ -72,7 +72,7 @@ class Setting:
         )
 
     def schedule(self, step: int) -> float:
-        """The part of the peak rate at a step, counted from 0."""
+        """Fraction of the peak rate at a step, counted from 0."""
         rising = max(1, self.steps // 10)
         if step < rising:
             return (step + 1) / rising
@@ -81,14 +81,14 @@ class Setting:
 
 
 class Program(NamedTuple):
-    """An optimizer's compiled functions, and what is known of its state.
+    """An optimizer's compiled functions, and the size of its state.
 
     Attributes:
       init: seed -> (weights, state).
-      step: ((weights, state), tokens, starts, rate, rest's rate) -> (the same after it, loss).
+      step: ((weights, state), tokens, starts, rate, rest_rate) -> ((weights, state), loss).
       loss: (weights, tokens, starts) -> the mean loss.
-      state_bytes: of all state.
-      matrix_state_bytes: of what is remembered of the layers' matrices.
+      state_bytes: bytes of the full state.
+      matrix_state_bytes: bytes of the state of the layers' matrices.
     """
 
     init: Callable[..., Any]
@@ -103,24 +103,24 @@ def is_matrix(path: tuple[Any, ...], w: Any) -> bool:
     return path[0].key == "layers" and path[-1].key == "kernel"
 
 
-def apart(params: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The params with each layer a tree of its own, as a model that is not scanned has them."""
+def unstacked(params: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The params with a separate tree for each layer, as in a model without scan."""
     each = {i: jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(layers)}
     return params | {"layers": each}
 
 
 def stacked(params: dict[str, Any]) -> dict[str, Any]:
-    """The opposite of :func:`apart`."""
+    """The inverse of :func:`unstacked`."""
     each = params["layers"].values()
     return params | {"layers": jax.tree.map(lambda *ws: jnp.stack(ws), *each)}
 
 
 def compiled(name: str, setting: Setting) -> Program:
-    """The program of a contender."""
+    """The compiled functions of a contender."""
     config, contender = setting.model, contender_of(name)
     structure = llama.structure(config)
-    seen = (lambda x: x) if contender.stacked else (lambda x: apart(x, config.layers))
-    back = (lambda x: x) if contender.stacked else stacked
+    to_contender = (lambda x: x) if contender.stacked else (lambda x: unstacked(x, config.layers))
+    from_contender = (lambda x: x) if contender.stacked else stacked
 
     def optimizer(rate, rest_rate):
         matrices = contender.make(rate, setting.rank, setting.refresh_every)
@@ -136,7 +136,7 @@ def compiled(name: str, setting: Setting) -> Program:
     def init(seed):
         model = llama.Llama(config, nnx.Rngs(jax.random.key(seed)))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return params, optimizer(1.0, 1.0).init(seen(params))
+        return params, optimizer(1.0, 1.0).init(to_contender(params))
 
     def loss(params, tokens, starts):
         batch = tokens[starts[:, None] + jnp.arange(setting.length + 1)[None]].astype(jnp.int32)
@@ -145,8 +145,10 @@ def compiled(name: str, setting: Setting) -> Program:
     def step(carry, tokens, starts, rate, rest_rate):
         params, state = carry
         value, grads = jax.value_and_grad(loss)(params, tokens, starts)
-        updates, state = optimizer(rate, rest_rate).update(seen(grads), state, seen(params))
-        return (optax.apply_updates(params, back(updates)), state), value
+        updates, state = optimizer(rate, rest_rate).update(
+            to_contender(grads), state, to_contender(params)
+        )
+        return (optax.apply_updates(params, from_contender(updates)), state), value
 
     _, state = jax.eval_shape(init, 0)
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -160,7 +162,7 @@ def compiled(name: str, setting: Setting) -> Program:
 
 
 def starts_of(tokens: Any, setting: Setting, seed: int, step: int) -> np.ndarray:
-    """Where the sequences of a step begin."""
+    """Start positions of the sequences of a step."""
     random = np.random.default_rng((seed, step))
     return random.integers(len(tokens) - setting.length, size=setting.batch, dtype=np.int32)
 
@@ -168,10 +170,10 @@ def starts_of(tokens: Any, setting: Setting, seed: int, step: int) -> np.ndarray
 def train(
     program: Program, setting: Setting, corpus: Corpus, rate: float, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Trains, and yields a record now and then: step, tokens, seconds, and both losses.
+    """Trains and yields a record at each validation: step, tokens, seconds, and both losses.
 
-    Seconds are of steps alone, the first, which compiles, left out. A run whose loss is not finite
-    ends there, with None for losses.
+    Seconds are those of the steps, without the first, which compiles. A run whose loss is not
+    finite ends there, with None for the losses.
     """
     tokens, held_out = jnp.asarray(corpus.train), jnp.asarray(corpus.validation)
     spread = np.linspace(
