@@ -20,7 +20,7 @@ def rng():
     return np.random.default_rng(2410_16029)
 
 
-def test_window_fisher_is_push_through_and_woodbury(rng):
+def test_window_fisher_equals_push_through_and_woodbury(rng):
     """(λI + HHᵀ)⁻¹ h_s = H (λI + HᵀH)⁻¹ e_s = (h_s − H (λI + HᵀH)⁻¹ Hᵀ h_s) / λ."""
     window, damping = 4, 0.3
     cores = rng.standard_normal((window, 3, 5))
@@ -64,7 +64,7 @@ def test_powers_of_the_window_compose_to_the_inverse(power, rng):
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
-def test_relative_damping_knows_no_units(power, rng):
+def test_relative_damping_is_independent_of_units(power, rng):
     """Gradients t times as large: u is t^(1-2p) times as large, and λ that of the mean energy."""
     cores = list(rng.standard_normal((4, 3, 5)))
     one = oracles.natural_gradient(cores, 0.1, power, relative=True)
@@ -75,7 +75,7 @@ def test_relative_damping_knows_no_units(power, rng):
     np.testing.assert_allclose(one, absolute, rtol=1e-10)
 
 
-def test_a_rounded_window_is_the_window_of_rounded_cores(rng):
+def test_rounded_window_equals_the_window_of_rounded_cores(rng):
     """Eight bits of each entry, the newest too; and again after a rotation."""
 
     def rounded(x):  # a float32 whose lower half is zero
@@ -96,7 +96,7 @@ def test_a_rounded_window_is_the_window_of_rounded_cores(rng):
 
 
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
-def test_inverse_root_undoes_the_damped_fisher(power, rng):
+def test_inverse_root_inverts_the_damped_fisher(power, rng):
     core = rng.standard_normal((4, 9))
     fisher = core @ core.T
     root = oracles.inverse_root(fisher, 0.1, power)
@@ -105,7 +105,7 @@ def test_inverse_root_undoes_the_damped_fisher(power, rng):
     np.testing.assert_allclose(product, np.eye(4), atol=1e-12)
 
 
-def test_core_fisher_of_a_constant_core_is_its_own_mean(rng):
+def test_core_fisher_of_a_constant_core(rng):
     """The weight takes the bias of L's zero start out, at every step."""
     core = rng.standard_normal((3, 7))
     fisher = oracles.CoreFisher(root_every=1)
@@ -115,7 +115,7 @@ def test_core_fisher_of_a_constant_core_is_its_own_mean(rng):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-def test_core_fisher_renews_an_outgrown_root_early(rng):
+def test_core_fisher_renews_its_root_when_gradients_grow(rng):
     core = rng.standard_normal((3, 7))
     fisher = oracles.CoreFisher(root_every=100)
     for count, size in enumerate([1.0, 1.0, 100.0, 1e4]):
@@ -126,7 +126,7 @@ def test_core_fisher_renews_an_outgrown_root_early(rng):
         assert renewed == (count != 1)
 
 
-def test_float32_svd_is_rounded_svd(rng):
+def test_float32_svd_equals_the_rounded_svd(rng):
     g, p = rng.standard_normal((6, 9)), np.eye(6, 3)
     rough, exact = (f(g, p, 1) for f in (oracles.float32_svd_basis, oracles.svd_basis))
     np.testing.assert_array_equal(rough, np.float32(rough))
@@ -154,7 +154,7 @@ def test_orthonormal_has_a_positive_diagonal(rng):
     assert (np.diag(upper) > 0).all()
 
 
-def test_square_of_a_direction_never_seen_is_the_mean(rng):
+def test_square_of_an_unseen_direction_is_the_mean(rng):
     v = rng.random((3, 5))
     unseen = oracles.rotated_square(np.zeros((3, 3)), v)
     np.testing.assert_allclose(unseen, np.broadcast_to(v.mean(axis=0), v.shape))
@@ -162,7 +162,7 @@ def test_square_of_a_direction_never_seen_is_the_mean(rng):
     np.testing.assert_array_equal(turned, v[[1, 2, 0]])
 
 
-def test_both_sides_turn_as_one_and_then_the_other(rng):
+def test_rotation_of_both_sides_equals_two_rotations(rng):
     c, d, x, v = rng.standard_normal((4, 3, 3))
     kron = np.kron(c, d) @ x.ravel()
     np.testing.assert_allclose(oracles.rotated_linear(c, x, d).ravel(), kron, rtol=1e-12)
@@ -176,7 +176,7 @@ def test_both_sides_turn_as_one_and_then_the_other(rng):
     np.testing.assert_allclose(expected, first_columns, rtol=1e-12)
 
 
-def test_reset_is_a_rotation_into_directions_never_seen(rng):
+def test_reset_equals_rotation_into_unseen_directions(rng):
     """For squares; all else forgets, and goes on as at the first step."""
     nothing, v = np.zeros((3, 3)), rng.random((3, 5))
     np.testing.assert_allclose(
@@ -200,7 +200,7 @@ def test_reset_is_a_rotation_into_directions_never_seen(rng):
     np.testing.assert_array_equal(adam.v, oracles.reset_square(v, two_sided=False))
 
 
-def test_the_other_side_is_that_of_the_transpose(rng):
+def test_long_side_equals_the_transposed_short_side(rng):
     gradients = rng.standard_normal((5, 6, 9))
 
     def trajectory(gradients, side, start):
@@ -225,7 +225,7 @@ def test_the_other_side_is_that_of_the_transpose(rng):
     np.testing.assert_allclose(trajectory(transposed, "both", [q, p]).T, both, atol=1e-12)
 
 
-def test_one_step_on_both_sides_stays_in_both_subspaces(rng):
+def test_step_on_both_sides_stays_in_both_subspaces(rng):
     g = rng.standard_normal((6, 9))
     optimizer = oracles.NaturalGaLore(
         [np.zeros((6, 9))],
@@ -249,7 +249,7 @@ def test_one_step_on_both_sides_stays_in_both_subspaces(rng):
     np.testing.assert_allclose(np.diag(step), 0.1, rtol=1e-6)
 
 
-def test_torch_adam_is_adam_with_a_larger_epsilon(rng):
+def test_torch_adam_equals_adam_with_a_larger_epsilon(rng):
     """ε / √(1 − b2ᵗ) in its place is the same formula."""
     torch_adam = oracles.TorchAdam(eps=1e-2)
     adam = oracles.Adam()
@@ -288,7 +288,7 @@ def signed_permutations(rank):
 
 @pytest.mark.parametrize("side", ["short", "both"])
 @pytest.mark.parametrize("form", [None, oracles.WindowFisher, oracles.CoreFisher])
-def test_transport_forgets_the_names_of_the_directions(form, side, rng):
+def test_transport_is_independent_of_order_and_signs(form, side, rng):
     """Columns of P in another order and of other signs, at every refresh: the same trajectory."""
     gradients = rng.standard_normal((7, 6, 9))
     others = signed_permutations(3)
@@ -322,7 +322,7 @@ def test_transport_forgets_the_names_of_the_directions(form, side, rng):
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)], ids=str)
-def test_is_adamw_where_nothing_is_projected(shape, rng):
+def test_unprojected_weights_equal_adamw(shape, rng):
     """With P = I, all of one rank and no Fisher, what is left is optax.adamw."""
     weight, bias = rng.standard_normal(shape), rng.standard_normal(3)
     settings = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
@@ -348,7 +348,7 @@ def test_is_adamw_where_nothing_is_projected(shape, rng):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), actual, params)
 
 
-def test_a_bad_gradient_leaves_no_trace_but_in_the_moments(rng):
+def test_nonfinite_gradient_changes_only_the_moments(rng):
     """It takes no slot in the window, no weight in L, moves no basis and moves no weight."""
     gradients = rng.standard_normal((3, 4, 6))
     for form, bad in itertools.product(

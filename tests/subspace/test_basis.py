@@ -60,7 +60,7 @@ def defect(P):
 
 @pytest.mark.parametrize("turns", [1, FIRST_ITERATIONS])
 @pytest.mark.parametrize("method", TRACKED)
-def test_equals_the_oracle(method, turns, key):
+def test_basis_equals_the_oracle(method, turns, key):
     G, P = gradient(key), start(key)
     expected = getattr(oracles, f"{method}_basis")(
         np.asarray(G, np.float64), np.asarray(P, np.float64), turns
@@ -71,7 +71,7 @@ def test_equals_the_oracle(method, turns, key):
 
 
 @pytest.mark.slow
-def test_a_first_basis_captures_what_the_best_one_does(key):
+def test_first_basis_captures_the_energy_of_the_svd(key):
     """The reason for FIRST_ITERATIONS: from a random start, within 3 % of the best energy."""
     energies = []
     for k in jax.random.split(key, 5):
@@ -84,7 +84,7 @@ def test_a_first_basis_captures_what_the_best_one_does(key):
     assert min(energies) > 0.97
 
 
-def test_warm_turns_go_on_towards_the_singular_vectors(key):
+def test_warm_iterations_converge_to_the_singular_vectors(key):
     G = gradient(key, decay=1.0)
     P = start(key)
     for _ in range(60):
@@ -100,7 +100,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("spoil", BAD.values(), ids=BAD)
-def test_a_gradient_without_directions_is_not_usable(spoil, key):
+def test_zero_and_nonfinite_gradients_are_not_usable(spoil, key):
     G, usable = normalised(spoil(gradient(key)))
     assert not usable
     assert jnp.isfinite(G).all()
@@ -119,7 +119,7 @@ ODD = {
 @pytest.mark.parametrize("turns", [1, FIRST_ITERATIONS])
 @pytest.mark.parametrize("method", TRACKED)
 @pytest.mark.parametrize("spoil", ODD.values(), ids=ODD)
-def test_odd_gradients_give_an_orthonormal_basis_that_holds_them(method, spoil, turns, key):
+def test_extreme_gradients_lie_in_an_orthonormal_basis(method, spoil, turns, key):
     G = spoil(gradient(key))
     assert normalised(G)[1]
     P = next_basis(method, G, start(key), key, turns)
@@ -130,7 +130,7 @@ def test_odd_gradients_give_an_orthonormal_basis_that_holds_them(method, spoil, 
         assert lost < 1e-3  # the shift, 1e-6 of the energy, is 1e-3 of the length
 
 
-def test_directions_a_gradient_says_nothing_of_stay(key):
+def test_directions_outside_a_low_rank_gradient_stay(key):
     """Of a rank-1 gradient one direction is new; the rest of the span is the old one's."""
     P = start(key)
     G = jnp.outer(jnp.ones(M), jnp.ones(N))
@@ -142,7 +142,7 @@ def test_directions_a_gradient_says_nothing_of_stay(key):
 
 
 @pytest.mark.parametrize("method", TRACKED)
-def test_units_of_the_gradient_do_not_matter(method, key):
+def test_basis_is_independent_of_units(method, key):
     G, P = gradient(key), start(key)
     small = next_basis(method, G, P, key)
     large = next_basis(method, 1024 * G, P, key)
@@ -167,7 +167,7 @@ def start_keys(seed=0, indices=(0, 1, 2), times=0, side=0):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bases_at_the_start_differ_by_their_keys_alone(method):
+def test_initial_bases_differ_by_key(method):
     """By seed, matrix, refresh and side; not by which others there are."""
     method, stack = METHODS[method], LeafSpec((), (3, M, N), (0,), (1,), (2,), R)
 
@@ -185,7 +185,7 @@ def test_bases_at_the_start_differ_by_their_keys_alone(method):
 
 
 @pytest.mark.parametrize(("m", "r"), [(M, 1), (M, M), (37, 20), (4096, 128), (50304, 16)])
-def test_a_random_basis_is_orthonormal_at_any_size(m, r, key):
+def test_random_basis_is_orthonormal_at_any_size(m, r, key):
     """Float32 rounds a phase below 2π by 2e-7; an angle not reduced would be off by m times it."""
     P = cosines(jax.random.key_data(key), m=m, r=r, dtype=jnp.float32)
     assert P.shape == (m, r)
@@ -193,7 +193,7 @@ def test_a_random_basis_is_orthonormal_at_any_size(m, r, key):
 
 
 @pytest.mark.parametrize("m", [5, 16, 300])
-def test_a_random_basis_is_columns_of_the_cosine_transform(m, key):
+def test_random_basis_has_columns_of_the_cosine_transform(m, key):
     """Against its definition in float64, columns and signs found by matching."""
     P = np.asarray(cosines(jax.random.key_data(key), m=m, r=m, dtype=jnp.float32), np.float64)
     i, k = np.arange(m)[:, None], np.arange(m)
@@ -206,7 +206,7 @@ def test_a_random_basis_is_columns_of_the_cosine_transform(m, key):
     assert 0 < (signs > 0).sum() < m
 
 
-def test_random_bases_favour_no_direction():
+def test_random_bases_have_uniform_mean_energy():
     """E[P Pᵀ] = (r/m) I: what a step loses, others bring."""
     draws = 4000
     data = jax.vmap(jax.random.key_data)(jax.random.split(jax.random.key(0), draws))
@@ -216,7 +216,7 @@ def test_random_bases_favour_no_direction():
     np.testing.assert_allclose(mean, R / M * np.eye(M), atol=0.011)
 
 
-def test_there_and_back(key):
+def test_project_and_lift_equal_numpy(key):
     """P PᵀG Q Qᵀ, on stacks too, and on one side without Q."""
     G = jax.random.normal(key, (2, M, N))
     P = jnp.stack([start(k) for k in jax.random.split(key, 2)])
@@ -230,13 +230,13 @@ def test_there_and_back(key):
     np.testing.assert_allclose(from_core(two.dtype, two, P, Q), p @ p.mT @ g @ q @ q.mT, **close)
 
 
-def test_a_function_that_returns_another_shape_is_refused(key):
+def test_basis_function_with_another_shape_is_refused(key):
     G, P = gradient(key), start(key)
     with pytest.raises(ValueError, match=r"`basis` must return .*\(16, 4\), got \(4, 16\)"):
         StoredBasis(lambda G, P, key: P.T).next(G, P, key, jnp.bool_(True))
 
 
-def test_power_needs_no_svd_and_no_eigendecomposition():
+def test_power_program_has_no_svd_or_eigendecomposition():
     lowered = jax.jit(power).lower(jnp.ones((M, N)), jnp.eye(M, R), jax.random.key(0))
     program = lowered.compile(AS_FOR_USERS).as_text().lower()
     assert "geqrf" in program or "qr" in program

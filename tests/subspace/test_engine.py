@@ -67,7 +67,7 @@ class TestCalendar:
         stagger=st.booleans(),
         period=st.integers(0, 3),
     )
-    def test_each_matrix_has_one_turn_a_period(self, total, every, stagger, period):
+    def test_each_matrix_is_due_once_a_period(self, total, every, stagger, period):
         index, count = np.arange(total)[:, None], np.arange(every)[None, :] + period * every
         calendar = due(index, count, every, total, stagger)
         turns = calendar.sum(axis=1)
@@ -79,7 +79,7 @@ class TestCalendar:
 
     @settings(max_examples=60, deadline=None)
     @given(total=st.integers(1, 300), every=st.integers(1, 300))
-    def test_staggered_turns_are_even(self, total, every):
+    def test_staggered_refreshes_are_evenly_spread(self, total, every):
         index, count = np.arange(total)[:, None], np.arange(every, 2 * every)[None, :]
         calendar = due(index, count, every, total)
         groups = min(GROUPS, every, total)
@@ -88,12 +88,12 @@ class TestCalendar:
         assert calendar.sum(axis=0).max() <= -(-total // groups)
         assert (np.diff(busy) <= -(-every // groups)).all()
 
-    def test_without_stagger_all_go_together(self):
+    def test_without_stagger_all_are_due_together(self):
         calendar = due(np.arange(7)[:, None], np.arange(10)[None, :], 5, 7, False)
         np.testing.assert_array_equal(calendar, (np.arange(10) % 5 == 0)[None].repeat(7, 0))
 
     @pytest.mark.slow
-    def test_the_engine_keeps_it(self, key):
+    def test_engine_refreshes_on_schedule(self, key):
         """Bases change where the calendar says and nowhere else."""
         tx = natgalore.project(RANK, optax.identity(), refresh_every=3)
         params = tree(key)
@@ -109,7 +109,7 @@ class TestCalendar:
 
 
 @pytest.mark.parametrize("first", [0.0, *slow(jnp.nan)], ids=["zero", "nan"])
-def test_a_late_first_gradient_brings_a_basis_at_once(first, key):
+def test_first_finite_gradient_brings_a_basis_at_once(first, key):
     """Zero-initialised layers and loss scaling: a matrix does not wait for its turn."""
     tx = natgalore.project(RANK, optax.identity(), refresh_every=100)
     params = tree(key)
@@ -137,7 +137,7 @@ SPOILERS = {
 
 class TestGate:
     @pytest.mark.parametrize("entry", [(3, 2), (31, 255)])
-    def test_a_nan_in_a_large_core_is_seen(self, entry):
+    def test_nan_in_a_large_core_closes_the_gate(self, entry):
         """On CPUs the largest of 8192 numbers may be one of them although another is NaN."""
         tx = natgalore.project(32, optax.trace(0.9))
         state = tx.init({"up": {"kernel": jnp.ones((64, 256))}})
@@ -152,7 +152,9 @@ class TestGate:
     @pytest.mark.parametrize("spoil", quick(list(SPOILERS)[:1], SPOILERS))
     @pytest.mark.parametrize("when", [0, *slow(2, 4)], ids=["first", "hot", "refresh"])
     @pytest.mark.parametrize("fisher", quick(list(FISHERS)[:1], [*FISHERS]))
-    def test_a_bad_matrix_moves_by_decay_alone_and_harms_nothing(self, fisher, when, spoil, key):
+    def test_nonfinite_gradient_leaves_only_decay_and_other_matrices(
+        self, fisher, when, spoil, key
+    ):
         tx = optimizer(fisher, stagger=False)
         params = tree(key)
         state, step = tx.init(params), stepper(tx)
@@ -213,20 +215,20 @@ class TestGate:
 
 class TestState:
     @pytest.mark.parametrize("fisher", FISHERS)
-    def test_no_array_of_a_projected_leaf_has_its_size(self, fisher):
+    def test_arrays_are_smaller_than_the_projected_leaf(self, fisher):
         params = {"up": {"kernel": jnp.zeros((256, 1024))}}
         state = natgalore.natural_galore(1.0, 8, fisher=fisher).init(params)
         full, window = 256 * 1024, 20
         for x in jax.tree.leaves(state):
             assert x.size <= (window if fisher == "window" else 1) * 8 * 1024 < full
 
-    def test_holds_arrays_only_and_its_format(self, key):
+    def test_leaves_are_arrays_with_a_format_number(self, key):
         state = optimizer().init(tree(key))
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
         assert state[0].version == FORMAT_VERSION
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-    def test_is_float32_and_updates_have_the_leafs_dtype(self, dtype, key):
+    def test_state_is_float32_and_updates_have_the_leaf_dtype(self, dtype, key):
         params = tree(key, dtype)
         tx = optimizer()
         state = tx.init(params)
@@ -237,7 +239,7 @@ class TestState:
         assert {d for _, d, _ in types} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
     @pytest.mark.slow
-    def test_bfloat16_gradients_lose_no_more_than_their_rounding(self, key):
+    def test_bfloat16_gradients_equal_their_float32_values(self, key):
         params = tree(key)
         gradients = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
         tx = natgalore.project(RANK, optax.trace(0.9))
@@ -248,7 +250,7 @@ class TestState:
         for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
             np.testing.assert_allclose(b.astype(jnp.float32), a, rtol=2**-8)
 
-    def test_seeds_and_matrices_have_their_own_start(self, key):
+    def test_seeds_and_matrices_have_distinct_initial_bases(self, key):
         params = tree(key)
         first = lambda seed: natgalore.project(RANK, optax.identity(), seed=seed).init(params).basis
         a, b = (first(seed)["layers"]["up"]["kernel"].value for seed in (0, 1))
@@ -258,7 +260,7 @@ class TestState:
 
 
 class TestRandomBasis:
-    def test_keeps_a_key_of_two_words_a_matrix(self, key):
+    def test_random_basis_stores_a_key_of_two_words_a_matrix(self, key):
         """And P is not there: what the key makes is made where it is used."""
         params = tree(key)
         tx = optimizer(basis="random", side="both")
@@ -270,7 +272,7 @@ class TestRandomBasis:
         sizes = [x.size for x in jax.tree.leaves(state.inner_state)]
         assert max(sizes) <= max(x.size for x in jax.tree.leaves(params))
 
-    def test_a_state_goes_on_with_its_own_basis_under_another_seed(self, key):
+    def test_stored_basis_survives_another_seed(self, key):
         """The key is in the state, so a checkpoint does not depend on the argument."""
         params = tree(key)
         a, b = (natgalore.project(RANK, optax.trace(0.9), basis="random", seed=s) for s in (0, 1))
@@ -280,7 +282,7 @@ class TestRandomBasis:
         )
 
     @pytest.mark.slow
-    def test_updates_lie_in_the_spaces_of_the_keys(self, key):
+    def test_updates_lie_in_the_subspaces_of_the_keys(self, key):
         """P Pᵀ G Q Qᵀ of the bases that `expand` gives, before a refresh and after."""
         gradients = tree(key)
         tx = natgalore.project(RANK, optax.identity(), basis="random", side="both", refresh_every=2)
@@ -301,7 +303,7 @@ class TestRandomBasis:
 class TestProgram:
     @pytest.mark.slow
     @pytest.mark.parametrize("fisher", FISHERS)
-    def test_donates_and_reuses_every_buffer(self, fisher, key):
+    def test_donated_buffers_are_all_reused(self, fisher, key):
         params = tree(key)
         tx = optimizer(fisher)
         state = tx.init(params)
@@ -311,7 +313,7 @@ class TestProgram:
         assert len(re.findall(r"(?:may|must)-alias", header)) == len(leaves)
         assert program.memory_analysis().alias_size_in_bytes == sum(x.nbytes for x in leaves)
 
-    def test_holds_no_svd_and_no_eigendecomposition(self, key):
+    def test_program_has_no_svd_or_eigendecomposition(self, key):
         params = tree(key)
         tx = optimizer()
         lowered = stepper(tx).lower(params, tx.init(params), params)
@@ -319,7 +321,7 @@ class TestProgram:
         assert not re.search("gesdd|gesvd|syevd|heevd", program)
         assert "geqrf" in program  # so that the names above are how this backend spells them
 
-    def test_a_refresh_of_a_stack_needs_one_matrix_of_memory(self):
+    def test_refresh_of_a_stack_takes_memory_of_one_matrix(self):
         """Temporaries do not grow with the layers."""
 
         def temporaries(layers):
@@ -331,7 +333,7 @@ class TestProgram:
         core = 4 * RANK * 64  # the cores of all layers exist at once on the way through
         assert temporaries(32) - temporaries(8) <= 24 * 4 * core
 
-    def test_compiles_once_for_any_number_of_steps(self, key):
+    def test_update_compiles_once(self, key):
         params = tree(key)
         tx = optimizer(None)
         state = tx.init(params)
@@ -341,7 +343,7 @@ class TestProgram:
             params = optax.apply_updates(params, updates)
 
     @pytest.mark.slow
-    def test_scans_over_steps(self, key):
+    def test_update_in_a_scan_equals_a_loop(self, key):
         params = tree(key)
         tx = optimizer()
         state, step = tx.init(params), stepper(tx)
@@ -359,7 +361,7 @@ class TestProgram:
 
 
 class TestTransport:
-    def test_an_undeclared_state_is_refused_at_init(self, key):
+    def test_undeclared_state_is_refused_at_init(self, key):
         strange = optax.scale_by_sm3()
         with pytest.raises(
             TypeError, match=r"ScaleBySM3State\.mu.*register_state.*transport=\"keep\""
@@ -367,7 +369,7 @@ class TestTransport:
             natgalore.project(RANK, strange).init(tree(key))
         natgalore.project(RANK, strange, transport="keep").init(tree(key))
 
-    def test_a_declared_state_is_carried(self, key):
+    def test_declared_state_is_rotated(self, key):
         """What a linear inner remembers is the projection of what it would remember in full."""
         tx = natgalore.project(8, optax.trace(0.9), refresh_every=2, basis="svd")
         params = {"up": {"kernel": jnp.zeros((8, 20))}}  # full rank: rotation loses nothing
@@ -380,7 +382,7 @@ class TestTransport:
             np.testing.assert_allclose(updates["up"]["kernel"], momentum, rtol=1e-4, atol=1e-4)
 
 
-def test_other_leaves_are_the_inner_optimizers_alone(key):
+def test_unprojected_leaves_equal_the_inner_optimizer(key):
     tx, adam = optimizer(), optax.adamw(1e-2, b2=0.95, weight_decay=0.1)
     params = tree(key)
     ours, theirs = tx.init(params), adam.init(params)
@@ -394,7 +396,7 @@ def test_other_leaves_are_the_inner_optimizers_alone(key):
         )
 
 
-def test_scale_multiplies_projected_leaves_alone(key):
+def test_scale_multiplies_projected_leaves_only(key):
     params = tree(key)
     plain = optimizer(None, weight_decay=0.0)
     scaled = optimizer(None, weight_decay=0.0, scale=0.25)
@@ -405,7 +407,7 @@ def test_scale_multiplies_projected_leaves_alone(key):
 
 
 @pytest.mark.slow
-def test_inner_sees_one_tree(key):
+def test_inner_gets_one_tree(key):
     """One global norm over cores and other leaves together."""
     params = tree(key)
     seen = {}

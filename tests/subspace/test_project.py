@@ -25,7 +25,7 @@ def loss(params, x):
 class TestLiteralChain:
     """`optax.chain(natgalore.project(rank), optax.adamw(lr))`: the line users paste first."""
 
-    def test_warns_once_with_both_prices(self):
+    def test_stock_chain_warns_once_with_both_sizes(self):
         tx = optax.chain(natgalore.project(rank=4), optax.adamw(1e-2))
         with pytest.warns(UserWarning, match=r"natgalore") as record:
             tx.init(PARAMS)
@@ -35,7 +35,7 @@ class TestLiteralChain:
         assert f"keeps {4 * 40 * 4:,}" in message
         assert "natgalore.chain in place of optax.chain" in message
 
-    def test_trains(self, key):
+    def test_stock_chain_trains(self, key):
         tx = optax.chain(natgalore.project(rank=4, refresh_every=5), optax.adamw(1e-1))
         with pytest.warns(UserWarning, match=r"natgalore\.chain"):
             state = tx.init(PARAMS)
@@ -52,7 +52,7 @@ class TestLiteralChain:
             params, state, last = step(params, state)
         assert last < first / 3
 
-    def test_gives_the_projected_gradient(self, key):
+    def test_stock_chain_returns_the_projected_gradient(self, key):
         tx = natgalore.project(rank=4, inner=optax.identity())  # says so, hence no warning
         G = jax.random.normal(key, (16, 40))
         updates, state = tx.update({**PARAMS, "up": {"kernel": G}}, tx.init(PARAMS))
@@ -68,7 +68,7 @@ def test_natgalore_chain_keeps_core_sized_moments():
     assert adam.nu["norm"]["scale"].shape == (16,)
 
 
-def test_chain_hands_stages_to_their_side():
+def test_chain_splits_stages_at_the_projection():
     tx = natgalore.chain(
         optax.clip_by_global_norm(1.0),
         natgalore.project(rank=4),
@@ -83,18 +83,18 @@ def test_chain_hands_stages_to_their_side():
     assert isinstance(after, optax.EmptyState)
 
 
-def test_chain_takes_a_projection_that_has_its_inner():
+def test_chain_accepts_a_projection_with_inner():
     tx = natgalore.chain(natgalore.project(4, optax.trace(0.9)), optax.scale(-1.0))
     assert isinstance(tx.init(PARAMS)[0].inner_state, optax.TraceState)
 
 
-def test_chain_without_a_projection_is_optax_chain():
+def test_chain_without_a_projection_equals_optax_chain():
     tx = natgalore.chain(optax.scale(2.0), optax.scale(3.0))
     updates, _ = tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}))
     np.testing.assert_array_equal(updates["w"], 6.0)
 
 
-def test_two_subspaces_in_a_row():
+def test_two_projections_in_one_chain():
     project, back = natgalore.project(4), natgalore.project_back()
     tx = natgalore.chain(project, optax.trace(0.9), back, project, optax.scale_by_lion())
     states = tx.init(PARAMS)
@@ -117,13 +117,13 @@ def test_project_back_alone_raises(build):
         build()
 
 
-def test_a_second_open_projection_raises():
+def test_second_open_projection_raises():
     with pytest.raises(ValueError, match=r"second `project`"):
         natgalore.chain(natgalore.project(4), natgalore.project(4))
 
 
 class TestNothingProjected:
-    def test_one_warning_says_why(self):
+    def test_one_warning_gives_the_reasons(self):
         with pytest.warns(UserWarning, match=r"natgalore") as record:
             natgalore.galore(1e-3).init({"norm": {"scale": jnp.ones(9)}, "w": jnp.ones((3, 70))})
         (warning,) = record
@@ -131,14 +131,14 @@ class TestNothingProjected:
         assert "norm/scale: a norm; w: too small (3 x 70)" in str(warning.message)
 
     @pytest.mark.filterwarnings("ignore:natgalore projects none")
-    def test_it_is_plain_adam(self, key):
+    def test_update_equals_plain_adam(self, key):
         params = {"norm": {"scale": jax.random.normal(key, (9,))}}
         tx, adam = natgalore.natural_galore(1e-3), optax.adam(1e-3, b2=0.95)
         ours, _ = tx.update(params, tx.init(params), params)
         theirs, _ = adam.update(params, adam.init(params), params)
         np.testing.assert_allclose(ours["norm"]["scale"], theirs["norm"]["scale"], rtol=1e-6)
 
-    def test_an_empty_tree_is_nothing_to_warn_about(self):
+    def test_empty_tree_does_not_warn(self):
         tx = natgalore.natural_galore(1e-3)
         assert tx.update({}, tx.init({}), {})[0] == {}
 
@@ -163,7 +163,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("bad", "error"), REFUSED, ids=str)
 @pytest.mark.parametrize("make", ["project", "natural_galore", "galore"])
-def test_refuses(make, bad, error):
+def test_invalid_arguments_are_refused(make, bad, error):
     ((name, value),) = bad.items()
     function = getattr(natgalore, make)
     # Called unchecked: users have no run-time type checker, and our message is what they read.
@@ -174,17 +174,17 @@ def test_refuses(make, bad, error):
     assert str(value) in str(caught.value)
 
 
-def test_refuses_an_inner_that_is_no_transformation():
+def test_inner_that_is_no_transformation_is_refused():
     with pytest.raises(TypeError, match=r"inner"):
         natgalore.project(4, optax.adam)
 
 
-def test_refuses_an_unknown_fisher():
+def test_unknown_fisher_is_refused():
     with pytest.raises(ValueError, match=r"`fisher`.*'core', 'window'.*'full'"):
         natgalore.natural_galore(1e-3, fisher="full")
 
 
-def test_galore_takes_what_natural_galore_takes():
+def test_galore_has_the_arguments_of_natural_galore():
     """Its defaults are GaLore's, those of `project`; natural_galore's are what learned best."""
     ours, theirs, engine = (
         inspect.signature(f).parameters
@@ -201,13 +201,13 @@ def test_galore_takes_what_natural_galore_takes():
     assert (ours["b2"].default, theirs["b2"].default) == (0.999, 0.95)
 
 
-def test_fisher_may_be_ones_own():
+def test_fisher_may_be_a_transformation():
     own = natgalore.scale_by_fisher(window=3, damping=0.1)
     state = natgalore.natural_galore(1e-3, 4, fisher=own).init(PARAMS)
     assert state[0].inner_state[0].window["up"]["kernel"].value.shape == (3, 4, 40)
 
 
-def test_a_schedule_sets_the_rate_of_every_leaf(key):
+def test_schedule_scales_every_leaf(key):
     tx = natgalore.galore(optax.piecewise_constant_schedule(1.0, {1: 0.0}), 4)
     gradients = jax.tree.map(lambda x: jax.random.normal(key, x.shape), PARAMS)
     first, state = tx.update(gradients, tx.init(PARAMS), PARAMS)

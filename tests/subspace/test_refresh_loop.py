@@ -72,7 +72,7 @@ ALIKE = ["layers/0/up", "layers/1/up", "layers/10/up"]
 
 @pytest.mark.parametrize("names", [ALIKE, ["a", "b", "c"], [f"x/{i}" for i in range(11)]], ids=len)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_matrix_that_is_due_gets_its_own(names, shape):
+def test_each_due_matrix_is_refreshed_with_its_own_arguments(names, shape):
     leaves = leaves_of(names, shape)
     run = jax.jit(
         lambda due: map_due_matrices(
@@ -97,7 +97,7 @@ def test_each_matrix_that_is_due_gets_its_own(names, shape):
             jax.tree.map(np.testing.assert_array_equal, state, expected(leaf, now))
 
 
-def test_leaves_alike_share_one_program_and_no_others():
+def test_equal_leaves_share_one_program():
     """Alike: their names differ in numbers alone, and nothing else of them does."""
 
     def programs(leaves):

@@ -147,7 +147,7 @@ class TestIsotropic:
         W = P.spec.to_view(W)
         return W - matmul(basis, matmul(basis.mT, W))
 
-    def test_what_is_left_has_the_size_of_one_a_number(self):
+    def test_residual_has_unit_rms(self):
         """In each column, whatever the gradient's is: m - r numbers, of mean square 1."""
         sizes = 10.0 ** jnp.arange(-10, 10)[:, None]
         # A random basis leaves some of every column.
@@ -159,7 +159,7 @@ class TestIsotropic:
             squares = jnp.square(self.left(updates, state)).mean(axis=0) * M / (M - R)
             np.testing.assert_allclose(squares, 1.0, atol=10 * DAMPING)  # a tenth or more is left
 
-    def test_goes_along_what_is_left(self):
+    def test_residual_is_parallel_to_the_remaining_columns(self):
         tx, g = self.project(optax.identity()), tree(1)
         *_, (updates, state) = run(tx, [g])
         P = state.basis["out"]["kernel"]
@@ -172,7 +172,7 @@ class TestIsotropic:
         )
         np.testing.assert_allclose(cosine, 1.0, rtol=1e-5)
 
-    def test_rounding_is_not_scaled_up(self):
+    def test_rounding_noise_is_not_scaled_up(self):
         """Of a gradient whose columns all lie in the subspace nothing is left but rounding."""
         rng = np.random.default_rng(3)
         low = rng.standard_normal((64, 2)) @ rng.standard_normal((2, 96))
@@ -183,7 +183,7 @@ class TestIsotropic:
         # √(m / ρ) times rounding of 1e-6 of a column; undamped it would be 1.
         assert float(jnp.abs(left).max()) < 250 * 1e-5
 
-    def test_a_column_of_zeros_stays(self):
+    def test_zero_column_stays_zero(self):
         g = tree(1)
         g["out"]["kernel"] = g["out"]["kernel"].at[3].set(0.0)
         tx = self.project(optax.scale_by_adam())
@@ -194,7 +194,7 @@ class TestIsotropic:
         assert not any(x.any() for x in jax.tree.leaves(updates))
 
     @pytest.mark.slow
-    def test_remembers_nothing(self):
+    def test_residual_has_no_state(self):
         """The state is that without a residual, or what is left of one with a limit."""
         make = lambda residual: natgalore.natural_galore(1e-2, R, residual=residual)
         g = [tree(1), tree(2)]
@@ -209,7 +209,7 @@ class TestIsotropic:
             assert jax.tree.structure(after) == jax.tree.structure(isotropic)
             assert_close(updates, update(g[0], isotropic, g[0])[0], rtol=1e-5, atol=1e-8)
 
-    def test_an_inner_with_its_learning_rate_is_refused(self):
+    def test_inner_with_a_learning_rate_is_refused(self):
         with pytest.raises(ValueError, match="learning rate"):
             self.project(optax.adamw(1e-3)).init(tree(0))
 
@@ -219,7 +219,7 @@ class TestWhitened:
         functools.partial(natgalore.project, R, residual="whitened", refresh_every=3)
     )
 
-    def test_rounding_is_not_scaled_up(self):
+    def test_rounding_noise_is_not_scaled_up(self):
         """Of a gradient that lies in the subspace, and at full rank, nothing is left but that."""
         rng = np.random.default_rng(3)
         low = rng.standard_normal((64, 2)) @ rng.standard_normal((2, 96))
@@ -244,7 +244,7 @@ class TestWhitened:
 
 @pytest.mark.parametrize("residual", ["isotropic", *slow("whitened")])
 @pytest.mark.parametrize("bad", [jnp.nan, *slow(jnp.inf)])
-def test_a_bad_gradient_adds_nothing(residual, bad):
+def test_nonfinite_gradient_adds_no_residual(residual, bad):
     gradients = [tree(i) for i in range(3)]
     kernel = gradients[2]["layers"]["up"]["kernel"]
     gradients[2]["layers"]["up"]["kernel"] = kernel.at[1, 2, 3].set(bad)
@@ -270,7 +270,7 @@ def test_without_a_limit_an_inner_that_does_nothing_returns_the_gradient():
 
 
 @pytest.mark.slow
-def test_at_full_rank_nothing_is_left_out():
+def test_residual_is_zero_at_full_rank():
     make = lambda residual: natgalore.natural_galore(1e-2, M, refresh_every=2, residual=residual)
     with jax.enable_x64(True):
         gradients = optax.tree.cast([tree(i) for i in range(4)], jnp.float64)
@@ -345,7 +345,7 @@ def test_gradients_of_any_size_are_scaled(unit):
 
 
 @pytest.mark.slow
-def test_weights_of_bfloat16_get_the_same_rounded():
+def test_bfloat16_update_is_the_rounded_float32_update():
     tx = project(optax.scale_by_adam())
     g = tree(1, jnp.bfloat16)
     low, state = last(tx, [g])
@@ -371,7 +371,7 @@ def test_scale_multiplies_both_parts_and_not_the_norm():
 
 class TestFunction:
     @pytest.mark.slow
-    def test_gets_one_matrix_what_is_left_its_core_and_its_answer(self):
+    def test_function_gets_remaining_gradient_core_and_update(self):
         seen = []
 
         def own(left, core, U):
@@ -385,7 +385,7 @@ class TestFunction:
             assert set(seen) <= {((M, N), (R, k), (R, k)), ((N, M), (R, k), (R, k))}
             seen.clear()
 
-    def test_of_another_shape_is_refused(self):
+    def test_function_with_another_shape_is_refused(self):
         tx = project(optax.identity(), residual=lambda left, R, U: R)
         with pytest.raises(ValueError, match=r"`residual` must return .*\(12, 20\), got \(4, 20\)"):
             tx.update(tree(1), tx.init(tree(0)))
@@ -415,7 +415,7 @@ class TestState:
 
 class TestProgram:
     @pytest.mark.slow
-    def test_has_no_product_more(self):
+    def test_program_has_no_extra_product(self):
         """And no array of m x n: of a bfloat16 weight the lift rounds, which is one beside."""
         params = {"up": {"kernel": jnp.zeros((64, 256))}}
 
@@ -445,7 +445,7 @@ def turned(inner):
 
 
 @pytest.mark.parametrize("name", quick(EACH_KIND, [*RATES]))
-def test_an_optimizer_with_its_learning_rate_is_refused(name):
+def test_partner_with_a_learning_rate_is_refused(name):
     """And taken where another minus undoes it, unless it may pass gradients as they are."""
     params = {**PARAMS, "layers": {"kernel": jnp.ones((2, M, N))}}
     make = INSIDE[name].make
@@ -481,13 +481,13 @@ RATED = {
 
 @pytest.mark.parametrize("rate", RATED.values(), ids=RATED)
 @pytest.mark.parametrize("init", [lambda tx: tx.init, lambda tx: jax.jit(tx.init)])
-def test_so_is_any_spelling_of_it(rate, init):
+def test_every_spelling_of_a_learning_rate_is_refused(rate, init):
     tx = natgalore.chain(project(transport="keep"), optax.scale_by_adam(), rate)
     with pytest.raises(ValueError, match="before the learning rate"):
         init(tx)(PARAMS)
 
 
-def test_so_is_one_that_waits_for_arguments_of_its_own():
+def test_learning_rate_beside_own_extra_arguments_is_refused():
     """At the first update, which can be read; given no params too."""
     update = lambda g, s, params=None, *, mine: (jax.tree.map(lambda x: -mine * x, g), s)
     tx = project(optax.GradientTransformationExtraArgs(lambda params: (), update))
@@ -516,7 +516,7 @@ def test_so_is_one_that_waits_for_arguments_of_its_own():
         ),
     ],
 )
-def test_what_keeps_the_sign_is_taken(inner):
+def test_inner_that_keeps_the_sign_is_accepted(inner):
     jax.eval_shape(project(inner, transport="keep").init, PARAMS)
 
 

@@ -37,7 +37,7 @@ def rotated(states, C):
     return dict(zip(states, rotate(list(states.items()), C), strict=True))
 
 
-def test_equals_the_oracle(key):
+def test_rotated_states_equal_the_oracle(key):
     C, old = contraction(key), states(key)
     new = rotated(old, C)
     c = np.asarray(C, np.float64)
@@ -55,7 +55,7 @@ def test_equals_the_oracle(key):
         np.testing.assert_allclose(new[role], value, atol=10 * CLOSE, err_msg=role)
 
 
-def test_renaming_directions_renames_states_exactly(key):
+def test_signed_permutation_permutes_states_exactly(key):
     """A signed permutation is a change of names: no state loses or gains anything."""
     order = jax.random.permutation(key, R)
     signs = jnp.array([1.0, -1.0, -1.0, 1.0])
@@ -68,7 +68,7 @@ def test_renaming_directions_renames_states_exactly(key):
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), shrink=st.floats(0, 1))
-def test_squares_become_averages_of_squares(seed, shrink):
+def test_rotated_squares_are_averages_of_squares(seed, shrink):
     """Nothing below the smallest or above the largest of a column, whatever C loses."""
     key = jax.random.key(seed)
     v = jnp.square(jax.random.normal(key, (R, N)))
@@ -77,7 +77,7 @@ def test_squares_become_averages_of_squares(seed, shrink):
     assert (new <= v.max(axis=0, keepdims=True) * (1 + CLOSE)).all()
 
 
-def test_a_basis_that_shares_nothing_starts_from_the_mean(key):
+def test_orthogonal_new_basis_starts_from_the_mean_square(key):
     v = jnp.square(jax.random.normal(key, (R, N)))
     new = rotate_square(v, jnp.zeros((R, R)))
     np.testing.assert_allclose(new, jnp.broadcast_to(v.mean(0, keepdims=True), v.shape), rtol=1e-6)
@@ -99,7 +99,7 @@ def both_sides(key):
     return C, D, old | {"gram": gram(old["window"])}
 
 
-def test_columns_turn_as_rows_do(key):
+def test_columns_rotate_as_rows_do(key):
     """Turning both sides is turning one, and then the other of what is transposed."""
     C, D, old = both_sides(key)
     new = dict(zip(old, rotate(list(old.items()), C, D), strict=True))
@@ -117,7 +117,7 @@ def test_columns_turn_as_rows_do(key):
         np.testing.assert_allclose(new[role], value, atol=10 * CLOSE, err_msg=role)
 
 
-def test_a_rounded_window_stays_rounded_and_its_gram_exact(key):
+def test_rounded_window_stays_rounded_with_its_exact_gram(key):
     window = jax.random.normal(key, (S, R, N)).astype(jnp.bfloat16)
     old = [("window", window), ("gram", gram(window.astype(jnp.float32)))]
     new, K = rotate(old, contraction(key))
@@ -126,7 +126,7 @@ def test_a_rounded_window_stays_rounded_and_its_gram_exact(key):
     np.testing.assert_allclose(K, exact @ exact.T, atol=CLOSE * R * N)
 
 
-def test_reset_starts_over_but_keeps_the_size_of_squares(key):
+def test_reset_keeps_the_mean_of_squares(key):
     old = states(key)
     new = dict(zip(old, reset(list(old.items()), contraction(key)), strict=True))
     mean = np.broadcast_to(np.asarray(old["square"]).mean(axis=0), (R, N))
@@ -136,7 +136,7 @@ def test_reset_starts_over_but_keeps_the_size_of_squares(key):
         assert not x.any(), role
 
 
-def test_reset_is_to_share_nothing(key):
+def test_reset_equals_rotation_to_an_orthogonal_basis(key):
     """What `rotate` makes of squares at C = D = 0."""
     zero = jnp.zeros((R, R))
     *_, old = both_sides(key)
@@ -156,7 +156,7 @@ class TestFactors:
         )
         return row, col * row.mean() / col.mean()  # both are means of the same squares
 
-    def test_turn_as_the_squares_that_they_stand_for(self, key, factors):
+    def test_factors_rotate_as_the_squares_they_approximate(self, key, factors):
         C = contraction(key)
         row, col = rotate_factors(*factors, C)
         dense = rotate_square(jnp.outer(*factors) / factors[0].mean(), C)
@@ -165,7 +165,7 @@ class TestFactors:
         for actual, expected in zip((row, col), oracles.rotated_factors(c, *both), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=10 * CLOSE)
 
-    def test_turn_on_both_sides(self, key, factors):
+    def test_factors_rotate_on_both_sides(self, key, factors):
         C, D = (contraction(k) for k in jax.random.split(key))
         row, col = factors[0], factors[1][:R] * factors[0].mean() / factors[1][:R].mean()
         new = rotate_factors(row, col, C, D)
@@ -173,18 +173,18 @@ class TestFactors:
         for actual, expected in zip(new, oracles.rotated_factors(c, row, col, d), strict=True):
             np.testing.assert_allclose(actual, expected, rtol=10 * CLOSE)
 
-    def test_are_found_by_their_roles(self, key, factors):
+    def test_factors_are_found_by_role(self, key, factors):
         C = contraction(key)
         old = [("scalar", jnp.ones(2)), *zip(("square_rows", "square_cols"), factors, strict=True)]
         _, *new = rotate(old, C)
         for actual, expected in zip(new, rotate_factors(*factors, C), strict=True):
             np.testing.assert_array_equal(actual, expected)
 
-    def test_of_nothing_stay_nothing(self, key):
+    def test_zero_factors_stay_zero(self, key):
         new = rotate_factors(jnp.zeros(R), jnp.zeros(N), contraction(key))
         assert not any(x.any() for x in new)
 
-    def test_start_over_as_their_means(self, key, factors):
+    def test_reset_factors_become_their_means(self, key, factors):
         """What `rotate` makes of them at C = D = 0."""
         zero, old = (
             jnp.zeros((R, R)),
@@ -198,6 +198,6 @@ class TestFactors:
         np.testing.assert_allclose(col, square[1][1].mean(), rtol=CLOSE)
 
 
-def test_an_unknown_role_is_refused(key):
+def test_unknown_role_is_refused(key):
     with pytest.raises(TypeError, match="'strange'"):
         rotate([("strange", jnp.ones((R, N)))], jnp.eye(R))

@@ -81,7 +81,7 @@ DECOUPLED = {
 
 
 @pytest.mark.parametrize("name", quick(list(DECOUPLED)[:1], [*DECOUPLED]))
-def test_the_whole_weight_decays(name):
+def test_full_weight_decays(name):
     """What decay adds to the update is a·W, where the same optimizer without it adds nothing."""
     make, factor = DECOUPLED[name]
     with_decay, without = (
@@ -92,7 +92,7 @@ def test_the_whole_weight_decays(name):
     np.testing.assert_allclose(added, factor * PARAMS["up"]["kernel"], rtol=1e-5, atol=1e-8)
 
 
-def test_a_mask_spares_the_other_leaves():
+def test_mask_excludes_leaves_from_decay():
     make, _ = DECOUPLED["adamw, mask by key"]
     tx = natgalore.chain(natgalore.project(4), make(WD))
     plain = last_update(natgalore.chain(natgalore.project(4), make(0.0)))
@@ -112,20 +112,20 @@ COUPLED = {
 
 
 @pytest.mark.parametrize("inner", COUPLED.values(), ids=COUPLED)
-def test_what_reads_weights_otherwise_is_refused(inner):
+def test_other_uses_of_weights_are_refused(inner):
     tx = natgalore.project(4, inner, transport="keep")
     with pytest.raises(ValueError, match=r"cannot work on cores.*after `natgalore\.project_back"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-def test_decay_asks_for_the_weights():
+def test_decay_without_params_raises():
     tx = natgalore.chain(natgalore.project(4), optax.adamw(LR, weight_decay=WD))
     with pytest.raises(ValueError, match=r"params"):
         tx.update(PARAMS, tx.init(PARAMS))
 
 
 @pytest.mark.slow
-def test_costs_nothing_where_inner_does_not_decay():
+def test_inner_without_decay_has_the_same_program():
     """No product with the weight in the program: as many bytes and flops as without params."""
     tx = natgalore.project(4, optax.scale_by_adam())
     state = tx.init(PARAMS)
