@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from tests.helpers.hlo import Collective, collectives
+from benchmarks.common.hlo import Collective, collectives
 
 
 GPU = """\

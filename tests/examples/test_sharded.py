@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.common.hlo import collectives
 from examples.common import llama, training_loop
 from examples.pretraining import llama_sharding, pretrain, sharded
 from tests.helpers.example_runs import (
@@ -28,7 +29,6 @@ from tests.helpers.example_runs import (
     refused,
     stop_at,
 )
-from tests.helpers.hlo import collectives
 
 
 SETTINGS = """--text text --steps 4 --refresh-every 2 --save-every 3 --rank 4

@@ -13,12 +13,12 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
+from benchmarks.common.hlo import collectives
 from examples.common.llama import Llama, LlamaConfig, next_token_loss
 from natgalore_jax.lowrank_grads.loss import backward
 from natgalore_jax.tree.leaf_spec import core_arrays, cores
 from tests.helpers.cases import slow
 from tests.helpers.compiling import AS_FOR_USERS
-from tests.helpers.hlo import collectives
 from tests.helpers.lowrank import (
     PARAMS,
     after_first_refresh,

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgalore_jax as natgalore
+from benchmarks.common.hlo import collectives
 from tests.helpers.cases import quick, slow
-from tests.helpers.hlo import collectives
 
 
 RANK = 5  # no device count divides it
