@@ -17,6 +17,7 @@ from examples.common import llama, run_display, run_log, training_loop
 from examples.finetuning import tiny_assets
 from examples.pretraining import c4, generate, packing, pretrain, sharded
 from examples.pretraining.packing import Packed
+from tests.helpers.cases import slow
 from tests.helpers.example_runs import (
     CompiledOnce,
     Killed,
@@ -87,7 +88,7 @@ def hub(made, monkeypatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
-@pytest.fixture(params=["shards", "hub"])
+@pytest.fixture(params=["shards", *slow("hub")])
 def read(request, made):
     """What reads the training texts."""
     if request.param == "shards":

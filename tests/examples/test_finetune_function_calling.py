@@ -13,6 +13,7 @@ from flax import nnx
 from examples.common import data, hugging_face, llama, run_log
 from examples.finetuning import finetune_function_calling as calling, tiny_assets, tinyagent
 from examples.pretraining import generate
+from tests.helpers.cases import slow
 from tests.helpers.example_runs import contents, refused
 
 
@@ -45,9 +46,10 @@ def run(monkeypatch, tmp_path, tiny):
 
 
 class TestFunctionCalling:
-    @pytest.mark.slow
-    def test_generate_reads_the_exported_model(self, run, capsys, tiny):
-        assert run("--steps", "3", "--judged", "2", "--out", "here") == 0
+    @pytest.mark.parametrize("optimizer", ["adamw", *slow("natural_galore")])
+    def test_generate_reads_the_exported_model(self, run, capsys, tiny, optimizer):
+        arguments = ["--optimizer", optimizer, "--steps", "3", "--judged", "1"]
+        assert run(*arguments, "--out", "here") == 0
         first, *_, last = run_log.read(Path("here/log.jsonl")).records
         assert first["metrics"] == {"success": 0, "success without arguments": 0}
         assert last["step"] == 3

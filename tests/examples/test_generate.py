@@ -28,7 +28,8 @@ def model(config):
 
 
 class TestCache:
-    @pytest.mark.parametrize("scan", [False, *slow(True)], ids=["unrolled", "scanned"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
     def test_cached_logits_equal_recomputed_logits(self, scan):
         net = model(replace(SMALL, scan=scan))
         tokens = np.random.default_rng(0).integers(50, size=(2, 9)).astype(np.int32)

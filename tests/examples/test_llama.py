@@ -65,9 +65,10 @@ def reference(net, params, tokens):
 
 
 class TestLlama:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "flags",
-        [{"scan": True}, *slow({"remat": True}, {"scan": True, "remat": True})],
+        [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}],
         ids=" ".join,
     )
     def test_scan_and_remat_do_not_change_loss_or_gradient(self, params, tokens, reference, flags):
