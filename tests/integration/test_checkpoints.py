@@ -146,7 +146,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("name", quick(["default"], [*OPTIMIZERS]))
 @pytest.mark.parametrize("orbax", ["standard", *slow("pytree")])
-def test_a_resumed_run_is_the_same_run(name, orbax, request):
+def test_resumed_run_equals_the_run(name, orbax, request):
     tx, orbax = OPTIMIZERS[name], request.getfixturevalue(orbax)
     at = saved(tx, orbax.save)
     restored = orbax.restore(target(tx, random(0)))
@@ -155,7 +155,7 @@ def test_a_resumed_run_is_the_same_run(name, orbax, request):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_in_8_bits_is_the_same_run(standard):
+def test_resumed_8_bit_run_equals_the_run(standard):
     """Codes, scales, diagonals and the key of the rounding, through refreshes before and after."""
     roles = ("linear", "square", "basis", "fisher", "root")
     tx = natgalore.quantized(natural_galore(64, fisher="core"), roles)
@@ -178,7 +178,7 @@ def test_a_resumed_run_in_8_bits_is_the_same_run(standard):
     assert_same(go_on(*restored, SAVED_AT, STEPS), go_on(*at, SAVED_AT, STEPS))
 
 
-def test_a_resumed_nnx_optimizer_is_the_same(standard):
+def test_resumed_nnx_optimizer_equals_the_run(standard):
     def create():
         model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
         return model, nnx.Optimizer(model, OPTIMIZERS["core"], wrt=nnx.Param)
@@ -203,7 +203,7 @@ def test_a_resumed_nnx_optimizer_is_the_same(standard):
 
 
 @pytest.mark.slow
-def test_weights_of_another_dtype_go_on_with_the_same_state(standard):
+def test_state_fits_weights_of_another_dtype(standard):
     """The state is float32 whatever the weights are, so it fits both."""
     tx = OPTIMIZERS["core"]
     weights, state = saved(tx, standard.save)
@@ -215,7 +215,7 @@ def test_weights_of_another_dtype_go_on_with_the_same_state(standard):
 
 
 @pytest.mark.slow
-def test_float64_weights_take_a_float32_state_over_exactly(standard):
+def test_float64_weights_load_a_float32_state_exactly(standard):
     tx = OPTIMIZERS["random bases, both sides"]
     weights, state = saved(tx, standard.save)
     with jax.enable_x64(True):
@@ -229,7 +229,7 @@ def test_float64_weights_take_a_float32_state_over_exactly(standard):
 
 
 @pytest.mark.slow
-def test_a_run_without_a_residual_goes_on_with_one(standard):
+def test_run_continues_with_another_residual(standard):
     """Its state has the structure of the first release's, and is taken as it is."""
     saved(OPTIMIZERS["core"], standard.save)
     weights, state = standard.restore(target(OPTIMIZERS["core"], random(0)))
@@ -253,7 +253,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("tx", "weights"), OTHERS)
-def test_another_structure_is_refused_when_it_is_restored(tx, weights, standard):
+def test_restore_refuses_another_structure(tx, weights, standard):
     standard.save(untrained(OPTIMIZERS["core"]))
     with pytest.raises(ValueError, match="tree structures do not match"):
         standard.restore(target(tx, weights))
@@ -267,7 +267,7 @@ def refusal(folder, rank, width):
 
 
 @pytest.mark.slow
-def test_another_shape_is_refused_when_it_is_restored(standard, tmp_path):
+def test_restore_refuses_another_shape(standard, tmp_path):
     standard.save(untrained(OPTIMIZERS["core"]))
     # In a process of its own: Orbax abandons the reads beside one that fails, which warns later.
     context = multiprocessing.get_context("spawn")
@@ -279,7 +279,7 @@ def test_another_shape_is_refused_when_it_is_restored(standard, tmp_path):
 
 @pytest.mark.parametrize("basis", ["power", "random"])
 @pytest.mark.parametrize("fisher", [None, "window"])
-def test_another_rank_is_refused_when_it_is_used(basis, fisher, pytree):
+def test_update_refuses_a_state_of_another_rank(basis, fisher, pytree):
     """Where Orbax restores what it finds: shapes of another rank agree with each other."""
     make = lambda rank: natural_galore(rank, basis=basis, fisher=fisher)
     pytree.save(untrained(make(5)))
@@ -288,7 +288,7 @@ def test_another_rank_is_refused_when_it_is_used(basis, fisher, pytree):
         make(4).update(random(1), state, weights)
 
 
-def test_a_gradient_of_another_shape_is_refused():
+def test_update_refuses_a_gradient_of_another_shape():
     tx = OPTIMIZERS["core"]
     state = tx.init(random(0))
     wide = random(0, width=24)
@@ -296,7 +296,7 @@ def test_a_gradient_of_another_shape_is_refused():
         tx.update(wide, state, wide)
 
 
-def test_this_release_reads_what_the_first_wrote(tmp_path):
+def test_first_releases_checkpoint_loads(tmp_path):
     """A new layout of the state fails here: raise FORMAT_VERSION and read this one all the same."""
     with zipfile.ZipFile(write_checkpoint.FILE.with_name("natural_galore_v1.zip")) as file:
         file.extractall(tmp_path)

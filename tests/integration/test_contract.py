@@ -85,12 +85,12 @@ def test_types_are_fixed_points(tx, dtype):
     assert types(new_state) == types(state)
 
 
-def test_init_needs_shapes_only(tx):
+def test_init_accepts_shapes(tx):
     abstract = jax.eval_shape(lambda: PARAMS)
     assert types(tx.init(abstract)) == types(tx.init(PARAMS))
 
 
-def test_holes_and_empty_trees_survive(tx):
+def test_none_leaves_and_empty_trees(tx):
     state = tx.init({})
     assert tx.update({}, state, {})[0] == {}
     assert traced(tx, PARAMS)[0]["frozen"] is None
@@ -101,7 +101,7 @@ def test_extra_arguments_are_accepted(tx):
 
 
 @pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_protocols_parameter_names_are_kept(tx):
+def test_parameter_names_follow_the_protocol(tx):
     assert list(inspect.signature(tx.update).parameters)[:3] == ["updates", "state", "params"]
     assert next(iter(inspect.signature(tx.init).parameters)) == "params"
 
@@ -115,7 +115,7 @@ def test_float64_stays_float64(tx):
     assert set(floats) == {jnp.dtype("float64")}
 
 
-def test_masked_leaves_are_left_alone(tx):
+def test_masked_leaves_pass_unchanged(tx):
     masked = optax.masked(tx, {"up": {"kernel": True}, "norm": {"scale": False}, "frozen": None})
 
     def update(g, state):
@@ -126,7 +126,7 @@ def test_masked_leaves_are_left_alone(tx):
     jax.eval_shape(update, gradients(), masked.init(PARAMS))
 
 
-def test_update_can_be_skipped_by_a_conditional(tx):
+def test_apply_if_finite_keeps_the_state_types(tx):
     """`optax.apply_if_finite`: the state after an update has the type of the state before."""
     wrapped = optax.apply_if_finite(tx, 3)
     _, state = traced(wrapped, PARAMS)
@@ -147,12 +147,12 @@ def test_extra_arguments_reach_inner(around):
     assert seen == {"value": 3.0}
 
 
-def test_a_masked_node_is_no_leaf(tx):
+def test_masked_nodes_pass_unchanged(tx):
     updates, _ = traced(tx, {**PARAMS, "masked": optax.MaskedNode()})
     assert updates["masked"] == optax.MaskedNode()
 
 
-def test_params_are_found_in_the_state(tx):
+def test_tree_map_params_finds_bases(tx):
     """`optax.tree.map_params` asks init for a state of a tree without leaves."""
     state = tx.init(PARAMS)
     same = optax.tree.map_params(tx, lambda x: x, state)
@@ -183,7 +183,7 @@ class TestInFloat64:
     def equal(self, actual, expected):
         chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)
 
-    def test_steps_are_one_program_in_place_and_equal_their_scan(self, tx, params):
+    def test_steps_compile_once_donate_and_equal_a_scan(self, tx, params):
         steps, traces = 5, 0
         many = [gradients(count, params) for count in range(steps)]
 
@@ -206,7 +206,7 @@ class TestInFloat64:
         assert traces == 1
         self.equal(carry, expected)
 
-    def test_gradients_are_averaged_by_multi_steps(self, tx, params):
+    def test_multi_steps_averages_gradients(self, tx, params):
         a, b = gradients(0, params), gradients(1, params)
         mean = jax.tree.map(lambda x, y: (x + y) / 2, a, b)
         expected, _ = jax.jit(tx.update)(mean, tx.init(params), params)
@@ -217,7 +217,7 @@ class TestInFloat64:
         assert not any(x.any() for x in jax.tree.leaves(nothing))
         self.equal(updates, expected)
 
-    def test_partition_and_named_chain_change_nothing(self, tx, params):
+    def test_partition_and_named_chain_keep_the_updates(self, tx, params):
         g, kernel = gradients(0, params), {"up": params["up"]}
         expected, _ = tx.update({"up": g["up"]}, tx.init(kernel), kernel)
         parts = {"a": optax.named_chain(("ours", tx)), "b": optax.sgd(1.0)}
@@ -225,7 +225,7 @@ class TestInFloat64:
         updates, _ = whole.update(g, whole.init(params), params)
         self.equal(updates, {**expected, "norm": {"scale": -g["norm"]["scale"]}})
 
-    def test_a_flattened_tree_is_not_projected(self, tx, params):
+    def test_flattened_tree_is_not_projected(self, tx, params):
         flat = optax.flatten(tx)
         with pytest.warns(UserWarning, match="natgalore projects none of the 1 leaves"):
             state = flat.init(params)
@@ -233,7 +233,7 @@ class TestInFloat64:
         assert all(x.any() for x in jax.tree.leaves(updates))
 
 
-def test_weakly_typed_weights_change_no_type(tx):
+def test_weakly_typed_weights_keep_all_types(tx):
     """Only their own, as any update does: the step is compiled for them, and once more."""
     weak = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(1.0), x.shape), PARAMS)
     assert weak["up"]["kernel"].weak_type
@@ -250,7 +250,7 @@ class TestVariants(chex.TestCase):
         ("window", "natural_galore, window"),
         ("decay", "adamw inside"),
     )
-    def test_jit_pmap_and_neither_agree(self, name):
+    def test_jit_pmap_and_eager_updates_agree(self, name):
         tx = TRANSFORMS[name]
         params = {k: v for k, v in PARAMS.items() if v is not None}
         state, expected = tx.init(params), params

@@ -66,7 +66,7 @@ OPTIMIZERS = {
         for name, tx in OPTIMIZERS.items()
     ],
 )
-def test_a_module_is_trained_as_the_list_of_its_arrays(tx):
+def test_module_trains_like_the_list_of_its_arrays(tx):
     model = Model(jax.random.key(0))
     params, rest = eqx.partition(model, eqx.is_inexact_array)
     assert params.activation is None
@@ -100,7 +100,7 @@ def test_a_module_is_trained_as_the_list_of_its_arrays(tx):
         np.testing.assert_array_equal(x, y)
 
 
-def test_weights_of_out_by_in_are_projected_on_their_short_side():
+def test_out_by_in_weights_are_projected_on_the_short_side():
     params = eqx.filter(Model(jax.random.key(0)), eqx.is_inexact_array)
     rows = {row.path: row for row in natgalore.describe(OPTIMIZERS["core"], params).rows}
     assert {name: row.side for name, row in rows.items() if row.rank} == {
@@ -123,7 +123,7 @@ def test_updates_have_the_structure_of_the_module():
     assert len(cores(mu)) == 2
 
 
-def test_an_unfiltered_model_is_refused():
+def test_unfiltered_model_is_refused():
     with pytest.raises(
         TypeError, match=r"leaf 'activation' .* `eqx.filter\(model, eqx.is_array\)`"
     ):

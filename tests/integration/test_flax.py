@@ -181,7 +181,7 @@ def test_nnx_optimizer_works_without_jit():
 
 
 @pytest.mark.slow
-def test_scanned_layers_are_one_stack():
+def test_scanned_layers_form_one_stack():
     _, optimizer = trained("core", Stack)
     (basis,) = jax.tree.leaves(nnx.as_pure(optimizer.opt_state[0].basis))
     assert basis.shape == (3, 12, 4)
@@ -204,7 +204,7 @@ def test_model_and_optimizer_split_and_merge():
     assert_same_training(nnx.merge(graph, state), trained_dict("core"))
 
 
-def test_tree_mode_needs_no_graph():
+def test_tree_mode_trains_without_graph():
     model = MLP(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, OPTIMIZERS["core"], wrt=nnx.Param, graph=False)
 
@@ -218,7 +218,7 @@ def test_tree_mode_needs_no_graph():
 
 
 @pytest.mark.slow
-def test_states_of_variables_are_read_as_those_of_arrays():
+def test_reports_of_variables_equal_those_of_arrays():
     tx = OPTIMIZERS["core"]
     model, optimizer = trained("core")
     grads = nnx.grad(loss)(model)
@@ -246,7 +246,7 @@ def test_states_of_variables_are_read_as_those_of_arrays():
     }
 
 
-def test_what_is_selected_may_be_said_in_boxes():
+def test_select_accepts_boxes():
     """As `jax.tree.map` makes it of an NNX state, or of names that have no box."""
     params = nnx.state(MLP(nnx.Rngs(0)), nnx.Param)
     view = lambda x: natgalore.MatrixView(0, 1) if x.ndim == 2 else None
@@ -264,7 +264,7 @@ def test_what_is_selected_may_be_said_in_boxes():
         }
 
 
-def test_names_of_axes_stay_with_whole_leaves_only():
+def test_axis_names_stay_with_full_leaves_only():
     """They would be wrong of a core, and right of an embedding's moments."""
     with jax.set_mesh(mesh()):
         model = MLP(nnx.Rngs(0), named=True)
@@ -276,7 +276,7 @@ def test_names_of_axes_stay_with_whole_leaves_only():
 
 
 @pytest.mark.slow
-def test_weights_with_names_of_axes_are_trained_on_a_mesh():
+def test_weights_with_axis_names_train_on_a_mesh():
     with jax.set_mesh(mesh()):
         model, _ = trained("galore", named_mlp)
         assert model.up.kernel.get_value().sharding.spec == P("x", "y")
@@ -286,7 +286,7 @@ def test_weights_with_names_of_axes_are_trained_on_a_mesh():
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_an_nnx_optimizer_can_be_told_how_weights_lie():
+def test_sharded_nnx_optimizer_keeps_its_shardings():
     """On Auto axes under jit; a rank that no axis divides."""
     with jax.set_mesh(mesh()):
         model = MLP(nnx.Rngs(0), named=True)
@@ -357,7 +357,7 @@ def trained_unboxed(name):
 
 
 @pytest.mark.parametrize("box", quick(["with_partitioning"], BOXES))
-def test_linens_boxes_change_nothing(box):
+def test_linen_boxes_keep_the_training(box):
     state, bare = trained_linen(created(box, jax.random.key(0))), trained_unboxed("core")
     assert isinstance(state.params["Dense_0"]["kernel"], linen.Partitioned)
     assert jax.tree.structure(linen.unbox(state.params)) == jax.tree.structure(bare.params)
@@ -370,7 +370,7 @@ def test_linens_boxes_change_nothing(box):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_linens_boxes_say_where_a_state_is_created(box):
+def test_linen_boxes_give_the_shardings_of_a_state(box):
     rules = (("x", "x"), ("y", "y"))
     with jax.set_mesh(mesh()):
         for name in ("core", "galore"):
@@ -387,7 +387,7 @@ def test_linens_boxes_say_where_a_state_is_created(box):
 
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
-def test_linens_boxes_are_told_how_a_state_lies(box):
+def test_state_shardings_of_linen_boxes(box):
     """`state_shardings` of weights in boxes; a rank that no axis divides."""
     tx = natgalore.natural_galore(1e-2, rank=7)
     model = boxed_mlp(box)

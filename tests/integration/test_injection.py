@@ -60,7 +60,7 @@ def hyperparams(state):
     return found[0]
 
 
-def test_every_function_is_listed():
+def test_tables_list_every_function():
     makes = lambda f: (
         "GradientTransformation" in str(f.__annotations__.get("return"))
         or (f.__annotations__.get("return") is natgalore.project.__annotations__["return"])
@@ -71,7 +71,7 @@ def test_every_function_is_listed():
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_what_is_not_static_is_a_number(name):
+def test_arguments_that_are_not_static_are_numbers(name):
     numbers = set(inspect.signature(FACTORIES[name]).parameters) - set(STATIC[name])
     tx = complete(name, inject(name))
     assert set(hyperparams(tx.init(PARAMS))) == numbers
@@ -86,7 +86,7 @@ def test_what_is_not_static_is_a_number(name):
         if argument in STATIC[name] and type(parameter.default) in (int, float)
     ],
 )
-def test_a_static_one_is_refused_in_words_that_say_which_are(name, argument):
+def test_injected_static_argument_is_refused_by_name(name, argument):
     static = tuple(set(STATIC[name]) - {argument})
     tx = optax.inject_hyperparams(FACTORIES[name], static_args=static)(**GIVEN[name])
     with pytest.raises((TypeError, ValueError), match=rf"`{argument}` must be .*STATIC_ARGS"):
@@ -106,7 +106,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("name", "argument"), [CHANGES[0], *slow(*CHANGES[1:])])
-def test_a_changed_value_is_that_of_a_fresh_optimizer(name, argument):
+def test_changed_value_equals_a_new_optimizer(name, argument):
     """From the step on which it changes; the states that met it are the same up to there."""
     decays = {"b1": (0.9, 0.8), "b2": (0.999, 0.99), "decay": (0.98, 0.9)}
     before, after = decays.get(argument, (1.0, 4.0))
@@ -134,7 +134,7 @@ def close_trees(a, b, **close):
 
 
 @pytest.mark.slow
-def test_a_schedule_sets_what_is_injected():
+def test_injected_schedule_sets_the_value():
     tx = inject("natural_galore", scale=optax.linear_schedule(1.0, 0.5, 2))
     plain = natgalore.natural_galore(**GIVEN["natural_galore"])
     state, theirs = tx.init(PARAMS), plain.init(PARAMS)
@@ -146,7 +146,7 @@ def test_a_schedule_sets_what_is_injected():
     chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-8)
 
 
-def test_a_traced_damping_below_what_roots_bear_is_the_least_they_do():
+def test_traced_damping_is_clipped_to_the_least_allowed():
     make = lambda damping: complete(
         "scale_by_core_fisher", natgalore.scale_by_core_fisher(damping=damping)
     )
@@ -163,7 +163,7 @@ class TestBfloat16:
     params = optax.tree.cast(PARAMS, jnp.bfloat16)
 
     @pytest.mark.parametrize("name", ["natural_galore", "galore", "scale_by_core_fisher"])
-    def test_a_decay_is_refused(self, name):
+    def test_default_decay_is_refused(self, name):
         if name == "scale_by_core_fisher":
             tx = optax.inject_hyperparams(
                 FACTORIES[name], static_args=STATIC[name], hyperparam_dtype=jnp.bfloat16
@@ -178,7 +178,7 @@ class TestBfloat16:
         ("name", "argument"),
         [("natural_galore", "b1"), ("natural_galore", "b2"), ("scale_by_core_fisher", "decay")],
     )
-    def test_each_decay_is(self, name, argument):
+    def test_each_decay_is_refused(self, name, argument):
         make = functools.partial(FACTORIES[name], **GIVEN[name])
         with pytest.raises(TypeError, match=rf"`{argument}` is given in bfloat16"):
             make(**{argument: jnp.bfloat16(0.9)})
@@ -186,7 +186,7 @@ class TestBfloat16:
             make(**{argument: 1.0})
 
     @pytest.mark.slow
-    def test_hyperparam_dtype_mends_it(self):
+    def test_float32_hyperparam_dtype_is_accepted(self):
         make = functools.partial(
             optax.inject_hyperparams,
             static_args=STATIC["natural_galore"],

@@ -137,7 +137,7 @@ else:
             monkeypatch.setattr(optax.contrib, name, make, raising=False)
         monkeypatch.setattr("natgalore_jax.selection.infer_axes.SMALLEST_SIDE", 2)
 
-    def test_ours_are_under_test_and_project():
+    def test_suite_runs_on_projected_leaves():
         for table in TABLES:
             tested = [line["opt_name"] for module in SUITES for line in getattr(module, table)]
             assert sorted(tested) == sorted(OURS)

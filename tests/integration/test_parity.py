@@ -13,23 +13,23 @@ ROWS = [(*parity.head(title, row), row) for title, rows in parity.TABLES.items()
 
 
 @pytest.mark.parametrize("row", quick([ROWS[0][0]], {name: row for name, _, row in ROWS}))
-def test_is_as_close_as_allowed(row):
+def test_error_is_within_the_bound(row):
     for whose, error in row.measure().items():
         assert error <= row.allowed, whose
 
 
-def test_the_page_has_these_rows():
+def test_page_lists_the_rows():
     assert parity.heads(parity.PAGE.read_text()) == [(name, allowed) for name, allowed, _ in ROWS]
 
 
-def test_the_pages_calls_work():
+def test_snippets_of_the_page_run():
     snippets = re.findall(r"```python\n(.*?)```", parity.PAGE.read_text(), flags=re.DOTALL)
     for snippet in snippets:
         exec(compile(snippet, str(parity.PAGE), "exec"), {})
     assert snippets
 
 
-def test_errors_are_seen():
+def test_error_measure_detects_small_errors():
     """Weights that went a thousandth too far at every saved step, or at one."""
     ref = parity.reference(parity.RUNS["GaLore `std`, 64 x 32"])
     right = [ref.snapshots.get(step, ref.start) for step in range(1, max(ref.snapshots) + 1)]

@@ -1,4 +1,4 @@
-"""Several processes with devices of their own train as one does, and read its checkpoints."""
+"""Training in several processes equals training in one, with checkpoints in both directions."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,12 @@ from tests.helpers.process_worker import Job, run
 from tests.sharding.test_state_shardings import OPTIMIZERS
 
 
+pytestmark = pytest.mark.slow  # interpreters of their own
+
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 120  # seconds after which a process ends itself; two cores with nine others took 15
+TIMEOUT = (
+    120  # seconds after which a process ends itself; 15 on two cores beside nine other programs
+)
 ATTEMPTS = 3  # another program may take a port that was free
 
 
@@ -32,7 +36,7 @@ def free_port():
 
 
 def launch(folder, jobs, processes=2):
-    """Does the jobs in several processes; their weights at the end, by the jobs' names."""
+    """Runs the jobs in several processes; their final weights, by name of the job."""
     (folder / "jobs.json").write_text(json.dumps([dataclasses.asdict(job) for job in jobs]))
     for _ in range(ATTEMPTS):
         failure = attempt(folder, processes)
@@ -45,7 +49,7 @@ def launch(folder, jobs, processes=2):
 
 
 def attempt(folder, processes):
-    """None, or what the processes said if not all of them came to a good end."""
+    """None if all processes succeed, else their logs."""
     port, logs = free_port(), [folder / f"log.{i}" for i in range(processes)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     with contextlib.ExitStack() as stack:
@@ -63,7 +67,7 @@ def attempt(folder, processes):
             stack.callback(end, worker)
             workers.append(worker)
         deadline = time.monotonic() + TIMEOUT + 30
-        # One that fails leaves the others waiting for it.
+        # If one fails, the others wait for it.
         while time.monotonic() < deadline and not any(x.poll() for x in workers):
             if all(x.poll() == 0 for x in workers):
                 return None
@@ -81,8 +85,8 @@ def end(worker):
 def assert_close(actual, expected):
     assert actual.keys() == expected.keys()
     for name, weights in expected.items():
-        # Both compute the same program, but for the order in which a sum over devices is taken:
-        # float32's 6e-8, through a refresh and an inverse root. Measured: 1e-7.
+        # The same program up to the order of sums over devices: float32's 6e-8, through a refresh
+        # and an inverse root. Measured: 1e-7.
         np.testing.assert_allclose(actual[name], weights, rtol=1e-4, atol=1e-6)
 
 
@@ -90,7 +94,7 @@ def checkpoints(folder):
     return str(folder / "one"), str(folder / "two")
 
 
-def test_two_train_as_one_and_each_reads_the_others_checkpoint(tmp_path):
+def test_two_processes_train_like_one_and_share_checkpoints(tmp_path):
     one, two = checkpoints(tmp_path)
     here = run(Job("here", save=one))
     there = launch(tmp_path, [Job("trained", save=two), Job("resumed", start=one)])
@@ -99,13 +103,12 @@ def test_two_train_as_one_and_each_reads_the_others_checkpoint(tmp_path):
     assert_close(run(Job("back", mesh=(2, 2), start=two)), here)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("core", "Explicit"), *zip(OPTIMIZERS, itertools.cycle(["Auto", "Explicit"]), strict=False)],
 )
-def test_every_kind_of_state_goes_from_mesh_to_mesh(name, kind, tmp_path):
-    """Where layers of a stack live on different processes too."""
+def test_every_kind_of_state_moves_between_meshes(name, kind, tmp_path):
+    """Layers of a stack are on different processes too."""
     job = functools.partial(
         Job, kind=kind, settings=OPTIMIZERS[name], leaves=("layers", "up", "norm")
     )
@@ -117,15 +120,14 @@ def test_every_kind_of_state_goes_from_mesh_to_mesh(name, kind, tmp_path):
     assert_close(run(job("back", mesh=(4, 1), start=two)), here)
 
 
-@pytest.mark.slow
 class TestLaunch:
-    def test_a_failure_shows_what_the_processes_said(self, tmp_path):
+    def test_failure_shows_the_logs_of_all_processes(self, tmp_path):
         with pytest.raises(
             pytest.fail.Exception, match=r"(?s)process 0:.*process 1:.*`side` must be one"
         ):
             launch(tmp_path, [Job("wrong", settings={"side": "wrong"})])
 
-    def test_a_port_that_was_taken_is_left(self, tmp_path, monkeypatch):
+    def test_taken_port_is_replaced(self, tmp_path, monkeypatch):
         with socket.socket() as taken:
             taken.bind(("localhost", 0))
             taken.listen()
@@ -133,7 +135,7 @@ class TestLaunch:
             monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: next(ports))
             launch(tmp_path, [])
 
-    def test_what_takes_too_long_tells_where_it_is(self, tmp_path, monkeypatch):
+    def test_timeout_shows_the_stack(self, tmp_path, monkeypatch):
         monkeypatch.setattr(sys.modules[__name__], "TIMEOUT", 1)
         with pytest.raises(pytest.fail.Exception, match=r"(?s)process 0:.*Timeout.*main"):
             launch(tmp_path, [Job("long")])

@@ -78,7 +78,7 @@ def too_large(name, shape):
 
 
 @settings
-def test_a_tpu_is_given_small_factorisations_alone(settings):
+def test_default_programs_have_small_factorisations_only(settings):
     for text in lowered(natural_galore(**settings)):
         assert text.count("stablehlo.") > 10
         assert [one for one in decompositions(text) if too_large(*one)] == []
@@ -90,7 +90,7 @@ def test_a_tpu_is_given_small_factorisations_alone(settings):
 
 
 @pytest.mark.slow
-def test_what_a_user_may_choose_is_seen():
+def test_svd_and_window_powers_have_large_factorisations():
     of_svd = decompositions(lowered(natgalore.galore(1e-2, R, basis="svd"))[1])
     assert ("Eigh", (M, M)) in of_svd
     assert too_large("Eigh", (M, M))
@@ -117,12 +117,12 @@ def matmuls(jaxpr):
 
 
 @settings
-def test_every_matmul_asks_for_digits(settings):
+def test_every_matmul_requests_high_precision(settings):
     digits_are_asked(natural_galore(**settings))
 
 
 @pytest.mark.parametrize("tx", quick([next(iter(OTHERS))], OTHERS))
-def test_every_matmul_of_others_too(tx):
+def test_every_matmul_of_other_stages_requests_high_precision(tx):
     digits_are_asked(tx)
 
 
@@ -233,7 +233,7 @@ def trained(tx, update):
     ],
     ids=str,
 )
-def test_training_loses_no_digits_to_bfloat16(settings):
+def test_training_is_unchanged_by_bfloat16_matmuls(settings):
     tx = natural_galore(**settings)
     expected, _ = trained(tx, tx.update)
     actual, state = trained(tx, as_on_a_tpu(tx.update))
