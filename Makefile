@@ -24,13 +24,13 @@ help: ## list these targets
 train: $(VENV)/.$(PACKAGES) ## train a small Llama; ARGS="--help" lists settings, ACCELERATOR=gpu or tpu
 	@$(BIN)/python examples/pretraining/$(EXAMPLE).py $(ARGS)
 
-test: $(VENV)/.test ## run the tests, without the slow ones
+test: $(VENV)/.test ## run the quick tests
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.test ## run all tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-mutants: $(VENV)/.test ## plant faults, see that the quick tests notice; ARGS="engine" for one room
+mutants: $(VENV)/.test ## plant faults and check that the quick tests fail; ARGS="engine" for one module
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 bench: $(VENV)/.bench ## time a small model's updates beside Optax's, into runs/step.json

@@ -1019,7 +1019,11 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
         "subspace/test_residual",
     ],
     **{
-        room: ["lowrank_grads/test_value_and_grad"]
+        room: [
+            f"lowrank_grads/test_{name}"
+            for name in ("dot_general", "primitive_rules", "interpreter", "loss", "refresh")
+        ]
+        + ["lowrank_grads/test_value_and_grad"]
         for room in (
             "lowrank_grads/loss",
             "lowrank_grads/value_and_grad",
@@ -1039,6 +1043,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "subspace/projection": [
         "integration/test_trajectory",
         "subspace/test_engine",
+        "lowrank_grads/test_refresh",
         "lowrank_grads/test_value_and_grad",
     ],
     "subspace/residual": ["subspace/test_residual", "integration/test_trajectory"],
@@ -1051,9 +1056,13 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
         "sharding/test_state_shardings",
     ],
     "util/control_flow": ["util/test_control_flow"],
-    "fisher/window": ["fisher/test_fisher", "integration/test_trajectory"],
-    "fisher/core": ["fisher/test_fisher", "integration/test_trajectory"],
-    "fisher/stacks": ["fisher/test_fisher", "integration/test_trajectory"],
+    "fisher/window": [
+        "fisher/test_window",
+        "fisher/test_both_forms",
+        "integration/test_trajectory",
+    ],
+    "fisher/core": ["fisher/test_core", "fisher/test_both_forms", "integration/test_trajectory"],
+    "fisher/stacks": ["fisher/test_core", "integration/test_trajectory"],
     "subspace/transport": [
         "subspace/test_transport",
         "integration/test_trajectory",
@@ -1076,6 +1085,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
         "sharding/test_offload",
         "quantization/test_quantized",
         "integration/test_flax",
+        "lowrank_grads/test_refresh",
         "lowrank_grads/test_value_and_grad",
     ],
     "sharding/offload": ["sharding/test_offload"],

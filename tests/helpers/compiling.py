@@ -1,14 +1,14 @@
-"""How XLA compiles what the tests run: quickly, and as for users where they read a program.
+"""XLA options of the tests: fast compilation, and the default ones where a test reads a program.
 
-Most of their time would be code generation for programs that run once. `XLA_FLAGS= make test`
-compiles everything as for users.
+Most of the time would be code generation for programs that run once. `XLA_FLAGS= make test`
+compiles everything with the default options.
 """
 
 import jax
 
 
-# Each option for the tests, and as it is for users. Collectives of a program are the same; fusions
-# and temporary memory need not be.
+# Each option as (value in tests, default). Collectives of a program are the same; fusions and
+# temporary memory may differ.
 OPTIONS = {
     "xla_backend_optimization_level": (0, 3),
     "xla_llvm_disable_expensive_passes": (True, False),
