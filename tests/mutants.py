@@ -997,7 +997,7 @@ FIRST = {  # where a room's faults show soonest; all other quick tests follow
     "util/linalg": [
         "util/test_linalg",
         "subspace/test_engine",
-        "fisher/test_fisher",
+        "fisher/test_window",
         "subspace/test_basis",
         "sharding/test_shard_map",
     ],
