@@ -179,7 +179,7 @@ def begun_with(folder: Path, kind: type[Kind]) -> Kind:
         paths = {k: settings[k] and Path(settings[k]) for k in kind.PATHS}
         return kind(**settings | paths | {"out": folder})
     except OSError as error:
-        raise ValueError(f"{folder} holds no run to resume") from error
+        raise ValueError(f"{folder} has no run to resume") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / 'log.jsonl'} is damaged or from another version: cannot resume"

@@ -8,10 +8,10 @@
                                                                     a run of the paper
 
 The default text is the source code of Python's standard library, one token per byte. The output
-folder, by default a new one in runs/, has the log (log.jsonl), a checkpoint, a figure of the losses
-(loss.png) and generated text (sample.txt). Invalid input ends the run with one line and exit status
-2, before any output is written. Ctrl-C ends the run after the current step, with a checkpoint and
-status 130; --resume continues to the same bits. A second Ctrl-C stops at once.
+folder, by default a new one in runs/, has the log (log.jsonl), a checkpoint, a figure of the
+losses (loss.png) and generated text (sample.txt). Invalid input ends the run with one line and
+exit status 2, before any output is written. Ctrl-C ends the run after the current step, with a
+checkpoint and status 130; --resume continues to the same bits. A second Ctrl-C stops at once.
 """
 
 import math

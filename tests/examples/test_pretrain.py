@@ -201,8 +201,8 @@ class TestCommandLine:
             ("adamw", "adamw"),
             ("--resume", "--resume needs --out"),
             ("--resume --out here --overwrite", "--resume and --overwrite cannot be used together"),
-            ("--resume --out here", "here holds no run to resume"),
-            ("--resume --out text", "text holds no run to resume"),
+            ("--resume --out here", "here has no run to resume"),
+            ("--resume --out text", "text has no run to resume"),
         ],
     )
     def test_invalid_input_gives_one_line(self, run, capsys, arguments, message):
@@ -431,7 +431,7 @@ class TestResume:
             (swap, "the checkpoint in here belongs to another run: --scan True, not False"),
             (shorten("log.jsonl"), "here/log.jsonl is damaged or from another version"),
             (lambda: Path("here/log.jsonl").write_text("{}\n"), "here/log.jsonl is damaged or"),
-            (lambda: Path("here/log.jsonl").unlink(), "here holds no run to resume"),
+            (lambda: Path("here/log.jsonl").unlink(), "here has no run to resume"),
         ],
         ids=range(9),
     )

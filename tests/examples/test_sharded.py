@@ -191,7 +191,7 @@ def test_two_processes_equal_one(tmp_path):
         ("--batch-size 6 --mesh 2,2,2", "--batch-size must be a multiple of data x fsdp, 4, got"),
         ("--devices 0", "--devices must be at least 1 and below 2**10, got 0"),
         ("--steps 0", "--steps must be at least 1"),
-        ("--resume --out nowhere", "nowhere holds no run to resume"),
+        ("--resume --out nowhere", "nowhere has no run to resume"),
     ],
 )
 def test_invalid_input_gives_one_line(run, capsys, arguments, message):
