@@ -180,7 +180,7 @@ def read(config: Config) -> Inputs:
             run_display.say(f"skipped {len(s.skipped)} records, first: {s.skipped[0]}")
         if long := len(s.records) - len(split[name].plans):
             run_display.say(
-                f"left out {long} {name} records longer than {config.max_length} tokens"
+                f"dropped {long} {name} records longer than {config.max_length} tokens"
             )
     digests = "".join(s.sha256 for s in sets.values())
     summary = {

@@ -6,7 +6,7 @@
     python examples/pretraining/pretrain.py --dataset c4 --data runs/tiny/c4 \\
         --tokenizer runs/tiny/c4
 
-The output folder (about 4 MB) has a two-layer RoBERTa and a two-layer Llama with random weights in
+The output folder (about 3 MB) has a two-layer RoBERTa and a two-layer Llama with random weights in
 Hugging Face's format, with a byte-level BPE tokenizer trained on docstrings; 640 training and 100
 validation records per GLUE task, in the format in which the task is published; plans in TinyAgent's
 format; and the docstrings as shards of C4. A label depends on one word of the last sentence, so it

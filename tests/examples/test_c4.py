@@ -1,4 +1,4 @@
-"""Pre-training on C4: texts packed as they should be, from where it was stopped, by the paper."""
+"""Pre-training on C4: packing, shards and streams, resuming, invalid input."""
 
 import gzip
 import json
@@ -40,9 +40,9 @@ def sentences(count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A folder of shards, two to train on, and a tokenizer."""
-    folder = tmp_path_factory.mktemp("made") / "c4"
+def shards(tmp_path_factory) -> Path:
+    """A folder with two training shards, a validation shard and a tokenizer."""
+    folder = tmp_path_factory.mktemp("shards") / "c4"
     texts = sentences(54)
     tokenizer = tiny_assets.train_tokenizer(texts * 5, 300)
     tiny_assets.save_c4(folder, tokenizer, texts, held_out=4)
@@ -50,7 +50,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def texts_in(folder: Path, split: str) -> list[str]:
-    """Of all shards, read in the plainest way."""
+    """Texts of all shards, read independently of c4.py."""
     lines = [
         line
         for file in sorted(folder.glob(f"c4-{split}*"))
@@ -60,7 +60,7 @@ def texts_in(folder: Path, split: str) -> list[str]:
 
 
 def line_of_tokens(folder: Path, split: str) -> list[int]:
-    """The tokens of all texts one after the other, each with the end token."""
+    """The concatenated tokens of all texts, each with an end token."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id("</s>")
     line = []
@@ -75,24 +75,24 @@ def cut(line: list[int], batch: int, length: int) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def hub(made, monkeypatch) -> None:
-    """`datasets` streams the shards here, in place of the Hub's."""
+def hub(shards, monkeypatch) -> None:
+    """Makes `datasets` stream the local shards instead of the Hub."""
     datasets = pytest.importorskip("datasets")
     load_dataset = datasets.load_dataset
 
     def load(path, name, *, split, streaming):
         assert (path, name, streaming) == ("allenai/c4", "en", True)
-        files = [str(file) for file in c4.find(made, split).files]
+        files = [str(file) for file in c4.find(shards, split).files]
         return load_dataset("json", data_files={split: files}, split=split, streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
 
 
 @pytest.fixture(params=["shards", *slow("hub")])
-def read(request, made):
-    """What reads the training texts."""
+def read(request, shards):
+    """Reader of the training texts."""
     if request.param == "shards":
-        return c4.find(made, "train").read
+        return c4.find(shards, "train").read
     request.getfixturevalue("hub")
     return c4.find(None, "train").read
 
@@ -101,14 +101,14 @@ class TestPacking:
     SHAPE = (2, 7)
 
     @pytest.fixture
-    def packed(self, made, read, monkeypatch):
+    def packed(self, shards, read, monkeypatch):
         monkeypatch.setattr(packing, "CHUNK", 3)
-        tokenizer = c4.read_tokenizer(made)
+        tokenizer = c4.read_tokenizer(shards)
         return lambda: Packed(read, lambda texts: c4.encode(tokenizer, texts), *self.SHAPE)
 
     @pytest.mark.slow
-    def test_batches_equal_the_concatenated_tokens(self, packed, made, monkeypatch):
-        expected = cut(line_of_tokens(made, "train"), *self.SHAPE)
+    def test_batches_equal_the_concatenated_tokens(self, packed, shards, monkeypatch):
+        expected = cut(line_of_tokens(shards, "train"), *self.SHAPE)
         assert len(expected) > 20
         for chunk in (3, 1000):
             monkeypatch.setattr(packing, "CHUNK", chunk)
@@ -116,15 +116,15 @@ class TestPacking:
             np.testing.assert_array_equal(batches, expected)
             assert batches[0].dtype == np.int32
 
-    def test_every_position_can_be_restored(self, packed, made):
-        """Through JSON, again and again, and past the last text to the first one."""
+    def test_every_position_can_be_restored(self, packed, shards):
+        """Positions as JSON, also across the end of the texts."""
         one = packed()
         expected, positions = [], []
         for step in range(60):
             positions.append(json.dumps(one.position()))
             expected.append(one.batch(step))
         assert max(map(len, positions)) < 1000
-        whole = cut(line_of_tokens(made, "train"), *self.SHAPE)
+        whole = cut(line_of_tokens(shards, "train"), *self.SHAPE)
         epochs = len(expected) // len(whole)
         np.testing.assert_array_equal(expected, (whole * (epochs + 1))[:60])
         assert one.epoch == 60 // len(whole) > 0
@@ -141,29 +141,31 @@ class TestPacking:
 
 
 class TestSource:
-    def test_validation_uses_its_own_split(self, made):
-        expected = cut(line_of_tokens(made, "validation"), 2, 7)
+    def test_validation_uses_its_own_split(self, shards):
+        expected = cut(line_of_tokens(shards, "validation"), 2, 7)
         for most in (2, 1000):
-            source = c4.load(made, made, 2, 7, most)
-            for _ in range(2):  # the same each time
+            source = c4.load(shards, shards, 2, 7, most)
+            for _ in range(2):  # equal at each call
                 np.testing.assert_array_equal(list(source.validation()), expected[:most])
         training = source.training()
         first = training.batch(1)
-        np.testing.assert_array_equal(first, cut(line_of_tokens(made, "train"), 2, 7)[0])
-        np.testing.assert_array_equal(source.training().batch(1), first)  # anew for each run
+        np.testing.assert_array_equal(first, cut(line_of_tokens(shards, "train"), 2, 7)[0])
+        np.testing.assert_array_equal(
+            source.training().batch(1), first
+        )  # each run starts at the beginning
 
-    def test_shards_in_subfolder_en_are_found(self, made, tmp_path):
+    def test_shards_in_subfolder_en_are_found(self, shards, tmp_path):
         (tmp_path / "all").mkdir()
-        shutil.copytree(made, tmp_path / "all" / "en")
-        shutil.copytree(made, tmp_path / "all" / "en.noclean")
-        sources = [c4.load(x, made, 2, 7, 2) for x in (made, tmp_path / "all")]
+        shutil.copytree(shards, tmp_path / "all" / "en")
+        shutil.copytree(shards, tmp_path / "all" / "en.noclean")
+        sources = [c4.load(x, shards, 2, 7, 2) for x in (shards, tmp_path / "all")]
         assert sources[0].summary == sources[1].summary
 
-    def test_digest_depends_on_shards_and_tokenizer(self, made, tmp_path):
+    def test_digest_depends_on_shards_and_tokenizer(self, shards, tmp_path):
         def digest():
             return c4.load(tmp_path / "c4", tmp_path / "c4", 2, 7, 2).summary["sha256"]
 
-        shutil.copytree(made, tmp_path / "c4")
+        shutil.copytree(shards, tmp_path / "c4")
         digests = [digest(), digest()]
         shard = tmp_path / "c4" / "c4-train.00001-of-00002.json.gz"
         shard.write_bytes(gzip.compress(gzip.decompress(shard.read_bytes()).replace(b"a", b"b")))
@@ -176,13 +178,15 @@ class TestSource:
         assert digests[0] == digests[1]
         assert len(set(digests)) == 4
 
-    def test_coding_round_trip(self, made):
-        coding = c4.coding(c4.read_tokenizer(made))
+    def test_coding_round_trip(self, shards):
+        coding = c4.coding(c4.read_tokenizer(shards))
         tokens = coding.encode("the naïve buffer")
         assert coding.decode(tokens).decode() == "the naïve buffer"
-        assert coding.decode([*tokens, 383]).decode() == "the naïve buffer"  # room, and no token
+        assert (
+            coding.decode([*tokens, 383]).decode() == "the naïve buffer"
+        )  # a padding index of the vocabulary
         assert coding.size == 300
-        assert coding.encode("the \udcff")  # a byte of the command line that is no UTF-8
+        assert coding.encode("the \udcff")  # an invalid UTF-8 byte of the command line
 
 
 SETTINGS = """--dataset c4 --data c4 --tokenizer c4/tokenizer.json --steps 14 --refresh-every 2
@@ -192,32 +196,32 @@ ADAMW = ("--optimizer", "adamw", "--lr", "0.02", "--micro-batches", "2")
 
 
 class Functions:
-    """Compiled once for all runs that compute the same."""
+    """Compiles once for all runs with the same computation."""
 
     NO_MATTER = ("out", "resume", "overwrite", "save_every", "data", "tokenizer", "prompt")
 
     def __init__(self, make):
         self.make = make
-        self.made = {}
+        self.compiled = {}
 
     def __call__(self, config, **options):
-        if options:  # of sharded.py, which compiles it itself
+        if options:  # sharded.py compiles its own functions
             return self.make(config, **options)
         config = replace(config, **dict.fromkeys(self.NO_MATTER))
-        if config not in self.made:
+        if config not in self.compiled:
             functions = self.make(config)
             step = CompiledOnce(functions.train_step)
-            self.made[config] = functions._replace(train_step=step)
-        return self.made[config]
+            self.compiled[config] = functions._replace(train_step=step)
+        return self.compiled[config]
 
 
 make_once = Functions(pretrain.make_functions)
 
 
 @pytest.fixture
-def run(monkeypatch, small, made):
+def run(monkeypatch, small, shards):
     """Runs the command line of an example on small shards, and returns its exit status."""
-    shutil.copytree(made, "c4")
+    shutil.copytree(shards, "c4")
     monkeypatch.setattr(training_loop, "LOG_EVERY", 2)
     monkeypatch.setattr(packing, "CHUNK", 3)
     monkeypatch.setattr(pretrain, "SAMPLE_TOKENS", 9)
@@ -237,13 +241,13 @@ def run(monkeypatch, small, made):
 
 
 def stop_at(monkeypatch, step: int, how) -> None:
-    """Has `how` called when the batch of a step is made, once."""
+    """Has `how` called when the batch of a step is shards, once."""
     batch = Packed.batch
-    left = [how]
+    pending = [how]
 
     def stopping(self, now):
-        if now == step and left:
-            left.pop()()
+        if now == step and pending:
+            pending.pop()()
         return batch(self, now)
 
     monkeypatch.setattr(Packed, "batch", stopping)
@@ -286,9 +290,9 @@ class TestRun:
 
     @pytest.mark.slow
     def test_resumed_run_is_bitwise_equal(self, run, monkeypatch):
-        """It is stopped in the midst of a shard, and of a chunk, and reads all texts twice."""
+        """Stopped inside a shard and a chunk; the run reads all texts more than once."""
         assert run(*ADAMW, "--out", "whole") == 0
-        assert len(cut(line_of_tokens(Path("c4"), "train"), 4, 17)) == 6  # of 14 that are asked for
+        assert len(cut(line_of_tokens(Path("c4"), "train"), 4, 17)) == 6  # of 14 steps
 
         for step in (3, 13):
             with monkeypatch.context() as patch:
@@ -324,7 +328,7 @@ class TestRun:
 
     @pytest.mark.slow
     def test_damaged_shard_gives_one_line(self, run):
-        """After the first batch, which is read before anything is written."""
+        """Damage after the first batch, which is read before the run starts."""
         file = Path("c4/c4-train.00000-of-00002.json.gz")
         whole = file.read_bytes()
         lines = gzip.decompress(whole).splitlines(keepends=True)
@@ -335,8 +339,8 @@ class TestRun:
             "no checkpoint; the log is in here"
         )
         file.write_bytes(whole[:-60])
-        said = run(*ADAMW, "--out", "here", "--overwrite", "--save-every", "1")
-        assert said.startswith(f"stopped: {file} is truncated or damaged: download it again; to")
+        message = run(*ADAMW, "--out", "here", "--overwrite", "--save-every", "1")
+        assert message.startswith(f"stopped: {file} is truncated or damaged: download it again; to")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -421,10 +425,10 @@ class TestRun:
 
 
 class TestGenerate:
-    def test_tokenizer_with_another_digest_is_refused(self, made, tmp_path):
-        c4.read_tokenizer(made, c4.digest_of(made))
+    def test_tokenizer_with_another_digest_is_refused(self, shards, tmp_path):
+        c4.read_tokenizer(shards, c4.digest_of(shards))
         with pytest.raises(ValueError, match="differs from the tokenizer of the run"):
-            c4.read_tokenizer(made, "0" * 64)
+            c4.read_tokenizer(shards, "0" * 64)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Plans of function calls: equal as graphs or not, learned from the plan's tokens alone."""
+"""Fine-tuning on TinyAgent: prompts, loss, records, command line."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from tests.helpers.example_runs import contents, refused
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A tiny Llama and plans."""
+    """Folder with a tiny Llama and plans."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_assets.save_plans(folder / "plans")
     texts = list(tiny_assets.docstrings(data.standard_library()[::8]))
@@ -29,7 +29,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, tiny):
-    """Runs the command line on the tiny plans, in a folder of its own; returns its exit status."""
+    """Runs the command line on the tiny plans in a temporary folder; returns the exit status."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> int:
@@ -56,9 +56,9 @@ class TestFunctionCalling:
         assert last["validation_loss"] < first["validation_loss"]
         assert "success without arguments" in capsys.readouterr().out
         config, saved = hugging_face.read_llama(Path("here/model"))
-        _, begun = hugging_face.read_llama(tiny / "llama")
+        _, initial = hugging_face.read_llama(tiny / "llama")
         assert config == hugging_face.llama_config(tiny / "llama")
-        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), saved, begun)
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), saved, initial)
         assert min(jax.tree.leaves(moved)) > 0
         assert generate.read(Path("here")).config == config
 
@@ -70,11 +70,11 @@ class TestFunctionCalling:
         assert first["metrics"]["success"] == 0
         assert last["metrics"]["success"] > 0.8
 
-        # generate.py goes on from what is left, and plans what it was not taught.
+        # generate.py reads the exported model and generates a plan for a test record.
         writer = generate.read(Path("here"))
         record = json.loads((tiny / "plans/testing_data.json").read_text())
-        told = tinyagent.example(next(iter(record.values())))
-        tokens = [0, *writer.encode(calling.prompt(told))]
+        example = tinyagent.example(next(iter(record.values())))
+        tokens = [0, *writer.encode(calling.prompt(example))]
         written = generate.generate(
             writer.config, writer.params, tokens, count=80, temperature=0.0, seed=0, end=writer.end
         )

@@ -1,4 +1,4 @@
-"""Fine-tuning: records read right or refused by line, metrics, LoRA, and every task learned."""
+"""Fine-tuning on GLUE: metrics, records, batches, optimizers, LoRA, command line."""
 
 import dataclasses
 import json
@@ -27,11 +27,11 @@ from tests.helpers.example_runs import (
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """The tiny models and records."""
+    """Folder with tiny models and records."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_assets.make(folder)
     tokenizer = hugging_face.read_tokenizer(folder / "roberta", 1000)
-    tiny_assets.save_roberta(folder / "one_layer", tokenizer, layers=1)  # compiles sooner
+    tiny_assets.save_roberta(folder / "one_layer", tokenizer, layers=1)  # compiles faster
     return folder
 
 
@@ -131,8 +131,8 @@ class TestRecords:
         assert "--skip-malformed" in str(error.value)
         found = in_words(text, "train.jsonl", tmp_path, skip=True)
         assert len(found.records) == 2
-        (said,) = found.skipped
-        assert message in said
+        (reason,) = found.skipped
+        assert message in reason
 
     @pytest.mark.parametrize("score", ["5.1", "-0.5", "nan", "high"])
     def test_score_out_of_range_is_refused(self, tmp_path, score):
@@ -221,18 +221,18 @@ class TestMethods:
     def test_lora_trains_adapters_and_head_only(self):
         lora, full = functions("lora"), functions("adamw")
         labels = np.array([0, 1], np.int32)
-        losses = [  # of one state and batch, which differ by what is dropped
+        losses = [  # of one state and batch with different dropout
             lora.train_step(lora.init(jax.random.key(0)), (np.int32(step), TOKENS, labels))[1]
             for step in (1, 1, 2)
         ]
         assert losses[0] == losses[1] != losses[2]
 
-        state, whole = (f.init(jax.random.key(0)) for f in (lora, full))
+        state, full_state = (f.init(jax.random.key(0)) for f in (lora, full))
         logits = jax.jit(lambda params: lora.model(params)(TOKENS))
         plain = jax.jit(lambda params: full.model(params)(TOKENS))
         before = logits(state.params)
-        # B is zero; JAX 0.11 takes the sums of x W in another order.
-        np.testing.assert_allclose(before, plain(whole.params), atol=1e-6)
+        # B is zero; JAX 0.11 sums x W in another order.
+        np.testing.assert_allclose(before, plain(full_state.params), atol=1e-6)
 
         frozen = jax.tree.map(np.asarray, state.params["frozen"])
         trained = jax.tree.map(np.asarray, state.params["trained"])
@@ -252,7 +252,7 @@ class TestMethods:
 
         sums = {"trained": training.plain_params(state.params), "frozen": {}}
         assert np.abs(logits(state.params) - before).max() > 1e-3
-        # x W + (x A) B and x (W + A B), in float32.
+        # x W + (x A) B against x (W + A B), in float32.
         np.testing.assert_allclose(plain(sums), logits(state.params), atol=1e-5)
 
     @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ class TestMethods:
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, tiny, capsys):
-    """Runs the command line on a tiny task, in a folder of its own; returns its exit status."""
+    """Runs the command line on a tiny task in a temporary folder; returns the exit status."""
     monkeypatch.chdir(tmp_path)
 
     def run(task: str, *arguments: str) -> int:
@@ -362,7 +362,7 @@ class TestGlue:
         assert sizes[0] < headers[0]["adamw_state_bytes"]
         assert len(names) == 1 or sizes[-1] < sizes[0]  # LoRA's is the smallest
 
-        # What is left is a model of Hugging Face that says the same.
+        # The exported model in Hugging Face's format gives the same metrics.
         found = glue.load("cola", tiny / "glue" / "CoLA").validation[""].records
         for name in {names[0], names[-1]}:
             shape, weights = hugging_face.read_roberta(Path("here", name, "model"), 2)
@@ -377,12 +377,15 @@ class TestGlue:
             assert glue.measure("cola", split.labels, logits) == pytest.approx(logged, abs=0.03)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("optimizer", ["natural_galore", "galore", "adamw", "lora"])
-    @pytest.mark.parametrize("task", glue.TASKS)
+    @pytest.mark.parametrize(
+        ("task", "optimizer"),
+        [
+            *((task, "natural_galore") for task in glue.TASKS),
+            *((task, x) for task in ("cola", "stsb") for x in ("galore", "adamw", "lora")),
+        ],
+    )
     def test_every_task_is_learned(self, run, task, optimizer):
-        if (task, optimizer) == ("mnli", "lora"):
-            pytest.skip("LoRA learns these three classes on some texts, on others the records")
-        rate = "1e-3" if optimizer == "adamw" else "3e-3"  # at which AdamW forgets it all at times
+        rate = "1e-3" if optimizer == "adamw" else "3e-3"  # at 3e-3 AdamW diverges at times
         epochs = "20" if optimizer == "lora" else "10"
         arguments = ["--optimizer", optimizer, "--lr", rate, "--epochs", epochs, "--out", "here"]
         assert run(task, *arguments) == 0
@@ -404,25 +407,25 @@ class TestGlue:
         config = json.loads(Path("model/config.json").read_text())
         config |= {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
         Path("model/config.json").write_text(json.dumps(config))
-        make, made = training.make_functions, []
+        make, compiled = training.make_functions, []
 
         def make_once(*args, **kwargs):
-            if not made:
+            if not compiled:
                 functions = make(*args, **kwargs)
                 step = CompiledOnce(functions.train_step)
-                made.append(functions._replace(train_step=step))
-            return made[0]
+                compiled.append(functions._replace(train_step=step))
+            return compiled[0]
 
         monkeypatch.setattr(training, "make_functions", make_once)
         arguments = ["--optimizer", optimizer, "--model", "model", "--steps", "6"]
         arguments += ["--refresh-every", "2", "--save-every", "100", "--batch-size", "4"]
         monkeypatch.setattr(training_loop, "LOG_EVERY", 2)
         assert run("rte", *arguments, "--out", "whole") == 0
-        rows, left = training.epoch_rows, [interrupt]
+        rows, pending = training.epoch_rows, [interrupt]
 
         def stopping(*args):
-            if args[-1] == 3 and left:
-                left.pop()()
+            if args[-1] == 3 and pending:
+                pending.pop()()
             return rows(*args)
 
         monkeypatch.setattr(training, "epoch_rows", stopping)
@@ -497,9 +500,9 @@ class TestGlue:
         )
         inputs = finetune_glue.read(config)
         assert len(inputs.train.labels) == 640
-        said = " ".join(capsys.readouterr().out.split())
-        assert "skipped 1 records" in said
-        assert "line 642: 2 cells for 4 columns" in said
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "skipped 1 records" in printed
+        assert "line 642: 2 cells for 4 columns" in printed
 
     def test_long_pairs_are_truncated_to_the_positions(self, tiny):
         shape, _ = hugging_face.read_roberta(tiny / "roberta", 2)

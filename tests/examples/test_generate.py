@@ -1,4 +1,4 @@
-"""What a model writes with its past kept is what it writes without."""
+"""generate.py: key-value cache, sampling, streaming, command line."""
 
 import json
 import sys
@@ -47,8 +47,8 @@ class TestCache:
 
 
 def greedy(net, prompt: list[int], count: int) -> list[int]:
-    """The likeliest tokens, each from all before it computed anew."""
-    tokens = np.zeros((1, len(prompt) + count), np.int32)  # causal: zeros to come do not count
+    """The most likely tokens, without a cache."""
+    tokens = np.zeros((1, len(prompt) + count), np.int32)  # causal: later zeros have no effect
     tokens[0, : len(prompt)] = prompt
     logits = jax.jit(lambda tokens: net(tokens))
     for i in range(len(prompt), tokens.shape[1]):
@@ -78,7 +78,7 @@ class TestGenerate:
     )
     def test_greedy_tokens_equal_those_without_a_cache(self, prompt):
         net = model(SMALL)
-        net.head.kernel[...] = net.head.kernel[...] * 100  # clear winners
+        net.head.kernel[...] = net.head.kernel[...] * 100  # no near ties
         expected = greedy(net, prompt, 6)
         assert written(net, prompt, 6) == expected
         assert len(set(expected)) > 1
@@ -107,7 +107,7 @@ def test_streamed_characters_are_complete():
 
 @pytest.fixture
 def call(monkeypatch, small):
-    """Runs an example's command line in a folder of its own; returns its exit status."""
+    """Runs the command line of an example in a temporary folder; returns the exit status."""
 
     def call(example, *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", *arguments])
@@ -140,7 +140,7 @@ class TestCommandLine:
     def test_generates_from_a_hugging_face_checkpoint(self, call, capsys):
         tokenizer = tiny_assets.train_tokenizer(["def of a def in the of the de"] * 9, 300)
         tiny_assets.save_llama(Path("run/model"), tokenizer)
-        for folder in ("run", "run/model"):  # what fine-tuning leaves, and Hugging Face's own
+        for folder in ("run", "run/model"):  # output of fine-tuning; Hugging Face's format
             assert call(generate, folder, "--prompt", "def in", "--tokens", "7") == 0
         one, other = capsys.readouterr().out.split("def in")[1:]
         assert one == other

@@ -21,7 +21,7 @@ def size(tree) -> int:
 
 
 class Net:
-    """A Llama's parameters, its logits and its loss, compiled: quicker here than op by op."""
+    """Jitted init, logits and loss of a Llama."""
 
     def __init__(self, config: llama.LlamaConfig):
         self.structure = llama.structure(config)

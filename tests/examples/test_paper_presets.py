@@ -48,7 +48,7 @@ class TestPresets:
         assert rates == pytest.approx([0.0, 0.005, 0.01, (0.01 + 0.001) / 2, 0.001], rel=1e-5)
 
     def test_flags_take_precedence_over_the_preset(self, monkeypatch):
-        said = {
+        flags = {
             "size": "tiny",
             "rank": 4,
             "steps": 3,
@@ -66,12 +66,12 @@ class TestPresets:
             "validate_every": 5,
             "save_every": 4,
         }
-        words = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in said.items())
+        words = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in flags.items())
         (run,) = parsed(monkeypatch, f"{words} --no-scan --preset 350m").runs()
-        assert {name: getattr(run, name) for name in said} == said
+        assert {name: getattr(run, name) for name in flags} == flags
         assert not run.scan
         assert {*paper_presets.PRESETS["350m"], *paper_presets.OPTIMIZERS["natural_galore"]} == {
-            *said,
+            *flags,
             "scan",
         }
         (run,) = parsed(monkeypatch, "--preset 350m --lr 0.0025").runs()  # as it is by default
@@ -91,12 +91,12 @@ class TestPresets:
         assert (plain.lr, plain.scale, plain.fisher, plain.b2) == (0.005, None, None, None)
 
     def test_preset_settings_reach_the_optimizer(self, monkeypatch):
-        made = {}
-        recipe = lambda schedule, **options: made.update(options)
+        options_used = {}
+        recipe = lambda schedule, **options: options_used.update(options)
         monkeypatch.setattr(settings.natgalore, "natural_galore", recipe)
         (run,) = parsed(monkeypatch, "--preset 60m --seed 3").runs()
         settings.low_rank(recipe)(None, run)
-        assert made == {
+        assert options_used == {
             "rank": 128,
             "refresh_every": 200,
             "scale": 0.25,

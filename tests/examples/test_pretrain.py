@@ -47,13 +47,13 @@ make_functions = functools.cache(pretrain.make_functions)
 
 
 def make_functions_once(config: settings.Config):
-    """Compiles once for all runs that compute the same."""
+    """Compiles once for all runs with the same computation."""
     return make_functions(settings.Config(**config.fixed()))
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the command line, small, in a folder of its own, and returns its exit status."""
+    """Runs a small run from the command line in a temporary folder; returns the exit status."""
     monkeypatch.chdir(tmp_path)
     Path("text").write_text(TEXT)
     tiny = replace(llama.CONFIGS["tiny"], hidden=32, intermediate=88, layers=1)
@@ -100,11 +100,13 @@ class TestCommandLine:
         assert "validation loss" in out
         assert Path("here/sample.txt").read_text().startswith("def ")
         assert Path("here/sample.txt").read_text() in out
-        assert all(c.isprintable() or c in "\n\t" for c in out)  # no terminal, no control codes
+        assert all(
+            c.isprintable() or c in "\n\t" for c in out
+        )  # no control codes without a terminal
 
     @pytest.mark.slow
     def test_low_rank_gradients_equal_full_gradients(self, monkeypatch):
-        """Through a refresh; without their flag's effect the same config takes whole gradients."""
+        """Across a refresh. Without PROJECTING the same config computes full gradients."""
         config = settings.Config(
             optimizer="galore", lr=1e-2, rank=4, refresh_every=2, steps=4, low_rank_gradients=True
         )
@@ -119,12 +121,12 @@ class TestCommandLine:
 
         cores = trained()
         monkeypatch.setattr(settings, "PROJECTING", ())
-        # A core's rounding over its smallest entries, by Adam, at 4 steps of 1e-2.
+        # Rounding of a core relative to its smallest entries, through 4 Adam steps of 1e-2.
         chex.assert_trees_all_close(cores, trained(), atol=2e-4)
 
     @pytest.mark.slow
     def test_default_residual_of_each_optimizer(self):
-        """Or is there by default, and is not where gradients are cores."""
+        """Ranks of the updates with given and with default residuals."""
         of = lambda name, **rest: settings.Config(optimizer=name, lr=1e-2, rank=4, **rest)
         params = {"mlp": {"up": {"kernel": jnp.eye(8, 16)}}}
         moved = []
@@ -137,7 +139,7 @@ class TestCommandLine:
         ):
             (one,) = config.runs()
             tx = one.make_optimizer()
-            _, state = tx.update(params, tx.init(params), params)  # at a rate of zero
+            _, state = tx.update(params, tx.init(params), params)  # with learning rate 0
             updates, _ = tx.update(params, state, params)
             moved.append(float(jnp.linalg.matrix_rank(updates["mlp"]["up"]["kernel"])))
         assert moved == [8, 4, 8, 4, 4]
@@ -146,7 +148,7 @@ class TestCommandLine:
     def test_overwriting_needs_the_flag(self, run, capsys):
         assert run("--optimizer", "adamw", "--out", "here") == 0
         header = run_log.read(Path("here/log.jsonl")).header
-        # The difference is the step count of the learning-rate schedule.
+        # The difference is the step count of the schedule.
         assert header["state_bytes"] == header["adamw_state_bytes"] + 4
         before = contents()
         capsys.readouterr()
@@ -154,7 +156,7 @@ class TestCommandLine:
             assert run("--out", "here", *arguments.split()) == 2
             refused(capsys)
         assert contents() == before
-        Path("here/checkpoints/9").mkdir()  # a later step than the new run will reach
+        Path("here/checkpoints/9").mkdir()  # a later step than the new run reaches
         assert run("--optimizer", "adamw", "--out", "here", "--overwrite", "--prompt", "if") == 0
         header, *records = log_without_times("here")
         assert header["config"]["prompt"] == "if"
@@ -294,7 +296,7 @@ def swap():
 
 
 class TestResume:
-    """Long enough for two refreshes on either side of the stop, and for records at even steps."""
+    """Two refreshes before and after the stop, and records at even steps."""
 
     SETTINGS = "--steps 8 --refresh-every 2 --validate-every 4 --save-every 3 --rank 4"
 
@@ -377,12 +379,12 @@ class TestResume:
     @pytest.fixture(scope="class")
     @classmethod
     def template(cls, tmp_path_factory):
-        """Folders of runs that are expensive to make; filled by `finished`."""
+        """Folder for the runs of `finished`."""
         return tmp_path_factory.mktemp("template")
 
     @pytest.fixture
     def finished(self, run, template, capsys):
-        """A finished run in the folder `here` and another of its kind in `wider`."""
+        """A finished run in the folder `here`, and one with --scan in `wider`."""
         if not (template / "here").exists():
             for arguments in ("--out here", "--out wider --scan"):
                 assert run("--optimizer", "adamw", *arguments.split()) == 0
@@ -523,7 +525,7 @@ class TestResume:
         process.send_signal(number)
         assert "--out here --resume" in process.communicate()[1]
         assert process.returncode == 128 + number
-        assert 4 < saved_state(str(tmp_path / "here"))[0] < 150  # its record was there
+        assert 4 < saved_state(str(tmp_path / "here"))[0] < 150  # after the third record
         subprocess.run(
             command("--out", "here", "--resume"), cwd=tmp_path, check=True, capture_output=True
         )
@@ -543,7 +545,9 @@ class TestCompare:
         assert "adamw at learning rate 0.002" in out
         assert "galore at learning rate 0.0025" in out
         with monkeypatch.context() as patch:
-            stop_at(patch, 1, lambda: stop_at(patch, 1, interrupt))  # the second run's first step
+            stop_at(
+                patch, 1, lambda: stop_at(patch, 1, interrupt)
+            )  # the first step of the second run
             assert run(*arguments, "--out", "parts") == 130
         assert not Path("parts/loss.png").exists()
         first = Path("parts/adamw/log.jsonl").read_bytes()
@@ -551,13 +555,13 @@ class TestCompare:
         assert run("--out", "parts", "--resume", "--compare", "adamw,galore") == 0
         assert Path("parts/adamw/log.jsonl").read_bytes() == first
         for name in ("adamw", "galore"):
-            (Path("whole", name) / "loss.png").touch()  # the picture is of both, above
+            (Path("whole", name) / "loss.png").touch()  # the figure of both is compared below
             (Path("parts", name) / "loss.png").touch()
             assert_same_run(f"parts/{name}", f"whole/{name}")
         assert Path("parts/loss.png").read_bytes() == Path("whole/loss.png").read_bytes()
         assert re.search("optimizer .* adamw .* galore ", capsys.readouterr().out)
 
-        # Another comparison in the folder begins anew, and does not take up what is left there.
+        # Another comparison in the folder starts from scratch.
         before = contents()
         assert run(*arguments, "--out", "parts") == 2
         assert contents() == before

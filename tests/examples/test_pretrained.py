@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face: every tensor in its place, and models that compute the same."""
+"""Hugging Face checkpoints: logits against NumPy, reading and writing, invalid files."""
 
 import json
 from dataclasses import replace
@@ -86,7 +86,7 @@ class TestLogits:
 
     @pytest.mark.parametrize("kind", ["llama", *slow("roberta")])
     def test_logits_equal_stored_logits(self, kind, tmp_path):
-        """Made once by the NumPy models, tensors and all: see data/README.md."""
+        """Stored tensors and logits of the NumPy models, see data/README.md."""
         stored = np.load(STORED)
         prefix = f"{kind}/"
         tensors = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
@@ -226,7 +226,7 @@ class TestFiles:
         )
 
     def test_unused_tensors_are_ignored(self, tmp_path):
-        """The frequencies in old Llamas; what a language model has and a classifier has not."""
+        """Rotary frequencies in old Llamas; the head of a language model beside a classifier."""
         extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
         hugging_face.read_llama(write(tmp_path, LLAMA | extra, reference.LLAMA_CONFIG))
         tensors = {k: v for k, v in ROBERTA.items() if not k.startswith("classifier")}

@@ -1,4 +1,4 @@
-"""Llama 7B in 24 GiB, at a size for tests: what is stored in which dtype, and what is computed."""
+"""seven_billion.py at a small size: dtypes of weights and state, training step, memory limit."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ make_functions = functools.cache(pretrain.make_functions)
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """Runs the command line in a folder of its own, and returns its exit status."""
+    """Runs the command line in a temporary folder; returns the exit status."""
     monkeypatch.chdir(tmp_path)
     Path("text").write_text(TEXT)
     tiny = dataclasses.replace(llama.CONFIGS["tiny"], hidden=128, intermediate=160, layers=2)
@@ -78,22 +78,22 @@ def test_weights_are_bfloat16_and_state_8_bit(run, monkeypatch):
     state = jax.eval_shape(make_functions(config(size="small")).init, jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
     assert len(state.params["layers"]) == 2  # stacks
-    held = {}
+    sizes = {}
     for x in jax.tree.leaves(state.opt_state):
-        held[x.dtype.name] = held.get(x.dtype.name, 0) + x.size * x.dtype.itemsize
+        sizes[x.dtype.name] = sizes.get(x.dtype.name, 0) + x.size * x.dtype.itemsize
     # Twice two layers of 4 x 128² and 3 x 128 x 160: cores of 32 rows, bases of 128, in bytes.
     cores = 4 * 32 * (4 * 128 + 3 * 160)
     bases = 4 * 7 * 128 * 32
     ends = 2 * 256 * 128
-    assert held["uint8"] == cores + ends
-    assert held["int8"] == cores + ends + bases
+    assert sizes["uint8"] == cores + ends
+    assert sizes["int8"] == cores + ends + bases
     # Blocks of 32 numbers at least have a scale in float32; norms are too small to be worth it.
-    assert held["float32"] <= 4 * (held["uint8"] + held["int8"]) / 32 + 2 * 4 * 9 * 128
+    assert sizes["float32"] <= 4 * (sizes["uint8"] + sizes["int8"]) / 32 + 2 * 4 * 9 * 128
 
 
 @pytest.mark.slow
 def test_step_equals_that_of_full_gradients(run):
-    """But for rounding: its bases come from passes here and from the gradient there."""
+    """Up to rounding: the bases come from passes in one case and from the gradient in the other."""
     # 32 tokens make gradients of rank 32, whose last directions are bfloat16's rounding: take 16.
     settings = config(dtype="float32", rank=16)
     functions = make_functions(settings)
@@ -171,7 +171,7 @@ print(config.vocabulary)
 """
     folder = str(Path(seven_billion.__file__).parent)
     path = os.pathsep.join([folder, str(Path(natgalore.__file__).parents[1])])
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
@@ -179,7 +179,7 @@ print(config.vocabulary)
         check=True,
         cwd=tmp_path,
     )
-    assert said.stdout.split() == ["0.250000", "False", "32000"]
+    assert result.stdout.split() == ["0.250000", "False", "32000"]
 
 
 def test_peak_memory_from_the_allocator(monkeypatch):

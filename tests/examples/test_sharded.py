@@ -1,4 +1,4 @@
-"""The example on a mesh: pretrain.py's numbers, shards where they should be, good manners."""
+"""sharded.py on simulated devices: losses of pretrain.py, shardings, resuming, signals."""
 
 import contextlib
 import math
@@ -40,7 +40,7 @@ ROWS = 8 // 4  # of the batch, on each of data x fsdp
 def run(monkeypatch, small):
     """Runs the command line of an example, and returns its exit status.
 
-    `run.made` holds the functions of each config of sharded.py.
+    `run.functions` has the functions of each config of sharded.py.
     """
     Path("text").write_text(TEXT)
     monkeypatch.setattr(training_loop, "LOG_EVERY", 1)
@@ -50,11 +50,11 @@ def run(monkeypatch, small):
 
     def make_once(config):
         config = replace(config, out=None, resume=False)
-        if config not in run.made:
+        if config not in run.functions:
             functions = make(config)
             step = CompiledOnce(functions.train_step)
-            run.made[config] = functions._replace(train_step=step)
-        return run.made[config]
+            run.functions[config] = functions._replace(train_step=step)
+        return run.functions[config]
 
     def run(example, *arguments: str) -> int:
         given = arguments if "--resume" in arguments else (*SETTINGS.split(), *arguments)
@@ -65,7 +65,7 @@ def run(monkeypatch, small):
             return end.code
         return 0
 
-    run.made = {}
+    run.functions = {}
     monkeypatch.setattr(sharded, "make_functions", make_once)
     return run
 
@@ -93,14 +93,14 @@ def test_mesh_run_equals_one_device_and_resumes_its_checkpoint(run, monkeypatch,
     # of the batch or a shard in the wrong place changes the third digit.
     np.testing.assert_allclose(losses("one"), losses("whole"), rtol=2e-6)
 
-    # What the step holds and moves: a device's shards, and activations of its own rows alone.
-    (functions,) = run.made.values()
+    # A device stores its shards and communicates activations of its own rows only.
+    (functions,) = run.functions.values()
     program = functions.train_step.compile()
     state = jax.eval_shape(functions.init, jax.random.key(0))
     shapes = [x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(state)]
     tokens = ROWS * (16 + 1)
-    held = 4 * (sum(map(math.prod, shapes)) + tokens)
-    assert program.memory_analysis().argument_size_in_bytes == held
+    expected = 4 * (sum(map(math.prod, shapes)) + tokens)
+    assert program.memory_analysis().argument_size_in_bytes == expected
     activations = [
         (one.kind, shape[0])
         for one in collectives(program.as_text())
@@ -125,7 +125,7 @@ def test_checkpoint_resumes_on_any_mesh(run):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    """Two of two devices each; what one is asked, both do after the same step."""
+    """Two processes with two devices each; a signal to one stops both after the same step."""
     (tmp_path / "text").write_text(TEXT)
     command = [
         sys.executable,
@@ -159,13 +159,13 @@ def test_two_processes_equal_one(tmp_path):
             assert both[0].poll() is None
             time.sleep(0.05)
         both[1].send_signal(signal.SIGINT)
-        (said, asked), (silent, also_asked) = [process.communicate() for process in both]
+        (out, err), (other_out, other_err) = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [130, 130]
-    assert "interrupted at step" in asked
-    assert "interrupted at step" in also_asked
-    assert "tokens/s" in said
-    assert silent == "" or "Gloo" in silent
-    step = int(re.search(r"interrupted at step (\d+)", asked)[1])
+    assert "interrupted at step" in err
+    assert "interrupted at step" in other_err
+    assert "tokens/s" in out
+    assert other_out == "" or "Gloo" in other_out
+    step = int(re.search(r"interrupted at step (\d+)", err)[1])
     assert step % 10 == 0
     assert step < 200
     again = [sys.executable, sharded.__file__, "--out", "two", "--resume", "--devices", "4"]

@@ -28,7 +28,7 @@ def log_without_times(folder: str) -> list[dict]:
 
 
 def saved_state(folder: str) -> tuple[int, list[np.ndarray]]:
-    """The step and the arrays of the checkpoint in a folder, as Orbax finds them."""
+    """Step and arrays of the checkpoint in a folder."""
     with ocp.CheckpointManager(Path(folder, "checkpoints").absolute()) as manager:
         step = manager.latest_step()
         items = ocp.args.Composite(state=ocp.args.StandardRestore())
@@ -38,7 +38,7 @@ def saved_state(folder: str) -> tuple[int, list[np.ndarray]]:
 
 
 def assert_same_run(folder: str, other: str) -> None:
-    """Params, optimizer state, losses, picture and sample, all to the last bit."""
+    """Checks that params, optimizer state, log, figure and sample are bitwise equal."""
     step, state = saved_state(folder)
     other_step, other_state = saved_state(other)
     assert step == other_step
@@ -52,7 +52,7 @@ def assert_same_run(folder: str, other: str) -> None:
 
 
 def refused(capsys) -> str:
-    """What was said of bad input, after checking that it is one line and nothing else."""
+    """The error message; checks that the output is this one line."""
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -61,17 +61,17 @@ def refused(capsys) -> str:
 
 
 class Killed(BaseException):
-    """Ends a run as a crash does: nothing catches it."""
+    """Simulates a crash: no handler catches it."""
 
 
 def stop_at(monkeypatch, step: int, how) -> None:
-    """Has `how` called when the batch of a step is made, once."""
+    """Calls `how` once, when the batch of a step is requested."""
     batch = data.training_batch
-    left = [how]
+    pending = [how]
 
     def stopping(*args, **kwargs):
-        if kwargs["step"] == step and left:
-            left.pop()()
+        if kwargs["step"] == step and pending:
+            pending.pop()()
         return batch(*args, **kwargs)
 
     monkeypatch.setattr(data, "training_batch", stopping)
@@ -86,7 +86,7 @@ def crash() -> None:
 
 
 class CompiledOnce:
-    """A jitted function that all runs share, compiled."""
+    """A jitted function with one compilation shared by all runs."""
 
     def __init__(self, f):
         self.f = f
