@@ -179,9 +179,7 @@ def read(config: Config) -> Inputs:
         if s.skipped:
             run_display.say(f"skipped {len(s.skipped)} records, first: {s.skipped[0]}")
         if long := len(s.records) - len(split[name].plans):
-            run_display.say(
-                f"dropped {long} {name} records longer than {config.max_length} tokens"
-            )
+            run_display.say(f"dropped {long} {name} records longer than {config.max_length} tokens")
     digests = "".join(s.sha256 for s in sets.values())
     summary = {
         "records": {name: len(s.plans) for name, s in split.items()},
