@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.common import command_line, run_log
-from natgalore_jax.subspace.engine import FORMAT_VERSION
+from natgalore_jax.subspace.state import FORMAT_VERSION
 
 
 FORMAT = 1  # version of the notes

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..sharding.partitioning import with_auto_axes
 from ..tree.leaf_spec import core_arrays, replace_cores, require_cores, zeros_at_cores
 from ..tree.state_roles import register_state
-from ..util.control_flow import run_if_due
+from ..util.control_flow import run_if_due, when
 from ..util.linalg import POWERS, eye_like, inverse_root, power_of_two, product
 from ..util.validation import Scalar, check_choice, check_decay, check_int, check_number
 
@@ -135,23 +135,19 @@ def scale_by_core_fisher(
         """Equations (1) and (2): U and the new fields of the state, without `count`, per leaf."""
         new = [accumulate(*leaf, decay, in_turn) for leaf in leaves]
 
-        def renew(leaf: Accumulated, old: tuple[Array, Array]) -> tuple[Array, Array]:
-            Z = inverse_root(damped(leaf.fisher, leaf.weight, damping), power, least_damping)
-            return jnp.where(per_matrix(leaf.due), Z, old[0]), jnp.where(
-                leaf.due, leaf.scale, old[1]
-            )
-
+        renew = functools.partial(new_root, power, least_damping, damping)
         roots = run_if_due(
             [leaf.due.any() for leaf in new],
-            [functools.partial(renew, leaf) for leaf in new],
+            [
+                functools.partial(when, leaf.due.any(), functools.partial(renew, leaf))
+                for leaf in new
+            ],
             [tuple(leaf[-2:]) for leaf in leaves],
         )
-        out = []
-        for leaf, (root, root_scale) in zip(new, roots, strict=True):
-            factor = answer_scale(leaf.unit, leaf.accepted, root_scale, power)
-            U = product(root, leaf.r) * per_matrix(factor)  # (2)
-            out.append((U, leaf.weight, leaf.scale, leaf.fisher, root, root_scale))
-        return out
+        return [
+            (precondition(power, x, *root), x.weight, x.scale, x.fisher, *root)
+            for x, root in zip(new, roots, strict=True)
+        ]
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -176,6 +172,7 @@ class Accumulated(NamedTuple):
     fisher: Float[Array, "*batch r r"]
 
 
+@jax.jit  # traced once for equal leaves
 def accumulate(
     R: Float[Array, "*batch r n"],
     weight: Float[Array, "*batch"],
@@ -217,6 +214,31 @@ def accumulate(
         scale=scale,
         fisher=per_matrix(a) * fisher + per_matrix(b) * square,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("power", "least_damping"))
+def new_root(
+    power: float,
+    least_damping: float,
+    damping: Scalar,
+    leaf: Accumulated,
+    old: tuple[Float[Array, "*batch r r"], Float[Array, "*batch"]],
+) -> tuple[Float[Array, "*batch r r"], Float[Array, "*batch"]]:
+    """`root` and `root_scale` where the matrices of a leaf are due, else the old ones."""
+    root = inverse_root(damped(leaf.fisher, leaf.weight, damping), power, least_damping)
+    return jnp.where(per_matrix(leaf.due), root, old[0]), jnp.where(leaf.due, leaf.scale, old[1])
+
+
+@functools.partial(jax.jit, static_argnames="power")
+def precondition(
+    power: float,
+    leaf: Accumulated,
+    root: Float[Array, "*batch r r"],
+    root_scale: Float[Array, "*batch"],
+) -> Float[Array, "*batch r n"]:
+    """U of (2)."""
+    factor = answer_scale(leaf.unit, leaf.accepted, root_scale, power)
+    return product(root, leaf.r) * per_matrix(factor)
 
 
 def answer_scale(

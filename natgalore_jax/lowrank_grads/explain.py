@@ -13,18 +13,16 @@ import optax
 from jax.extend import core as jax_core
 from jaxtyping import Array, PyTree
 
-from ..selection.select import decisions
 from ..sharding.partitioning import use_mesh_of
-from ..subspace.engine import SubspaceState
-from ..subspace.lift import expanded
-from ..subspace.projection import core_dtype
+from ..subspace.projection import core_dtype, expand_bases
+from ..subspace.state import bases_in, decisions_of, subspace_states
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import Basis, LeafSpec, path_name
 from ..util.text_tables import group_similar, human_bytes, rich_table, table
 from .interpreter import Use, as_arrays, evaluate
 from .loss import Bases, bases_of, program_of
 from .tangent_weight import TangentWeight, reshape, tag
-from .value_and_grad import check_paths, engines_of
+from .value_and_grad import check_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +157,11 @@ def _rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> list[Row]:
-    is_subspace = lambda x: isinstance(x, SubspaceState)
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_subspace) if is_subspace(x)]
-    with decisions() as recorded:
-        engines_of(tx, params, opt_state)
-    check_paths(states, params)
+    check_states(opt_state, params)
+    states = subspace_states(opt_state)
+    _, decisions = decisions_of(tx, params)
+    if any(decisions.get(P.spec.name) != P.spec for x in states for P in bases_in(x.basis)):
+        raise ValueError("`opt_state` is not a state of `tx`: their projections differ.")
     bases = bases_of(states)
     leaves = jax.tree_util.tree_leaves_with_path(unbox(params))
     with use_mesh_of(params):
@@ -173,7 +171,7 @@ def _rows(
     rows = []
     for path, w in leaves:
         name = path_name(path)
-        decision = recorded.get(name, "not passed to natgalore")
+        decision = decisions.get(name, "not passed to natgalore")
         reason = "not projected" if isinstance(decision, LeafSpec) else decision
         rows.append(_row(name, w, uses[name], bases.get(path, ()), reason))
     return rows
@@ -218,8 +216,9 @@ def _tagged(path: tuple[Any, ...], w: Array, sides: Sequence[Basis]) -> TangentW
     """The weight W + P B Qᵀ; without bases W + B, so that its uses are reported too."""
     if sides:
         P, *_ = sides
-        dtype = core_dtype(P, w)
-        return tag(P.spec, w, jnp.zeros(P.spec.core_shape, dtype), *expanded(dtype, *sides))
+        dtype, stored = core_dtype(P.value, w), tuple(side.value for side in sides)
+        bases = expand_bases(P.spec.unnamed, dtype, stored)
+        return tag(P.spec, w, jnp.zeros(P.spec.core_shape, dtype), *bases)
     labels = tuple(range(w.ndim))
     axes = tuple((label,) for label in labels)
     v = TangentWeight(w, jnp.zeros_like(w), (), axes, labels, (), path_name(path))
@@ -238,7 +237,7 @@ def _row(name: str, w: Array, uses: list[Use], sides: Sequence[Basis], reason: s
     core_bytes = 0
     if sides:
         P, *_ = sides
-        core_bytes = math.prod(P.spec.core_shape) * core_dtype(P, w).itemsize
+        core_bytes = math.prod(P.spec.core_shape) * core_dtype(P.value, w).itemsize
         formed_bytes = core_bytes + sum(_nbytes(use.weight.weight) for use in fell_back)
         reason = ", ".join(dict.fromkeys(use.operation for use in fell_back))
     return Row(

@@ -1,4 +1,4 @@
-"""A loss and its gradients, with cores in place of whole gradients, on bases that may change."""
+"""A loss and its gradients, with cores in place of whole gradients, as a function of the bases."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +10,11 @@ from jax.extend import core as jax_core
 from jax.sharding import AxisType
 from jaxtyping import Array, PyTree
 
-from ..quantization.quantized_array import decoded
 from ..sharding.shard_map import varying_as
-from ..subspace.lift import expanded
-from ..subspace.projection import core_dtype, working_dtype
+from ..subspace.projection import core_dtype, expand_bases, working_dtype
+from ..subspace.state import SubspaceState, bases_in
 from ..tree.flax_boxes import rebox, unbox
-from ..tree.leaf_spec import Basis, Core, cores
-from ..util.linalg import max_abs
+from ..tree.leaf_spec import Basis, Core
 from .interpreter import Use, as_arrays, evaluate
 from .tangent_weight import TangentWeight, tag
 
@@ -34,9 +32,16 @@ def backward(
     kwargs: dict[str, Any],
     micro_batches: int = 1,
 ) -> tuple[Callable[..., Result], dict[tuple[str, str], None]]:
-    """A pass, as a function of the bases and, in a loop, of the turn; its gradients have Cores.
+    """A pass of the loss as a function of the bases, whose gradients are cores on them.
 
-    And what fell back, once that is traced. Of micro-batches see :func:`mean`.
+    Args:
+      loss_fn, params, has_aux, args, kwargs: of the loss.
+      micro_batches: see :func:`mean`.
+
+    Returns:
+      A function (bases, iteration) -> ((value, aux), gradients), where `iteration` is the index of
+      a loop around it, or None; and the uses that fell back to whole gradients, as a dict without
+      values in order, which is filled when the function is traced.
     """
     paths, weights = zip(*jax.tree_util.tree_leaves_with_path(unbox(params)), strict=True)
     split = tuple(args) if micro_batches > 1 else ()
@@ -47,38 +52,37 @@ def backward(
         if use.fell_back:
             fallbacks.setdefault((use.operation, use.weight.name))
 
-    def run(bases: Bases, turn: Any = None) -> Result:
-        bases = {path: tuple(map(decoded, sides)) for path, sides in bases.items()}
-        # In a loop, a pass is tied to its turn: the compiler would take what does not depend on the
-        # bases, such as the head's products, out of the loop and onto steps without a turn.
-        tied = weights if turn is None else lax.optimization_barrier((weights, turn))[0]
+    def run(bases: Bases, iteration: Any = None) -> Result:
+        # In a loop, a pass is tied to the iteration: the compiler would hoist what does not depend
+        # on the bases, such as the head's products, onto steps without an iteration.
+        tied = weights if iteration is None else lax.optimization_barrier((weights, iteration))[0]
 
-        def start(path, w):
+        def zero_core(path, w):
             if path not in bases:
                 return w
             P = bases[path][0]
-            return varying_as(jnp.zeros(P.spec.core_shape, core_dtype(P, w)), w)
+            return varying_as(jnp.zeros(P.spec.core_shape, core_dtype(P.value, w)), w)
 
-        def tagged(path, w, free):
+        def tagged(path, w, core):
             if path not in bases:
-                return free
-            sides = bases[path]
-            return tag(sides[0].spec, w, free, *expanded(free.dtype, *sides))
+                return core
+            spec, stored = bases[path][0].spec, tuple(P.value for P in bases[path])
+            return tag(spec, w, core, *expand_bases(spec.unnamed, core.dtype, stored))
 
-        def loss(free: list[Array], part: PyTree):
-            values = [*map(tagged, paths, tied, free), *jax.tree.leaves(part)]
+        def loss(differentiated: list[Array], micro_batch: PyTree):
+            values = [*map(tagged, paths, tied, differentiated), *jax.tree.leaves(micro_batch)]
             outputs = evaluate(program, values, report)
             outputs[:1] = as_arrays(outputs[:1], None, report)
             outputs = [x.weight if isinstance(x, TangentWeight) else x for x in outputs]
             value = jax.tree.structure(shapes).unflatten(outputs)
             return value if has_aux else (value, None)
 
-        free = list(map(start, paths, tied))
-        slopes_of = lambda part: jax.value_and_grad(loss, has_aux=True)(free, part)
-        value, slopes = mean(slopes_of, split, micro_batches)
+        differentiated = list(map(zero_core, paths, tied))
+        pass_of = lambda part: jax.value_and_grad(loss, has_aux=True)(differentiated, part)
+        value, grads = mean(pass_of, split, micro_batches)
         node = lambda path, x: Core(x, bases[path][0].spec) if path in bases else x
-        at = {path: node(path, x) for path, x in zip(paths, slopes, strict=True)}
-        return value, like(params, at)
+        by_path = {path: node(path, x) for path, x in zip(paths, grads, strict=True)}
+        return value, like_params(params, by_path)
 
     return run, fallbacks
 
@@ -117,7 +121,7 @@ def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
     if number == 1:
         return f(parts)
     (value, _), grads = jax.eval_shape(lambda: f(jax.tree.map(lambda x: x[0], parts)))
-    start = jax.tree.map(lambda x: blank(x.update(dtype=working_dtype(x))), (value, grads))
+    start = jax.tree.map(lambda x: zeros_of(x.update(dtype=working_dtype(x))), (value, grads))
 
     def add(total, part):
         (value, aux), grads = f(part)
@@ -129,8 +133,8 @@ def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
     return (value, aux), grads
 
 
-def bases_of(states: Sequence[Any]) -> Bases:
-    """The bases of each leaf that is projected in SubspaceStates."""
+def bases_of(states: Sequence[SubspaceState]) -> Bases:
+    """The bases of each projected leaf, by its path."""
     by_path: Bases = {}
     for state in states:
         for side in (state.basis, state.right_basis):
@@ -139,28 +143,13 @@ def bases_of(states: Sequence[Any]) -> Bases:
     return by_path
 
 
-def bases_in(tree: PyTree) -> list[Basis]:
-    """The Bases of a tree, in order."""
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_basis) if is_basis(x)]
-
-
-def is_basis(x: Any) -> bool:
-    return isinstance(x, Basis)
-
-
-def largest(result: Result, state: Any) -> list[Array]:
-    """The largest entries of each matrix of each core that is of a SubspaceState, in its order."""
-    at = {R.spec: max_abs(R.value) for R in cores(result[1])}
-    return [at[n.spec] for n in cores(state.refreshed)]
-
-
-def blank(x: jax.ShapeDtypeStruct) -> Any:
+def zeros_of(x: jax.ShapeDtypeStruct) -> Any:
     """Zeros of the type of x."""
     explicit = x.sharding is not None and AxisType.Explicit in x.sharding.mesh.axis_types
     return varying_as(lax.full_like(x, 0, sharding=x.sharding if explicit else None), x)
 
 
-def like(params: PyTree, at: dict[tuple[Any, ...], Any]) -> PyTree:
-    """What `at` holds for each path, in the structure of `params`; Cores come without boxes."""
+def like_params(params: PyTree, values: dict[tuple[Any, ...], Any]) -> PyTree:
+    """Values by path in the structure of `params`, in its boxes; Cores without boxes."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(unbox(params))
-    return rebox(treedef.unflatten([at[path] for path, _ in flat]), params)
+    return rebox(treedef.unflatten([values[path] for path, _ in flat]), params)

@@ -1,111 +1,93 @@
-"""A refresh out of passes none of which forms a gradient.
+"""The refresh of a step with low-rank gradients: cores on bases that are refreshed where due.
 
-A turn of the power iteration needs of a gradient nothing but its products,
+**By passes.** An iteration of the power method needs only products with a gradient,
 
-    R = PᵀG,    Y = G Rᵀ = G (Gᵀ P),    P' from Y and P as in `basis.py`,    R' = P'ᵀG,
+    R = PᵀG,    Y = G Rᵀ = G (Gᵀ P),    P' from Y and P (basis.py),    R' = P'ᵀG,              (1)
 
-and all of these are cores: R on the basis P of one side, and (G Q)ᵀ on a basis Q of the other,
+all of which are cores: R on the basis P of one side, and (G Q)ᵀ on a basis Q of the other side,
 
-    Y = (G Q) D,    Q = Rᵀ D⁻¹,    D the norms of the rows of R.
+    Y = (G Q) D,    Q = Rᵀ D⁻¹,    D the norms of the rows of R.                               (2)
 
-That Q has columns of length 1 is for passes in bfloat16; D undoes it. So a turn is two passes of
-the loss, forwards and backwards, and gives what it gives with the gradient at hand, to rounding. Y
-is linear in G: of the sum of micro-batches it is the sum.
+The columns of Q have length 1 for passes in bfloat16; D undoes it. So an iteration is two passes
+of the loss, forwards and backwards, and equals that with G, to rounding; no gradient is formed. Y
+is linear in G: for micro-batches it is the sum.
 
-A matrix takes as many turns as its basis does with the gradient: one, or a few when it is new.
+**From gradients.** A step with a due matrix forms whole gradients in place of cores, and refreshes
+as the projection does.
+
+Whether any matrix is due is decided on the device. A matrix without a usable gradient so far is due
+once its core is neither zero nor infinite, which only a step on cores shows; then, once, a step
+from gradients runs both.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
 
-from ..quantization.quantized_array import basis_of, closed, decoded, is_quantized, opened, recoded
-from ..sharding.partitioning import ParamPartitions, role_partition, with_auto_axes
-from ..subspace.basis import basis_key, expand, normalised
-from ..subspace.engine import SubspaceState
-from ..subspace.refresh import Refresh, order
-from ..subspace.refresh_loop import Leaf, map_due_matrices
-from ..tree.leaf_spec import Basis, Core, LeafSpec, cores, replace_cores
-from ..util.linalg import norms
-from .loss import Bases, Result, bases_in, bases_of, is_basis, largest
-
-
-class Turning(NamedTuple):
-    """What a turn changes of a leaf's matrices, or of one of them.
-
-    Attributes:
-      kept: what the state keeps of P.
-      times: of refreshes so far.
-      carried: inner's state, as far as transport carries it.
-
-    What is in 8 bits is decoded where a matrix is turned, and of no more than this matrix.
-    """
-
-    kept: Any
-    times: Array
-    carried: list[Any]
+from ..sharding.partitioning import (
+    LeafPartition,
+    ParamPartitions,
+    role_partition,
+    with_auto_axes,
+)
+from ..subspace.projection import refresh_and_project
+from ..subspace.refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
+from ..subspace.state import Flattened, SubspaceState, bases_in, flatten, settings_of
+from ..tree.flax_boxes import unbox
+from ..tree.leaf_spec import Basis, Core, cores
+from ..util.control_flow import when
+from ..util.linalg import max_abs, norms
+from .loss import Bases, Result, bases_of, like_params, zeros_of
 
 
-def refreshed(
-    run: Callable[[Bases], Result],
-    refreshes: list[Refresh],
-    states: list[SubspaceState],
-    partitions: ParamPartitions,
+def refreshed_by_passes(
+    run: Callable[..., Result], states: list[SubspaceState], partitions: ParamPartitions
 ) -> tuple[Result, list[SubspaceState]]:
-    """Value and cores, on bases that are turned first where they are due.
+    """Value and cores, on bases that are refreshed first where they are due, by passes.
 
     Args:
-      run: a pass on bases.
-      refreshes: of each projection.
-      states: of each.
-      partitions: of the weights, as far as known.
+      run: (bases, iteration) -> a pass of the loss, whose gradients are cores on these bases.
+      states: of each projection.
+      partitions: of the weights.
     """
     start = run(bases_of(states))
-    due, number = [], jnp.int32(0)  # turns of each matrix; the most
-    for refresh, state in zip(refreshes, states, strict=True):
-        flags = refresh.all_flags(state, largest(start, state))
-        each = [
-            flag * jnp.where(n.value == 0, refresh.method.first_iterations, 1)
-            for flag, n in zip(flags, cores(state.refreshed), strict=True)
-        ]
-        due.append(each)
-        number = functools.reduce(jnp.maximum, [x.max() for x in each], number)
+    # The iterations of each matrix, 0 if it is not due; and the largest of them.
+    iterations: list[list[Array]] = []
+    number = jnp.int32(0)
+    for state in states:
+        method = _refresh_of(state).method
+        iterations.append(
+            [
+                due * jnp.where(n.value == 0, method.first_iterations, 1)
+                for due, n in zip(_due(state, start), cores(state.refreshed), strict=True)
+            ]
+        )
+        number = functools.reduce(jnp.maximum, [x.max() for x in iterations[-1]], number)
 
-    def one(k, carry):
-        (_, grads), changed = carry
-        now = [_with(*pair) for pair in zip(states, changed, strict=True)]
-        Q, D = opposite(cores(grads))
+    def iterate(k, carry):
+        (_, grads), states = carry
+        Q, D = opposite_bases(cores(grads))
         products = cores(run(Q, k)[1])
-        Y = {x.spec.path: x.value.mT * D[x.spec.path] for x in products}
-        changed = []
-        for refresh, each, state in zip(refreshes, due, now, strict=True):
-            made = functools.partial(turn, refresh, partitions)
-            lies = state.basis, state.refreshed, state.inner_state
-            of_state = [Y[P.spec.path] for P in bases_in(state.basis)]
-            changed.append(
-                with_auto_axes(made, lies, of_state, [k < x for x in each], k == 0, state)
-            )
-        now = [_with(*pair) for pair in zip(states, changed, strict=True)]
-        return run(bases_of(now), k), changed
+        Y = {x.spec.path: x.value.mT * D[x.spec.path] for x in products}  # (2)
+        states = [
+            _refreshed_by_products(state, partitions, Y, [k < x for x in each], k == 0)
+            for state, each in zip(states, iterations, strict=True)
+        ]
+        return run(bases_of(states), k), states
 
-    before = [(x.basis, x.refreshed, x.inner_state) for x in states]
-    result, changed = lax.fori_loop(0, number, one, (start, before))
-    return result, [_with(*pair) for pair in zip(states, changed, strict=True)]
+    return lax.fori_loop(0, number, iterate, (start, states))
 
 
-def _with(state: SubspaceState, changed: tuple[PyTree, PyTree, PyTree]) -> SubspaceState:
-    P, times, inner_state = changed
-    return state._replace(basis=P, refreshed=times, inner_state=inner_state)
-
-
-def opposite(Rs: list[Core]) -> tuple[Bases, dict[tuple[Any, ...], Float[Array, "*batch 1 r"]]]:
-    """The bases Q of the other sides and the D, by path, of cores on the bases P."""
+def opposite_bases(
+    Rs: list[Core],
+) -> tuple[Bases, dict[tuple[Any, ...], Float[Array, "*batch 1 r"]]]:
+    """Q and D of (2), by path, of cores on the bases P."""
     bases: Bases = {}
     D = {}
     for R in Rs:
@@ -116,66 +98,95 @@ def opposite(Rs: list[Core]) -> tuple[Bases, dict[tuple[Any, ...], Float[Array, 
     return bases, D
 
 
-def turn(
-    refresh: Refresh,
+def _refreshed_by_products(
+    state: SubspaceState,
     partitions: ParamPartitions,
-    Y: list[Float[Array, "..."]],
+    Y: dict[tuple[Any, ...], Float[Array, "..."]],
     due: list[Bool[Array, "..."]],
     first: Bool[Array, ""],
-    state: SubspaceState,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """One turn of what is due: bases, counts of refreshes, and inner's state.
+) -> SubspaceState:
+    """One iteration of the due matrices; `first` iterations are counted as refreshes."""
+    refresh = _refresh_of(state)
+    specs, roles, states, unflatten = flatten(state, refresh.transport)
+    leaves = []
+    for spec, role in zip(specs, roles, strict=True):
+        partition = role_partition("basis", spec, partitions.get(spec.path))
+        leaves.append(RefreshLeaf(spec, role, LeafPartition(partitions.mesh, partition)))
+    refreshed = functools.partial(refresh_due, refresh, tuple(leaves), "product")
+    products = [Y[spec.path] for spec in specs]
+    return unflatten(with_auto_axes(refreshed, states, products, due, first, states))
+
+
+def refreshed_from_gradients(
+    run: Callable[..., Result],
+    full: Callable[[], Result],
+    states: list[SubspaceState],
+    partitions: ParamPartitions,
+) -> tuple[Result, list[SubspaceState]]:
+    """Value and cores, on bases that are refreshed first where they are due, from gradients.
 
     Args:
-      refresh: of the projection.
-      partitions: of the gradients, as far as known.
-      Y: the products for each basis, (*batch, m, r).
-      due: which matrices of each Core are.
-      first: whether it is the first turn of a refresh, which counts it.
-      state: the :class:`SubspaceState`.
+      run: bases -> a pass of the loss, whose gradients are cores.
+      full: a pass with whole gradients.
+      states: of each projection.
+      partitions: of the weights.
     """
-    bases = bases_in(state.basis)
-    inner_state = closed(state.inner_state)
-    roles, arrays = refresh.carried(inner_state, bases)
 
-    def step(spec, roles, part, index, old):
-        product, usable = normalised(part)
-        P = expand(basis_of(old.kept), spec, part.dtype)
-        key = basis_key(refresh.seed, index, old.times + 1, 0)
-        new = refresh.method.after(product, P, key)
-        usable &= jnp.isfinite(new).all()
-        new = old.kept.anew(new) if is_quantized(old.kept) else new
-        kept = jax.tree.map(functools.partial(jnp.where, usable), new, old.kept)
-        into = [expand(basis_of(kept), spec, part.dtype)]
-        carried = refresh.carry(roles, decoded(old.carried), [P], into, usable)
-        return Turning(kept, old.times + (usable & first), recoded(carried, old.carried))
+    def any_due(result):
+        flags = [flag.any() for state in states for flag in _due(state, result)]
+        return jnp.stack(flags).any()
 
-    lies = {
-        P.spec.path: role_partition("basis", P.spec, partitions.get(P.spec.path)) for P in bases
-    }
-    leaves = [
-        Leaf(
-            *(of_products(P.spec), tuple(kinds), y, now, jnp.asarray(order(P.spec))),
-            Turning(P.value, n.value, opened(carried)),
-        )
-        for P, kinds, y, now, n, carried in zip(
-            bases, roles, Y, due, cores(state.refreshed), arrays, strict=True
-        )
+    def refresh(carry):
+        value, grads = full()
+        gradients = dict(jax.tree_util.tree_leaves_with_path(unbox(grads)))
+        new_states = []
+        for state in carry[1]:
+            flat = flatten(state, _refresh_of(state).transport)
+            new = _refreshed_by_gradients(state, flat, partitions, gradients)
+            gradients |= {
+                spec.path: Core(x.R, spec) for spec, x in zip(flat.specs, new, strict=True)
+            }
+            new_states.append(flat.unflatten(new))
+        return (value, like_params(grads, gradients)), new_states
+
+    cores_only = lambda: run(bases_of(states))
+    none = jax.tree.map(zeros_of, jax.eval_shape(cores_only))
+    result = when(~any_due(none), lambda _: cores_only(), none)
+    return when(any_due(result), refresh, (result, states))
+
+
+def _refreshed_by_gradients(
+    state: SubspaceState,
+    flat: Flattened,
+    partitions: ParamPartitions,
+    gradients: dict[tuple[Any, ...], Any],
+) -> list[MatrixState]:
+    """The states after a refresh, with cores that have the partitions of those of a pass."""
+    leaf_partitions = [partitions.leaf(spec) for spec in flat.specs]
+
+    def refreshed(gradients, states, count):
+        return refresh_and_project(
+            _refresh_of(state), flat.specs, flat.roles, leaf_partitions, gradients, states, count
+        ).states
+
+    replicated = lambda x: x._replace(R=PartitionSpec(), finite=PartitionSpec())
+    out_like = lambda: list(map(replicated, flat.states))
+    gradients = [gradients[spec.path] for spec in flat.specs]
+    new = with_auto_axes(refreshed, out_like, gradients, flat.states, state.count)
+    return [x._replace(finite=None) for x in new]
+
+
+def _refresh_of(state: SubspaceState) -> Refresh:
+    settings = settings_of(state)
+    assert settings is not None  # value_and_grad leaves out states without bases
+    return settings.refresh
+
+
+def _due(state: SubspaceState, result: Result) -> list[Bool[Array, "..."]]:
+    """For each projected leaf which matrices are due, from a pass that has computed its cores."""
+    largest = {R.spec: max_abs(R.value) for R in cores(result[1])}
+    total = number_of_matrices([P.spec for P in bases_in(state.basis)])
+    due = _refresh_of(state).due
+    return [
+        due(n.spec, largest[n.spec], n.value, state.count, total) for n in cores(state.refreshed)
     ]
-    new_P, new_n, new_arrays = zip(
-        *map_due_matrices(step, leaves, ParamPartitions(partitions.mesh, lies)), strict=True
-    )
-    left = iter(new_P)
-    new_arrays = [closed(x) for x in new_arrays]
-    return (
-        jax.tree.map(lambda P: P.replace(next(left)), state.basis, is_leaf=is_basis),
-        replace_cores(state.refreshed, new_n),
-        opened(refresh.put_back(inner_state, bases, new_arrays)),
-    )
-
-
-def of_products(spec: LeafSpec) -> LeafSpec:
-    """A leaf of the shape of the products Y, with the matrices of `spec`."""
-    k = len(spec.batch)
-    axes = {"batch": tuple(range(k)), "rows": (k,), "cols": (k + 1,)}
-    return dataclasses.replace(spec, shape=spec.basis_shape, split=(), **axes)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,11 +11,9 @@ import optax
 from jaxtyping import PyTree
 
 from ..lowrank_grads.loss import Bases, bases_of
-from ..quantization.quantized_array import is_quantized
 from ..reporting.memory_report import bytes_by_leaf, nbytes
-from ..selection.select import decisions
-from ..subspace.engine import SubspaceState
 from ..subspace.projection import core_dtype
+from ..subspace.state import decisions_of, subspace_states
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import Basis, LeafSpec, path_name
 
@@ -125,14 +122,9 @@ def state_of(
     tx: optax.GradientTransformation, params: PyTree
 ) -> tuple[PyTree, Bases, Mapping[str, str]]:
     """Returns the shapes of the state of `tx`, its bases, and why other leaves have none."""
-    with warnings.catch_warnings(), decisions() as recorded:
-        warnings.filterwarnings("ignore", "natgalore projects none")  # `reasons` has them
-        # A fresh function, so that JAX's cache cannot skip the trace and with it the decisions.
-        state = jax.eval_shape(lambda params: tx.init(params), params)
-    is_subspace = lambda x: isinstance(x, SubspaceState)
-    nodes = jax.tree.leaves(unbox(state), is_leaf=is_subspace)
-    reasons = {name: why for name, why in recorded.items() if not isinstance(why, LeafSpec)}
-    return state, bases_of(list(filter(is_subspace, nodes))), reasons
+    state, decisions = decisions_of(tx, params)
+    reasons = {name: why for name, why in decisions.items() if not isinstance(why, LeafSpec)}
+    return state, bases_of(subspace_states(unbox(state))), reasons
 
 
 def temporaries(step: Callable[..., Any], params: PyTree, state: PyTree, *batch: Any) -> int:
@@ -157,9 +149,7 @@ def _gradient(w: Any, P: Basis | None) -> jax.ShapeDtypeStruct:
     if P is None:
         real = jnp.issubdtype(w.dtype, jnp.inexact)
         return jax.ShapeDtypeStruct(w.shape, w.dtype if real else jax.dtypes.float0)
-    # A quantized basis decodes to the dtype of its scales.
-    decoded = P.replace(P.value.scales) if is_quantized(P.value) else P
-    return jax.ShapeDtypeStruct(P.spec.core_shape, core_dtype(decoded, w))
+    return jax.ShapeDtypeStruct(P.spec.core_shape, core_dtype(P.value, w))
 
 
 def _by_dtype(tree: PyTree | Iterable[Any]) -> dict[str, int]:

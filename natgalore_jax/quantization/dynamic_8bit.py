@@ -130,6 +130,7 @@ def encode(
     return q.astype(code.dtype).reshape(x.shape), scales[..., 0].astype(x.dtype)
 
 
+@jax.jit  # traced once for equal arrays
 def decode(
     codes: Integer[Array, "*axes n"], scales: Float[Array, "*axes blocks"]
 ) -> Float[Array, "*axes n"]:

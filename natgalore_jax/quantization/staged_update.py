@@ -1,10 +1,10 @@
-"""A function of many arrays that are kept in codes, a few of which are decoded at a time.
+"""A function of many QuantizedArrays, evaluated so that a few of them are decoded at a time.
 
-The update of an optimizer takes its state whole, and so a program that decodes it, updates it and
-encodes it again may have all of it decoded at once: compilers for CPUs and GPUs did, and 8-bit
-AdamW needed more memory than AdamW. But most of an update is leaf by leaf. Its program tells which
-arrays are needed together for any of its results; those are a part, and each part's arrays are
-decoded only when those of the part before are encoded.
+An update takes the whole state, so a program that decodes it, updates it and encodes it may hold
+all of it decoded at once: compilers for CPUs and GPUs scheduled 8-bit AdamW that way, and it needed
+more memory than AdamW. But most of an update is leaf by leaf. Its jaxpr shows which QuantizedArrays
+a result depends on; those form a stage. An optimization barrier makes the codes that a stage reads
+available only when the previous stage has written its own.
 """
 
 import itertools
@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 from jax.extend import core as jax_core
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ..util.jaxprs import apply, called
+from .quantized_array import QuantizedArray
 
 
-LEAST = 2**22  # numbers of a part but the last: below, more kernels would be launched for no gain
-INLINED = ("jit", "pjit", "closed_call")
+LEAST = 2**22  # entries of a stage; smaller stages would only add kernel launches
+CALLS = ("jit", "pjit", "closed_call")
+FEW = 8  # arrays; one leaf has fewer in any optimizer
 
 
-class Step(NamedTuple):
-    """An equation, with the places of its values."""
+class Equation(NamedTuple):
+    """An equation with the numbers of its values; a constant input stands as itself."""
 
     eqn: jax_core.JaxprEqn
     inputs: list[Any]
@@ -32,124 +34,109 @@ class Step(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A value that is there from the start."""
-
     value: Any
 
 
-def in_parts(
-    f: Callable[[list[Array]], tuple[PyTree, list[Array]]],
-    held: Sequence[Any],
-    read: Callable[[int, Any], Array],
-    write: Callable[[int, Array, Array], Any],
-) -> tuple[PyTree, list[Any]]:
-    """`f` of what is held, read, and its results written, part by part.
+def in_stages(
+    f: Callable[[list[QuantizedArray]], tuple[PyTree, list[QuantizedArray]]],
+    arrays: list[QuantizedArray],
+) -> tuple[PyTree, list[QuantizedArray]]:
+    """`f(arrays)`, whose program decodes the arrays of one stage at a time.
 
     Args:
-      f: of all arrays, to anything, and to the new arrays in their places.
-      held: what they are read from; trees of arrays.
-      read: (place, held) -> array.
-      write: (place, array, new array) -> what is to be held.
-
-    Returns:
-      What f returns first, and what is to be held.
+      f: returns anything, and the new arrays in the places of the old.
+      arrays: concrete, or few entries in all: `f` is called as it is.
     """
-    arrays = list(map(read, range(len(held)), held))
-    if sum(x.size for x in arrays) < 2 * LEAST or not _is_traced(held):
-        rest, new = f(arrays)
-        return rest, list(map(write, range(len(held)), arrays, new))
+    leaves = jax.tree.leaves(arrays)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    if not traced or sum(x.size for x in arrays) < 2 * LEAST:
+        return f(arrays)
     program, shapes = jax.make_jaxpr(f, return_shape=True)(arrays)
-    steps, outputs = _steps(program)
-    needs = _needs(steps, len(arrays))
-    wanted = [needs.get(x, 0) for x in outputs if not isinstance(x, Constant)]
-    part_of, number = _parts([x.size for x in arrays], wanted)
-    when = lambda mask: max((part_of[i] for i in _bits(mask)), default=0)
-    stages: list[list[Step]] = [[] for _ in range(number)]
-    for step in steps:
-        stages[when(needs[step.outputs[0]] if step.outputs else 0)].append(step)
-    of_new = outputs[len(outputs) - len(held) :]
+    owner = [i for i, x in enumerate(arrays) for _ in jax.tree.leaves(x)]
+    equations, outputs, needs = _inlined(program, owner)
+    wanted = [needs[x] for x in outputs if not isinstance(x, Constant)]
+    stage_of, number = _stages([x.size for x in arrays], wanted)
+    stage_of_mask = lambda mask: max((stage_of[i] for i in _bits(mask)), default=0)
+    stages: list[list[Equation]] = [[] for _ in range(number)]
+    for equation in equations:
+        mask = needs[equation.outputs[0]] if equation.outputs else 0
+        stages[stage_of_mask(mask)].append(equation)
+    new_leaves = outputs[len(outputs) - len(leaves) :]
     values: dict[int, Any] = {}
-    of = lambda x: x.value if isinstance(x, Constant) else values[x]
-    done: dict[int, Any] = {}
+    value_of = lambda x: x.value if isinstance(x, Constant) else values[x]
     before: list[int] = []
-    for part, stage in enumerate(stages):
-        mine = [i for i in range(len(held)) if part_of[i] == part]
-        given = [held[i] for i in mine]
+    for stage, its_equations in enumerate(stages):
+        own = [i for i, array in enumerate(owner) if stage_of[array] == stage]
+        inputs = [leaves[i] for i in own]
         if before:
-            given, ended = lax.optimization_barrier((given, [done[i] for i in before]))
-            done |= zip(before, ended, strict=True)
-        values |= {i: read(i, x) for i, x in zip(mine, given, strict=True)}
-        for step in stage:
-            values |= zip(step.outputs, apply(step.eqn, list(map(of, step.inputs))), strict=True)
-        for i in mine:
-            unchanged = of_new[i] == i
-            done[i] = held[i] if unchanged else write(i, values[i], of(of_new[i]))
-        before = [i for i in mine if of_new[i] != i] or before
-    rest, _ = jax.tree.structure(shapes).unflatten(map(of, outputs))
-    return rest, [done[i] for i in range(len(held))]
+            inputs, written = lax.optimization_barrier((inputs, [values[i] for i in before]))
+            values |= zip(before, written, strict=True)
+        values |= zip(own, inputs, strict=True)
+        for eqn, places, results in its_equations:
+            values |= zip(results, apply(eqn, list(map(value_of, places))), strict=True)
+        changed = [new_leaves[i] for i in own if new_leaves[i] != i]
+        before = [x for x in changed if not isinstance(x, Constant)] or before
+    return jax.tree.structure(shapes).unflatten(map(value_of, outputs))
 
 
-def _is_traced(tree: PyTree) -> bool:
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+def _inlined(
+    program: jax_core.ClosedJaxpr, owner: list[int]
+) -> tuple[list[Equation], list[Any], dict[int, int]]:
+    """The equations in order, the outputs, and for each value the arrays it needs, as bits.
 
-
-def _steps(program: jax_core.ClosedJaxpr) -> tuple[list[Step], list[Any]]:
-    """The equations in order, those of programs that are merely called among them; the outputs.
-
-    Values are the places of inputs, and from there on those of results.
+    A call that needs more than FEW arrays, such as that of a jitted optimizer, is replaced by its
+    equations. Values are numbered: first the inputs, then the results.
     """
-    steps: list[Step] = []
-    places = itertools.count(len(program.jaxpr.invars))
+    equations: list[Equation] = []
+    needs = {i: 1 << array for i, array in enumerate(owner)}
+    numbers = itertools.count(len(owner))
 
-    def go(program: jax_core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
+    def visit(program: jax_core.ClosedJaxpr, inputs: Sequence[Any]) -> list[Any]:
         known = dict(zip(program.jaxpr.invars, inputs, strict=True))
         known |= zip(program.jaxpr.constvars, map(Constant, program.consts), strict=True)
-        of = lambda x: Constant(x.val) if isinstance(x, jax_core.Literal) else known[x]
+        read = lambda x: Constant(x.val) if isinstance(x, jax_core.Literal) else known[x]
         for eqn in program.jaxpr.eqns:
-            values = list(map(of, eqn.invars))
-            if eqn.primitive.name in INLINED:
-                known |= zip(eqn.outvars, go(called(eqn), values), strict=True)
+            values = list(map(read, eqn.invars))
+            mask = 0
+            for x in values:
+                mask |= 0 if isinstance(x, Constant) else needs[x]
+            if eqn.primitive.name in CALLS and mask.bit_count() > FEW:
+                known |= zip(eqn.outvars, visit(called(eqn), values), strict=True)
                 continue
-            results = [next(places) for _ in eqn.outvars]
-            steps.append(Step(eqn, values, results))
+            results = [next(numbers) for _ in eqn.outvars]
+            equations.append(Equation(eqn, values, results))
             known |= zip(eqn.outvars, results, strict=True)
-        return list(map(of, program.jaxpr.outvars))
+            needs.update(dict.fromkeys(results, mask))
+        return list(map(read, program.jaxpr.outvars))
 
-    return steps, go(program, range(len(program.jaxpr.invars)))
-
-
-def _needs(steps: list[Step], inputs: int) -> dict[int, int]:
-    """Of each value, which of the inputs it is computed from, as bits."""
-    needs = {i: 1 << i for i in range(inputs)}
-    for step in steps:
-        mask = 0
-        for x in step.inputs:
-            mask |= 0 if isinstance(x, Constant) else needs[x]
-        needs |= dict.fromkeys(step.outputs, mask)
-    return needs
+    outputs = visit(program, range(len(program.jaxpr.invars)))
+    return equations, outputs, needs
 
 
 def _bits(mask: int) -> list[int]:
     return [i for i in range(mask.bit_length()) if mask >> i & 1]
 
 
-def _parts(sizes: list[int], wanted: list[int]) -> tuple[list[int], int]:
-    """The part of each array, and how many there are: those that one result needs are together."""
-    together = list(range(len(sizes)))
+def _stages(sizes: list[int], wanted: list[int]) -> tuple[list[int], int]:
+    """The stage of each array, and their number.
+
+    Arrays that one result needs share a stage; consecutive ones are joined up to LEAST entries.
+    """
+    parent = list(range(len(sizes)))
 
     def root(i: int) -> int:
-        while together[i] != i:
-            i = together[i]
+        while parent[i] != i:
+            i = parent[i]
         return i
 
     for mask in set(wanted):
         first, *others = _bits(mask) or [0]
         for i in others:
-            together[max(root(first), root(i))] = min(root(first), root(i))
-    part, filled, parts = 0, 0, {}
+            parent[max(root(first), root(i))] = min(root(first), root(i))
+    stage, filled, stage_of = 0, 0, {}
     for i in sorted(range(len(sizes)), key=root):
         if root(i) == i and filled >= LEAST:
-            part, filled = part + 1, 0
-        parts[i] = part
+            stage, filled = stage + 1, 0
+        stage_of[i] = stage
         filled += sizes[i]
-    return [parts[i] for i in range(len(sizes))], part + 1
+    return [stage_of[i] for i in range(len(sizes))], stage + 1

@@ -49,14 +49,14 @@ class SymmetricArray(QuantizedArray):
       scales: (*batch, r), the diagonal, in the dtype of the array.
     """
 
-    def array(self) -> Float[Array, "*batch r r"]:
+    def decode(self) -> Float[Array, "*batch r r"]:
         return with_auto_axes(decode, array_partition(self.codes), self.codes, self.scales)
 
-    def anew(self, x: Float[Array, "*batch r r"]) -> "SymmetricArray":
-        return coded(x)
+    def encode(self, x: Float[Array, "*batch r r"]) -> "SymmetricArray":
+        return quantize_symmetric(x)
 
 
-def coded(x: Float[Array, "*batch r r"]) -> SymmetricArray:
+def quantize_symmetric(x: Float[Array, "*batch r r"]) -> SymmetricArray:
     """`encode` with the partition of x, whose last two axes are not sharded."""
     return SymmetricArray(*with_auto_axes(encode, (array_partition(x), array_partition(x)), x))
 

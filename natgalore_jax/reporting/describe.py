@@ -1,7 +1,6 @@
 """Reports how an optimizer projects each leaf of the params, read from the optimizer itself."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from ..selection.select import check_arrays, decisions
-from ..subspace.engine import SubspaceState
+from ..selection.select import check_arrays
+from ..subspace.state import decisions_of, subspace_states
 from ..tree.flax_boxes import axis_names
 from ..tree.leaf_spec import LeafSpec, path_name
 from ..util.text_tables import group_similar, human_bytes, rich_table, table
@@ -130,7 +129,7 @@ def describe(
 ) -> Description:
     """Reports for each leaf whether `tx` projects it, as which matrices, and the bytes saved.
 
-    Runs `tx.init` on shapes and records its decisions, so the report always matches the optimizer.
+    Runs `tx.init` on shapes, so the report always matches the optimizer.
 
     Args:
       tx: an optimizer that contains a `natgalore.project`.
@@ -164,12 +163,8 @@ def describe(
     if grads is not None:
         measured["energy"] = explained_energy(state, grads)
     check_arrays(params)
-    with warnings.catch_warnings(), decisions() as recorded:
-        warnings.filterwarnings("ignore", "natgalore projects none")  # the table has the reasons
-        # A fresh function, so that JAX's cache cannot skip the trace and with it the decisions.
-        state = jax.eval_shape(lambda params: tx.init(params), params)
-    is_subspace = lambda x: isinstance(x, SubspaceState)
-    if not any(map(is_subspace, jax.tree.leaves(state, is_leaf=is_subspace))):
+    state, decisions = decisions_of(tx, params)
+    if not subspace_states(state):
         raise ValueError("`tx` contains no natgalore.project: there is nothing to describe.")
     axes = axis_names(params)
     state_bytes = bytes_by_leaf(state, params)
@@ -177,7 +172,7 @@ def describe(
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
-        decision = recorded.get(name, "not given to natgalore")
+        decision = decisions.get(name, "not given to natgalore")
         spec = decision if isinstance(decision, LeafSpec) else None
         rows.append(
             Row(

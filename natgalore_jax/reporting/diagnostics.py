@@ -13,12 +13,11 @@ from jaxtyping import Array, PyTree
 
 from ..fisher.core import CoreFisherState
 from ..fisher.window import FisherState
-from ..quantization.quantized_array import decoded
 from ..subspace.basis import normalised, to_core
-from ..subspace.engine import SubspaceState
-from ..subspace.lift import expanded
+from ..subspace.projection import expand_bases
+from ..subspace.state import SubspaceState, bases_in
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, path_name
+from ..tree.leaf_spec import LeafSpec, cores, is_core, path_name
 from ..util.linalg import matmul
 
 
@@ -58,13 +57,13 @@ def explained_energy(state: PyTree, grads: PyTree) -> dict[str, Array]:
         return jnp.where(usable, jnp.square(to_core(unit, *bases)).sum() / total, 0.0)
 
     energies = {}
-    for P, Q in _bases(state):
-        G = _full_gradient(gradients, P.spec)
-        bases = expanded(jnp.promote_types(G.dtype, jnp.float32), P, Q)
+    for spec, stored in _stored_bases(state):
+        G = _full_gradient(gradients, spec)
+        bases = expand_bases(spec.unnamed, jnp.promote_types(G.dtype, jnp.float32), stored)
         per_matrix = energy
-        for _ in P.spec.batch:
+        for _ in spec.batch:
             per_matrix = jax.vmap(per_matrix)
-        energies[P.spec.name] = per_matrix(P.spec.to_view(G).astype(bases[0].dtype), *bases)
+        energies[spec.name] = per_matrix(spec.to_view(G).astype(bases[0].dtype), *bases)
     return energies
 
 
@@ -81,14 +80,12 @@ def basis_drift(before: PyTree, after: PyTree) -> dict[str, Array]:
       For each projected leaf (*batch).
     """
 
-    def drift(old, new):
-        P_old, P_new = expanded(jnp.float32, old, new)
-        return 1 - jnp.square(matmul(P_new.mT, P_old)).sum(axis=(-2, -1)) / P_old.shape[-1]
-
+    drift = lambda P, new: 1 - jnp.square(matmul(new.mT, P)).sum(axis=(-2, -1)) / P.shape[-1]
     drifts = {}
-    for old, new in zip(_bases(before), _bases(after), strict=True):
-        sides = [drift(*pair) for pair in zip(old, new, strict=True) if pair[0] is not None]
-        drifts[old[0].spec.name] = sum(sides) / len(sides)
+    for old, new in zip(_stored_bases(before), _stored_bases(after), strict=True):
+        bases = [expand_bases(spec.unnamed, jnp.float32, stored) for spec, stored in (old, new)]
+        sides = [drift(*pair) for pair in zip(*bases, strict=True)]
+        drifts[old[0].name] = sum(sides) / len(sides)
     return drifts
 
 
@@ -167,10 +164,10 @@ def _find(state: PyTree, kind: type) -> list:
     return [x for x in jax.tree.leaves(unbox(state), is_leaf=is_kind) if is_kind(x)]
 
 
-def _bases(state: PyTree) -> list[tuple[Basis, Basis | None]]:
-    """P and, if both sides are projected, Q of each projected leaf."""
-    pairs = []
+def _stored_bases(state: PyTree) -> list[tuple[LeafSpec, tuple[Any, ...]]]:
+    """The spec of each projected leaf, and P, or P and Q, as the state stores them."""
+    found = []
     for node in _find(state, SubspaceState):
-        right = {Q.spec.name: Q for Q in _find(decoded(node.right_basis), Basis)}
-        pairs += [(P, right.get(P.spec.name)) for P in _find(decoded(node.basis), Basis)]
-    return pairs
+        right = {Q.spec.path: (Q.value,) for Q in bases_in(node.right_basis)}
+        found += [(P.spec, (P.value, *right.get(P.spec.path, ()))) for P in bases_in(node.basis)]
+    return found

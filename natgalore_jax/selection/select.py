@@ -3,11 +3,9 @@
 The argument `select` has priority; `infer_axes.py` infers the axes of all other leaves.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,30 +158,7 @@ def select(
         else:
             reasons[path_name(path)] = spec
         specs.append(spec if isinstance(spec, LeafSpec) else None)
-        _note(path, spec)
     return treedef.unflatten(specs), reasons
-
-
-_decisions: contextvars.ContextVar[dict[str, LeafSpec | str] | None] = contextvars.ContextVar(
-    "decisions", default=None
-)
-
-
-@contextlib.contextmanager
-def decisions() -> Iterator[dict[str, LeafSpec | str]]:
-    """Records each selection inside the context: leaf name -> LeafSpec, or reason for none."""
-    recorded: dict[str, LeafSpec | str] = {}
-    token = _decisions.set(recorded)
-    try:
-        yield recorded
-    finally:
-        _decisions.reset(token)
-
-
-def _note(path: tuple, decision: LeafSpec | str) -> None:
-    recorded = _decisions.get()
-    if recorded is not None:
-        recorded[path_name(path)] = decision
 
 
 def _spec(path: tuple, leaf: Any, view: Any, reading: Reading | str) -> LeafSpec | str:

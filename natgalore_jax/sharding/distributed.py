@@ -23,7 +23,7 @@ from jaxtyping import Array, PyTree
 
 from ..tree.leaf_spec import LeafSpec
 from .partitioning import (
-    ParamPartitions,
+    LeafPartition,
     axis_entries,
     merged_entry,
     mesh_axes,
@@ -32,16 +32,16 @@ from .partitioning import (
 )
 
 
-def batch_partition(spec: LeafSpec, partitions: ParamPartitions) -> PartitionSpec:
+def batch_partition(spec: LeafSpec, leaf: LeafPartition) -> PartitionSpec:
     """The partition of the batch axes of a leaf; P() if they are not sharded."""
-    entries = axis_entries(spec, partitions.get(spec.path))
+    entries = axis_entries(spec, leaf.partition)
     return trim_partition([entries[axis] for axis in spec.batch])
 
 
 def over_shards(
     f: Callable[..., PyTree],
     spec: LeafSpec,
-    partitions: ParamPartitions,
+    leaf: LeafPartition,
     G: Array,
     inputs: PyTree,
     state: PyTree,
@@ -54,18 +54,18 @@ def over_shards(
     Args:
       f: a function of a LeafSpec and arrays, which returns the new `state`.
       spec: of the leaf.
-      partitions: of the gradients.
+      leaf: the partition of the gradient.
       G: the gradient, in the leaf's shape.
       inputs: arrays whose batch axes come first, not returned.
       state: arrays whose batch axes come first, returned.
     """
-    batch = batch_partition(spec, partitions)
+    batch = batch_partition(spec, leaf)
     if not batch:
         return f(spec, G, inputs, state)
-    entries = axis_entries(spec, partitions.get(spec.path))
+    entries = axis_entries(spec, leaf.partition)
     names = {name for entry in batch for name in mesh_axes(entry)}
     context = get_abstract_mesh()
-    mesh = partitions.mesh if context.empty else context
+    mesh = leaf.mesh if context.empty else context
     local_sizes = [
         size
         // math.prod(mesh.shape[name] for name in mesh_axes(entries[axis]) if axis in spec.batch)
@@ -84,7 +84,7 @@ def over_shards(
 
 
 def on_whole_matrices(
-    f: Callable[[Array], Array], spec: LeafSpec, partitions: ParamPartitions, x: Array
+    f: Callable[[Array], Array], spec: LeafSpec, leaf: LeafPartition, x: Array
 ) -> Array:
     """`f(x)` for the matrices of a leaf, (*batch, m, n), each matrix whole on some device.
 
@@ -93,8 +93,8 @@ def on_whole_matrices(
     divisible, each of these devices computes all matrices.
     """
     context = get_abstract_mesh()
-    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else partitions.mesh
-    entries = axis_entries(spec, partitions.get(spec.path))
+    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
+    entries = axis_entries(spec, leaf.partition)
     sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
     batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]

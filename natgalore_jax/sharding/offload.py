@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from ..tree.state_roles import SQUARES, walk
 from ..util.validation import check_choice
+from .state_shardings import Sharded
 
 
 OFFLOADED_ROLES = {"all": None, "moments": ("linear", *SQUARES), "window": ("window",)}
@@ -51,6 +52,7 @@ def offload(
     """
     check_choice("what", what, OFFLOADED_ROLES)
     roles = OFFLOADED_ROLES[what]
+    param_partitions = getattr(tx, "param_partitions", None)
     tx = optax.with_extra_args_support(tx)
 
     def move_to(space: jax.memory.Space, state: PyTree) -> PyTree:
@@ -68,4 +70,6 @@ def offload(
         updates, state = tx.update(updates, on_device, params, **extra_args)
         return updates, move_to(jax.memory.Space.Host, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    transformation = Sharded(init, update)
+    transformation.param_partitions = param_partitions
+    return transformation

@@ -37,6 +37,18 @@ from ..tree.state_roles import Undeclared
 Entry = Any  # of a PartitionSpec: None, one mesh axis or a tuple of several
 
 
+class LeafPartition(NamedTuple):
+    """The partition of one leaf, and its mesh; static and hashable.
+
+    Attributes:
+      mesh: None if nothing is known of it.
+      partition: the PartitionSpec of the leaf.
+    """
+
+    mesh: Mesh | AbstractMesh | None
+    partition: PartitionSpec
+
+
 class ParamPartitions(NamedTuple):
     """The PartitionSpec of each parameter, and the mesh.
 
@@ -51,6 +63,10 @@ class ParamPartitions(NamedTuple):
     def get(self, path: tuple) -> PartitionSpec:
         """The PartitionSpec of the leaf at `path`."""
         return self.partitions.get(path, PartitionSpec())
+
+    def leaf(self, spec: LeafSpec) -> LeafPartition:
+        """The partition of a projected leaf."""
+        return LeafPartition(self.mesh, self.get(spec.path))
 
     def place(self, x: Array, partition: PartitionSpec) -> Array:
         """`x` with `partition` on the mesh; unchanged without a mesh."""
@@ -183,17 +199,21 @@ def array_partition(x: Any) -> PartitionSpec:
     return trim_partition(list(jax.typeof(x).sharding.spec))
 
 
-def with_auto_axes(f: Callable[..., PyTree], out_like: PyTree, *args: PyTree) -> PyTree:
+def with_auto_axes(
+    f: Callable[..., PyTree], out_like: PyTree | Callable[[], PyTree], *args: PyTree
+) -> PyTree:
     """`f(*args)` with shardings inside `f` chosen by the compiler, on Explicit axes too.
 
     Args:
       f: a function of arrays.
-      out_like: the partitions of the results, as a tree of PartitionSpecs or arrays that have them.
+      out_like: the partitions of the results, as a tree of PartitionSpecs or arrays that have
+        them; or a function that returns this tree, called only on Explicit axes.
       *args: of `f`.
     """
     mesh = explicit_mesh(args)
     if mesh is None:
         return f(*args)
+    out_like = out_like() if callable(out_like) else out_like
     is_partition = lambda x: isinstance(x, PartitionSpec)
     sharding = lambda x: NamedSharding(mesh, x if is_partition(x) else array_partition(x))
     out_sharding = jax.tree.map(sharding, out_like, is_leaf=is_partition)

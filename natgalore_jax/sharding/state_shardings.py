@@ -1,7 +1,7 @@
 """NamedShardings of an optimizer's whole state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,12 @@ def state_shardings(
     return jax.tree.map(with_kind, shardings, jax.tree.structure(shapes).unflatten(kinds))
 
 
+class Sharded(optax.GradientTransformationExtraArgs):
+    """A transformation that may know the partitions of the params, as that of :func:`sharded`."""
+
+    param_partitions: Callable[[PyTree], ParamPartitions] | None
+
+
 def sharded(
     tx: optax.GradientTransformation,
     param_shardings: PyTree,
@@ -135,7 +141,11 @@ def sharded(
         updates = jax.tree.structure(updates).unflatten([place(*pair) for pair in pairs])
         return updates, place_state(state, updates)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    transformation = Sharded(init, update)
+    transformation.param_partitions = lambda params: _param_partitions(
+        params, param_shardings, zero_axis
+    )[0]
+    return transformation
 
 
 def _param_partitions(

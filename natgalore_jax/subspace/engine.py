@@ -1,32 +1,32 @@
-"""One step in the subspace, on one tree.
+"""One update of a projection.
 
-    refresh  P from G where it is due, and what inner remembers carried along (refresh.py)
-    project  R = PᵀG, or PᵀG Q (lower.py)
-    gate     a matrix whose gradient is not finite hands on a zero core instead
-    inner    U = inner(R): one transformation over one tree of Cores and other leaves
-    lift     P U, or P U Qᵀ, in the leaf's shape, what was left out, if it is asked for, and inner's
-             decay of the whole weight (lift.py, residual.py)
+    1. flatten     the gradients into projected leaves and others
+    2. refresh     P where it is due, and inner's state with it; project R = PᵀG, or PᵀG Q
+    3. inner       U = inner(R): one transformation over one tree of Cores and other leaves
+    4. lift        P U, or P U Qᵀ, plus the residual, plus inner's decay of the whole weight
+    5. unflatten   the updates, in the shapes, dtypes and boxes of the leaves
 
-Inner sees float32 (float64 where a leaf is), whatever the dtype of the params: a second moment in
-bfloat16 with b2 = 0.999 cannot move.
+A matrix whose gradient is not finite gives inner a zero core and gets a zero update.
+
+Inner sees float32 (float64 for a float64 leaf), whatever the dtype of the params: a second moment
+in bfloat16 with b2 = 0.999 could not change.
 
 Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Das, "Natural GaLore",
 arXiv:2410.16029, algorithm 1.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
+from ..quantization.quantized_array import dequantize, is_quantized, requantize
+from ..quantization.staged_update import in_stages
 from ..sharding.partitioning import (
+    LeafPartition,
     ParamPartitions,
     partitions_of,
     role_partition,
@@ -35,74 +35,26 @@ from ..sharding.partitioning import (
 )
 from ..sharding.shard_map import check_reduced, varying_as
 from ..tree.flax_boxes import is_box, rebox, unbox, with_boxes
-from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core, replace_cores
-from ..tree.state_roles import is_per_leaf_scalar, register_state, slice_shape, walk
+from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core
+from ..tree.state_roles import walk
 from .basis import basis_key
 from .learning_rate_check import check_learning_rate
-from .lift import lift
-from .projection import check_cores, gate, lower, working, working_dtype
-from .refresh import Refresh
-from .residual import Residual, ResidualState, is_limited, no_norms
-from .transport import check_roles
-from .weight_decay import inspect, update_with_decay
-
-
-FORMAT_VERSION = 1  # of the state; a new one comes with a way to read the old
-
-
-class SubspaceState(NamedTuple):
-    """What :func:`project` remembers.
-
-    Its arrays are float32 whatever the dtype of the params (float64 where a leaf is), so a
-    checkpoint of it goes on with weights that have become bfloat16.
-
-    Attributes:
-      count: steps taken, one int32.
-      basis: a tree like the params with a Basis, (*batch, m, r), at each projected leaf and None
-        elsewhere.
-      right_basis: the same of Q, (*batch, n, r), at leaves projected on both sides.
-      refreshed: how often each matrix has got a new basis, (*batch) int32 at each projected leaf.
-        Zero: it still has its random one, and the first usable gradient brings a new.
-      skipped: a tree like the params, int32: how often a gradient was not finite, for each matrix
-        (*batch) of a projected leaf, for each other leaf as a whole.
-      inner_state: the inner transformation's state; its arrays of projected leaves are Cores.
-      version: of this partitions, one int32, so that a later release knows what it reads.
-    """
-
-    count: Int[Array, ""]
-    basis: PyTree
-    right_basis: PyTree
-    refreshed: PyTree
-    skipped: PyTree
-    inner_state: PyTree
-    version: Int[Array, ""]
-
-
-register_state(
-    SubspaceState, count="scalar", refreshed="scalar", skipped="scalar", version="scalar"
+from .projection import (
+    Projected,
+    from_subspace,
+    refresh_and_project,
+    to_working_dtype,
+    working_dtype,
 )
-
-State = SubspaceState | ResidualState
-
-_found = contextvars.ContextVar[list | None]("engines found", default=None)
-
-
-@contextlib.contextmanager
-def finding() -> Iterator[list["tuple[Engine, SubspaceState, ParamPartitions]"]]:
-    """Within it every engine that makes a state is noted, that state, and how its leaves lie.
-
-    A transformation does not tell what it is composed of, but its init reaches all of it.
-    """
-    found: list[tuple[Engine, SubspaceState, ParamPartitions]] = []
-    token = _found.set(found)
-    try:
-        yield found
-    finally:
-        _found.reset(token)
+from .refresh import MatrixState, Refresh
+from .residual import RESIDUALS, Residual
+from .state import FORMAT_VERSION, Settings, SubspaceState, check_cores, check_fits, flatten
+from .transport import check_roles
+from .weight_decay import inspect, refuse_evaluation, update_with_decay
 
 
 class Engine:
-    """The transformation behind :func:`project`; its arguments are checked there."""
+    """The transformation behind :func:`project`, where its arguments are checked."""
 
     def __init__(
         self,
@@ -116,19 +68,26 @@ class Engine:
         self.refresh = refresh
         self.scale = scale
         self.residual = residual
-        self.check = None if residual is None else check_learning_rate
+        self._jitted_inner = jax.jit(self._inner_update, static_argnums=0)
 
-    def init(self, params: PyTree, specs: PyTree) -> State:
-        """The state for `params`, out of their boxes seen as `specs`: LeafSpecs, or None."""
+    def init(self, params: PyTree, specs: PyTree, reasons: dict[str, str]) -> SubspaceState:
+        """The state for `params`.
+
+        Args:
+          params: the parameters.
+          specs: like the params without boxes: the LeafSpec of each projected leaf, else None.
+          reasons: why the others are not projected, by name.
+        """
         inner, params = with_boxes(self.inner, params), unbox(params)
         partitions = partitions_of(params)
+        settings = self.settings(reasons)
 
         def proxy(x, spec):
             if spec is None:
-                return working(x)
+                return to_working_dtype(x)
             core = jnp.zeros_like(x, working_dtype(x), spec.core_shape)
-            entries = role_partition("linear", spec, partitions.get(spec.path))
-            return Core(partitions.place(core, entries), spec)
+            partition = role_partition("linear", spec, partitions.get(spec.path))
+            return Core(partitions.place(core, partition), spec)
 
         def basis(x, spec, side=0):
             if spec is None or (side and not spec.both):
@@ -137,121 +96,177 @@ class Engine:
             keys = jax.vmap(lambda i: basis_key(self.refresh.seed, i, 0, side))(index)
             view = spec.transposed if side else spec
             start = self.refresh.method.start(keys, view, working_dtype(x))
-            return Basis(varying_as(start, x), view)
+            return Basis(varying_as(start, x), view, settings)
 
-        def refreshed(x, spec):
-            return None if spec is None else skipped(x, spec)
-
-        def skipped(x, spec):
+        def counter(x, spec):
             shape = () if spec is None else spec.batch_shape
             zeros = jnp.zeros_like(x, jnp.int32, shape)
             return zeros if spec is None else Core(zeros, spec)
 
         proxies = jax.tree.map(proxy, params, specs)
         inner_state = allow_no_cores(inner.init(proxies))
-        origins = inspect(inner, proxies, inner_state, self.check) if cores(proxies) else None
+        origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
+        if self.residual is not None and cores(proxies):
+            check_learning_rate(inner, proxies, sized=self.residual in RESIDUALS)
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
         state = SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
             right_basis=jax.tree.map(functools.partial(basis, side=1), params, specs),
-            refreshed=jax.tree.map(refreshed, params, specs),
-            skipped=jax.tree.map(skipped, params, specs),
+            refreshed=jax.tree.map(
+                lambda x, spec: None if spec is None else counter(x, spec), params, specs
+            ),
+            skipped=jax.tree.map(counter, params, specs),
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
         )
-        found = _found.get()
-        if found is not None:
-            found.append((self, state, partitions))
-        if is_limited(self.residual):
-            state = ResidualState(state, no_norms(proxies))
         return _placed(state, partitions)
 
+    def settings(self, reasons: dict[str, str]) -> Settings:
+        return Settings(self.refresh, self.residual is not None, tuple(reasons.items()))
+
     def update(
-        self,
-        updates: PyTree,
-        state: State,
-        params: PyTree = None,
-        **extra_args: Any,
-    ) -> tuple[PyTree, State]:
-        """The update of every leaf, in the leaf's shape and dtype, and the state after it."""
+        self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, SubspaceState]:
+        """The update of every leaf, in its shape and dtype, and the new state."""
+        # 1. Flatten: lists with an entry for each leaf, or for each projected leaf.
         if self.residual is not None and cores(updates):
             raise ValueError(
                 "`residual` needs whole gradients, and these are cores: take those of "
                 "jax.value_and_grad, or residual=None."
             )
-        boxes = _as_leaves(updates, params)
-        inner, leaves = with_boxes(self.inner, boxes), unbox(boxes)
-        updates, params = unbox(updates), unbox(params)
-        walk(state, _refuse_misfit)
-        state, norm = state if isinstance(state, ResidualState) else (state, None)
-        check_cores(updates, state.basis)
+        boxes = _params_at_cores(updates, params)
+        updates, params, leaves = unbox(updates), unbox(params), unbox(boxes)
+        check_fits(state)
+        check_cores(updates, state.basis, self.refresh)
         check_reduced(updates, state.skipped)
+        gradients, treedef = jax.tree.flatten(updates, is_leaf=is_core)
+        places = [i for i, P in enumerate(treedef.flatten_up_to(state.basis)) if P is not None]
+        specs, roles, states, unflatten = flatten(state, self.refresh.transport)
         partitions = partitions_of(leaves)
-        lying_as = lambda role: jax.tree_util.tree_map_with_path(
-            functools.partial(_lying, role, partitions), leaves, state.basis
+        leaf_partitions = [partitions.leaf(spec) for spec in specs]
+
+        # 2. Refresh and project.
+        states, bases = with_auto_axes(
+            functools.partial(refresh_and_project, self.refresh, specs, roles, leaf_partitions),
+            lambda: _projected_partitions(specs, leaf_partitions, states),
+            [gradients[i] for i in places],
+            states,
+            state.count,
         )
-        like = (
-            *(state.basis, state.right_basis, state.refreshed, state.inner_state),
-            *(lying_as("linear"), lying_as("scalar")),
+        state = unflatten(states)
+
+        # 3. Inner, on one tree of Cores and other leaves.
+        other = {i: to_working_dtype(x) for i, x in enumerate(gradients) if i not in {*places}}
+        finite = {i: jnp.isfinite(x).all() for i, x in other.items()}
+        inputs = {i: jnp.where(finite[i], x, jnp.zeros_like(x)) for i, x in other.items()}
+        for i, spec, x in zip(places, specs, states, strict=True):
+            finite[i], inputs[i] = x.finite, Core(x.R, spec)
+        cores_in = treedef.unflatten([inputs[i] for i in range(len(gradients))])
+        answer, decay, inner_state = self.run_inner(
+            boxes, cores_in, state.inner_state, params, extra_args
         )
-        down = functools.partial(self.down, partitions=partitions)
-        *bases, refreshed, inner_state, projected, finite = with_auto_axes(
-            down, like, updates, state
-        )
-        if params is None and self.check is None:
-            answer, inner_state = inner.update(projected, inner_state, None, **extra_args)
-            decay: list[Any] = [None] * len(cores(projected))
-        else:
-            proxy = lambda x, w: x.replace(jnp.zeros_like(x.value)) if is_core(x) else working(w)
-            proxies = None
-            if params is not None:
-                proxies = jax.tree.map(proxy, projected, params, is_leaf=is_core)
-            answer, decay, inner_state = update_with_decay(
-                inner, projected, inner_state, proxies, self.check, **extra_args
+
+        # 4. Lift.
+        weights = treedef.flatten_up_to(leaves if params is None else params)
+        answers = treedef.flatten_up_to(answer)
+        lifted = {
+            # Masked again: inner's momentum moves leaves whose gradient is not finite.
+            i: jnp.where(finite[i], answers[i], jnp.zeros_like(answers[i])).astype(weights[i].dtype)
+            for i in other
+        }
+        for i, spec, partition, x, P, a in zip(
+            places, specs, leaf_partitions, states, bases, decay, strict=True
+        ):
+            U = answers[i].value
+            lifted[i] = with_auto_axes(
+                functools.partial(
+                    from_subspace,
+                    spec.unnamed,
+                    partition,
+                    self.residual,
+                    jnp.dtype(weights[i].dtype),
+                    self.scale,
+                ),
+                partition.partition,
+                partitions.hint(U, role_partition("linear", spec, partition.partition)),
+                x.finite,
+                P,
+                None if self.residual is None else (gradients[i], x.R),
+                None if a is None else (a, weights[i]),
             )
-        weights = leaves if params is None else params  # whose dtypes the updates get
-        answer = replace_cores(
-            answer,
-            [
-                partitions.hint(
-                    U.value, role_partition("linear", U.spec, partitions.get(U.spec.path))
+
+        # 5. Unflatten.
+        skipped = [
+            _count(n, ~finite[i]) for i, n in enumerate(treedef.flatten_up_to(state.skipped))
+        ]
+        new_state = state._replace(
+            count=optax.safe_increment(state.count),
+            skipped=treedef.unflatten(skipped),
+            inner_state=inner_state,
+        )
+        updates = treedef.unflatten([lifted[i] for i in range(len(gradients))])
+        return rebox(updates, boxes), new_state
+
+    def run_inner(
+        self,
+        boxes: PyTree,
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> tuple[PyTree, list[Any], PyTree]:
+        """Inner's answer, its decay of each Core and its new state, decoded in stages."""
+        proxies = None
+        if params is not None:
+            proxy = lambda x, w: (
+                x.replace(jnp.zeros_like(x.value)) if is_core(x) else to_working_dtype(w)
+            )
+            proxies = jax.tree.map(proxy, updates, params, is_leaf=is_core)
+        has_boxes = jax.tree.structure(boxes) != jax.tree.structure(unbox(boxes))
+        box_def = jax.tree.structure(boxes) if has_boxes else None
+        # Arrays and numbers are traced; functions, such as a loss, would need whole weights.
+        static = {k: x for k, x in extra_args.items() if not _is_numeric(x)}
+        static = {k: refuse_evaluation if callable(x) else x for k, x in static.items()}
+        arrays = {k: x for k, x in extra_args.items() if k not in static}
+        if static:
+            update = jax.jit(
+                lambda updates, state, params: self._inner_update(
+                    box_def, updates, state, params, arrays | static
                 )
-                for U in cores(answer)
-            ],
-        )
-        left = () if self.residual is None else (updates, projected)
-        if is_limited(self.residual):
-            norm = no_norms(projected) if norm is None else norm
-            left = *left, norm
+            )
         else:
-            norm = None
-        lifted, norm = with_auto_axes(
-            functools.partial(lift, self.scale, self.residual, partitions),
-            (weights, norm),
-            *(answer, decay, finite, bases, weights, left),
-        )
-        skipped = jax.tree.map(lambda n, ok: n + (~ok).astype(n.dtype), state.skipped, finite)
-        count = optax.safe_increment(state.count)
-        new = SubspaceState(count, *bases, refreshed, skipped, inner_state, state.version)
-        return rebox(lifted, boxes), new if norm is None else ResidualState(new, norm)
+            update = lambda *trees: self._jitted_inner(box_def, *trees, arrays)
 
-    def down(
-        self, updates: PyTree, state: SubspaceState, partitions: ParamPartitions
-    ) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, PyTree]:
-        """All until inner: both bases, refreshes and inner's state as they are now; the cores,
-        with zeros for what is not finite; and what was."""
-        *bases, projected, refreshed, inner_state, finite = lower(
-            self.refresh, updates, state, partitions
-        )
-        return (*bases, refreshed, inner_state, *gate(projected, finite))
+        leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
+        coded = [i for i, x in enumerate(leaves) if is_quantized(x)]
+        if not coded:
+            return update_with_decay(update, updates, state, proxies)
+
+        def on_codes(codes):
+            now = treedef.unflatten(_replaced(leaves, coded, codes))
+            answer, decay, new = update_with_decay(update, updates, dequantize(now), proxies)
+            new = treedef.flatten_up_to(requantize(new, now))
+            others = _replaced(new, coded, [None] * len(coded))
+            return (answer, decay, others), [new[i] for i in coded]
+
+        (answer, decay, new), codes = in_stages(on_codes, [leaves[i] for i in coded])
+        return answer, decay, treedef.unflatten(_replaced(new, coded, codes))
+
+    def _inner_update(
+        self, box_def: Any, updates: PyTree, state: PyTree, params: PyTree, extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
+        inner = self.inner
+        if box_def is not None:
+            inner = with_boxes(inner, box_def.unflatten(range(box_def.num_leaves)))
+        return inner.update(updates, state, params, **extra_args)
 
 
-def _as_leaves(updates: PyTree, params: PyTree) -> PyTree:
-    """`updates` with the params, boxes and all, where it has cores.
+def _params_at_cores(updates: PyTree, params: PyTree) -> PyTree:
+    """`updates` with the params, in their boxes, where it has Cores.
 
-    Without params one number of the core's dtype stands there: it is asked for nothing else.
+    Without params a number of the core's dtype stands there; only its dtype is used.
     """
     if not cores(updates):
         return updates
@@ -262,40 +277,43 @@ def _as_leaves(updates: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(lambda G, w: w if is_core(G) else G, updates, params, is_leaf=stop)
 
 
-def _lying(role: str, partitions: ParamPartitions, path: tuple, G: Array, P: Basis | None) -> Any:
-    """How something of a gradient lies, or of a leaf that is not projected, which has no axes."""
-    if P is None:
-        return partitions.get(path) if role == "linear" else PartitionSpec()
-    return Core(role_partition(role, P.spec, partitions.get(path)), P.spec)
+def _projected_partitions(
+    specs: list[LeafSpec], partitions: list[LeafPartition], states: list[MatrixState]
+) -> Projected:
+    """The partitions of a :class:`Projected`, or arrays that have them."""
+    bases, new = [], []
+    for spec, leaf, state in zip(specs, partitions, states, strict=True):
+        partition = lambda role, view=spec, leaf=leaf: role_partition(role, view, leaf.partition)
+        sides = (spec, spec.transposed)[: len(state.stored)]
+        bases.append(tuple(partition("basis", side) for side in sides))
+        new.append(state._replace(R=partition("linear"), finite=partition("scalar")))
+    return Projected(new, bases)
 
 
-def _placed(state: State, partitions: ParamPartitions) -> State:
+def _placed(state: SubspaceState, partitions: ParamPartitions) -> SubspaceState:
     """The state on the mesh of the params."""
 
     def at(x, role, spec):
         if spec is not None:
             return partitions.place(x, state_partition(x, role, spec, partitions.get(spec.path)))
-        # An array of a leaf that is not projected is where inner made it.
-        return partitions.place(x, PartitionSpec()) if jnp.ndim(x) == 0 else x
+        # Arrays of leaves that are not projected are where inner made them.
+        return partitions.place(x, jax.sharding.PartitionSpec()) if jnp.ndim(x) == 0 else x
 
     return walk(state, at)
 
 
-def _refuse_misfit(x: Any, role: Any, spec: LeafSpec | None) -> Any:
-    """A checkpoint of another rank, restored as it is, would train on while its shapes agree."""
-    if spec is None or is_per_leaf_scalar(x, role):
-        return x
-    part = x.shape[len(spec.batch) :]
-    expected = slice_shape(role, spec)
-    if role == "basis":
-        fits = x.shape == spec.basis_shape
-    elif role == "window":
-        fits = part[1:2] == (spec.rank,)
-    else:
-        fits = expected is None or part[:1] == expected[:1]
-    if not fits:
-        raise ValueError(
-            f"the state of `{spec.name}`, {spec.m} x {spec.n} at rank {spec.rank}, holds an array "
-            f"of shape {x.shape} ({role}): it comes from a run with another `rank` or `side`."
-        )
-    return x
+def _is_numeric(x: Any) -> bool:
+    """Whether x is a tree of arrays and numbers."""
+    return all(isinstance(leaf, jax.typing.ArrayLike) for leaf in jax.tree.leaves(x))
+
+
+def _replaced(values: list[Any], places: list[int], new: list[Any]) -> list[Any]:
+    """The list with the values at `places` replaced."""
+    replaced = dict(zip(places, new, strict=True))
+    return [replaced.get(i, x) for i, x in enumerate(values)]
+
+
+def _count(n: Any, event: Array) -> Any:
+    """A counter, or Core of counters, that has counted an event."""
+    add = lambda n: n + event.astype(n.dtype)
+    return n.replace(add(n.value)) if is_core(n) else add(n)

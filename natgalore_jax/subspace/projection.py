@@ -1,113 +1,187 @@
-"""From gradients down to cores, on bases that are refreshed first where they are due."""
+"""One projected leaf on its way down to its core and back.
+
+    down    R = PᵀG, or PᵀG Q
+    back    W's update: scale · (P U, or P U Qᵀ, + the residual) + a W
+
+Each function is compiled once for all leaves of a shape, and its program is traced once: they take
+a :class:`LeafSpec` without a name.
+"""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from ..sharding.partitioning import ParamPartitions
-from ..tree.leaf_spec import Basis, Core, is_core
-from .basis import to_core
-from .lift import expanded, keep_where
-from .refresh import Refresh
+from ..quantization.quantized_array import decode_basis, with_keys_of, without_keys
+from ..sharding.distributed import on_whole_matrices
+from ..sharding.partitioning import LeafPartition
+from ..tree.leaf_spec import LeafSpec, is_core
+from ..util.linalg import max_abs, polar
+from .basis import expand, from_core, to_core
+from .refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
+from .residual import Residual, with_residual
 
 
-def lower(
-    refresh: Refresh, updates: PyTree, state: Any, partitions: ParamPartitions
-) -> tuple[PyTree, PyTree, PyTree, PyTree, PyTree, list[Bool[Array, "..."]]]:
-    """What `Refresh` returns, of gradients among which there may be cores.
+class Projected(NamedTuple):
+    """The projected leaves on their way to inner: lists with an entry for each.
 
-    A core was projected where it was made, by `value_and_grad`, after a refresh if due: its
-    basis stays as it is.
+    Attributes:
+      states: after refreshes, with the core R, zero where not finite, and `finite`.
+      bases: P, or P and Q, as arrays, (*batch, m, r) and (*batch, n, r).
+    """
+
+    states: list[MatrixState]
+    bases: list[tuple[Array, ...]]
+
+
+def refresh_and_project(
+    refresh: Refresh,
+    specs: list[LeafSpec],
+    roles: list[tuple[Any, ...]],
+    partitions: list[LeafPartition],
+    gradients: list[Any],
+    states: list[MatrixState],
+    count: Int[Array, ""],
+) -> Projected:
+    """Refreshes the due bases and projects the gradients.
 
     Args:
       refresh: of the projection.
-      updates: the gradients, out of their boxes.
-      state: the :class:`SubspaceState`.
-      partitions: of the gradients, as far as known.
+      specs: of the leaves.
+      roles: of `carried` in each state.
+      partitions: of the leaves.
+      gradients: in the shapes of the leaves; or Cores, which `value_and_grad` has projected on
+        bases that it has refreshed.
+      states: of the matrices.
+      count: of steps.
 
     Raises:
       ValueError: if a gradient has another shape than its leaf.
     """
-    given = [x if is_core(x) else None for x in jax.tree.leaves(updates, is_leaf=is_core)]
-    if not any(given):
-        projected = jax.tree.map(project, updates, state.basis, state.right_basis)
-        return refresh(updates, projected, state, partitions)
-    of = functools.partial(jax.tree.map, is_leaf=is_core)
-    in_dtype = lambda G, P: G.replace(G.value.astype(core_dtype(P, G.value)))
-    given_cores = of(lambda G, P: in_dtype(G, P) if is_core(G) else None, updates, state.basis)
-    without = functools.partial(of, lambda G, x: None if is_core(G) else x, updates)
-    fields = ("basis", "right_basis", "refreshed")
-    rest = state._replace(**{field: without(getattr(state, field)) for field in fields})
-    gradients = without(updates)
-    projected = jax.tree.map(project, gradients, rest.basis, rest.right_basis)
-    *new, inner_state, finite = refresh(gradients, projected, rest, partitions, state.basis)
-    old = state.basis, state.right_basis, given_cores, state.refreshed
-    join = functools.partial(of, lambda G, new, old: old if is_core(G) else new, updates)
-    left = iter(finite)
-    slots = jax.tree.structure(updates, is_leaf=is_core).flatten_up_to(state.basis)
-    finite = [
-        next(left) if G is None else jnp.isfinite(G.value).all(axis=(-2, -1))
-        for G, P in zip(given, slots, strict=True)
-        if P is not None
-    ]
-    return *map(join, new, old), inner_state, finite
-
-
-def check_cores(updates: PyTree, bases: PyTree) -> None:
-    """Raises if a gradient is a core on a basis of another state, or has not the shape of one."""
-
-    def check(G, P):
-        if is_core(G) and (P is None or P.spec != G.spec or G.value.shape != G.spec.core_shape):
-            raise ValueError(
-                f"the gradient of `{G.spec.name}` is a core of another state, or of another shape "
-                f"than {G.spec.core_shape}: `update` takes the state that value_and_grad returned."
-            )
-
-    jax.tree.map(check, updates, bases, is_leaf=is_core)
-
-
-def project(G: Array, P: Basis | None, Q: Basis | None) -> Any:
-    """The core of a projected leaf, in the dtype of its state; the leaf itself for another."""
-    if P is None:
-        return working(G)
-    if G.shape != P.spec.shape:
-        raise ValueError(
-            f"the gradient of `{P.spec.name}` has shape {G.shape}, its state is for {P.spec.shape}."
+    dtypes, bases, new = [], [], []
+    for spec, G, state in zip(specs, gradients, states, strict=True):
+        dtype = core_dtype(state.stored[0], G.value if is_core(G) else G)
+        dtypes.append(dtype)
+        bases.append(expand_bases(spec.unnamed, dtype, state.stored))
+        if is_core(G):
+            R = G.value.astype(dtype)
+        else:
+            check_shape(spec, G)
+            R = to_subspace(spec.unnamed, dtype, G, bases[-1])
+        new.append(state._replace(R=R))
+    # The only pass over the cores on every step: the largest entries show which cores are finite
+    # and which are zero.
+    largest = [max_abs(state.R) for state in new]
+    new = [x._replace(finite=jnp.isfinite(size)) for x, size in zip(new, largest, strict=True)]
+    full = [i for i, G in enumerate(gradients) if not is_core(G)]
+    if full:
+        total = number_of_matrices(specs)
+        due = [refresh.due(specs[i], largest[i], new[i].refreshed, count, total) for i in full]
+        after = refresh_due(
+            refresh,
+            tuple(RefreshLeaf(specs[i], roles[i], partitions[i]) for i in full),
+            "gradient",
+            [gradients[i] for i in full],
+            due,
+            jnp.ones([], bool),
+            [new[i]._replace(carried=without_keys(new[i].carried)) for i in full],
         )
-    dtype = core_dtype(P, G)
-    return Core(to_core(P.spec.to_view(G).astype(dtype), *expanded(dtype, P, Q)), P.spec)
+        for i, x in zip(full, after, strict=True):
+            new[i] = x._replace(carried=with_keys_of(new[i].carried, x.carried))
+            # Expanded a second time: random bases kept from above would all be held through inner.
+            bases[i] = expand_bases(specs[i].unnamed, dtypes[i], x.stored)
+    new = [x._replace(R=zero_where_not(x.finite, x.R)) for x in new]
+    return Projected(new, bases)
 
 
-def core_dtype(P: Basis, G: Any) -> Any:
-    """The dtype of the core of G on the basis P."""
-    kept = P.value.dtype  # of a random basis that of its key, which says nothing of the core's
-    return kept if jnp.issubdtype(kept, jnp.floating) else working_dtype(G)
+def check_shape(spec: LeafSpec, G: Any) -> None:
+    """Raises if a gradient has not the shape of its leaf."""
+    if G.shape != spec.shape:
+        raise ValueError(
+            f"the gradient of `{spec.name}` has shape {G.shape}, its state is for {spec.shape}."
+        )
 
 
-def gate(projected: PyTree, finite: list[Bool[Array, "..."]]) -> tuple[PyTree, PyTree]:
-    """`projected` with zeros for what is not finite, and what was: per matrix, or per other leaf.
-
-    `finite` says it of the Cores. A core is finite where its gradient is: P mixes all rows, so one
-    bad entry spoils its column. Looking at the core spares a pass over the gradient.
-    """
-    left = iter(finite)
-    of = lambda x: x.replace(next(left)) if is_core(x) else jnp.isfinite(x).all()
-    ok = jax.tree.map(of, projected, is_leaf=is_core)
-    return jax.tree.map(keep_where, projected, ok, is_leaf=is_core), ok
+def core_dtype(stored: Any, G: Any) -> Any:
+    """The dtype of the core of G: that of the stored basis; for a random basis, of computations."""
+    dtype = getattr(stored, "scales", stored).dtype
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else working_dtype(G)
 
 
 def working_dtype(x: Any) -> Any:
-    """The dtype in which a leaf is worked on: at least float32, and integers as they are."""
+    """The dtype of computations on a leaf: at least float32; integers as they are."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x.dtype
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def working(x: Any) -> Any:
-    """The leaf in that dtype."""
+def to_working_dtype(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, working_dtype(x))
     return jnp.asarray(x, working_dtype(x))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def expand_bases(spec: LeafSpec, dtype: Any, stored: tuple[Any, ...]) -> tuple[Array, ...]:
+    """P, or P and Q, (*batch, m, r) and (*batch, n, r), from what the state stores."""
+    views = (spec, spec.transposed)
+    return tuple(expand(decode_basis(x), v, dtype) for x, v in zip(stored, views, strict=False))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def to_subspace(
+    spec: LeafSpec, dtype: Any, G: Float[Array, "..."], bases: tuple[Array, ...]
+) -> Float[Array, "*batch r k"]:
+    """The core R of a gradient in the leaf's shape; k is n, or r on both sides."""
+    return to_core(spec.to_view(G).astype(dtype), *bases)
+
+
+def zero_where_not(finite: Bool[Array, "*batch"], x: Float[Array, "*batch a b"]) -> Array:
+    """x with zeros for the matrices that are not finite."""
+    return jnp.where(finite[..., None, None], x, 0)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "partition", "residual", "dtype"))
+def from_subspace(
+    spec: LeafSpec,
+    partition: LeafPartition,
+    residual: str | Residual | None,
+    dtype: Any,
+    scale: Any,
+    U: Float[Array, "*batch r k"],
+    finite: Bool[Array, "*batch"],
+    bases: tuple[Array, ...],
+    gradient: tuple[Float[Array, "..."], Float[Array, "*batch r k"]] | None,
+    decay: tuple[Float[Array, ""], Float[Array, "..."]] | None,
+) -> Float[Array, "..."]:
+    """The update of a leaf, in its shape and in `dtype`; zero for matrices that are not finite.
+
+    Args:
+      spec: of the leaf.
+      partition: of the leaf.
+      residual: the rule for the residual, or None.
+      dtype: of the leaf.
+      scale: α of P U and the residual.
+      U: inner's answer.
+      finite: whether the gradient of each matrix is. Inner saw a zero core where it is not, but its
+        momentum moves such a matrix all the same, hence this second mask.
+      bases: P, or P and Q.
+      gradient: G and R, if there is a residual.
+      decay: a of inner's decoupled decay and the weight W, if inner decays this leaf.
+    """
+    U = zero_where_not(finite, U)
+    if gradient is None:
+        full = from_core(dtype if decay is None else U.dtype, scale * U, *bases)
+    else:
+        G, R = gradient
+        G = zero_where_not(finite, spec.to_view(G).astype(U.dtype))
+        whole_polar = functools.partial(on_whole_matrices, polar, spec, partition)
+        U, S = with_residual(residual, G, R, U, *bases, polar=whole_polar)
+        # Rounded once, after the sum.
+        full = from_core(U.dtype, scale * U, *bases) + scale * zero_where_not(finite, S)
+    if decay is not None:
+        a, W = decay
+        full = full + zero_where_not(finite, a * spec.to_view(W).astype(U.dtype))
+    return spec.from_view(full).astype(dtype)

@@ -1,11 +1,10 @@
-"""Goes over the matrices that are due, one at a time, with one program for leaves that are alike.
+"""Maps a function over the due matrices, one at a time, with one program for equal leaves.
 
-The program that refreshes a matrix is long. The layers of an unrolled model are hundreds of leaves
-whose names differ in their numbers alone, and nothing else of them does. Such leaves share one: a
-loop over the matrices of all of them, which copies one out, works on it, and puts it back.
+The program that refreshes a matrix is long. An unrolled model has hundreds of leaves that differ
+only by the numbers in their names. Such leaves share one program: a loop over the matrices of all
+of them, which slices one out, refreshes it and writes it back.
 """
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Hashable
@@ -17,42 +16,44 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from ..sharding.distributed import batch_partition, over_shards
-from ..sharding.partitioning import ParamPartitions
+from ..sharding.partitioning import LeafPartition
 from ..tree.leaf_spec import LeafSpec
 from ..util.control_flow import run_if_due, select_value, when
 
 
 class Leaf(NamedTuple):
-    """A projected leaf in a map_due_matrices.
+    """A projected leaf in the loop.
 
     Attributes:
-      spec: how it is seen as matrices.
-      kind: of its state; leaves of other kinds are not alike.
-      G: its gradient, in its shape.
-      due: which of its matrices are, (*batch).
-      order: their places in the refresh order, (*batch).
+      spec: of G.
+      kind: of the state; leaves of different kinds do not share a program.
+      partition: of G.
+      G: the gradient, or another array, in the shape of `spec`.
+      due: which matrices are, (*batch).
+      order: the places of the matrices in the refresh order, (*batch).
       state: a tree of arrays whose batch axes come first.
     """
 
     spec: LeafSpec
     kind: Hashable
+    partition: LeafPartition
     G: Array
     due: Bool[Array, "*batch"]
     order: Int[Array, "*batch"]
     state: Any
 
 
-# Of a matrix: (spec, kind, gradient as `LeafSpec.cut` gives it, place in the order, state) -> state
+# For one matrix: (spec, kind, G as `LeafSpec.cut` slices it, place in the order, state) -> state
 Step = Callable[[LeafSpec, Any, Array, Array, Any], Any]
 
 
-def map_due_matrices(step: Step, leaves: list[Leaf], partitions: ParamPartitions) -> list[Any]:
-    """The states after `step` was taken on each matrix that is due."""
+def map_due_matrices(step: Step, leaves: list[Leaf]) -> list[Any]:
+    """The states after `step` on every due matrix."""
     groups: dict[Hashable, list[int]] = {}
     for place, leaf in enumerate(leaves):
-        groups.setdefault(_likeness(leaf, partitions), []).append(place)
+        groups.setdefault(_group_key(leaf), []).append(place)
     runs = [
-        functools.partial(_over_group, step, [leaves[i] for i in places], partitions)
+        functools.partial(_over_group, step, [leaves[i] for i in places])
         for places in groups.values()
     ]
     due = [
@@ -60,54 +61,61 @@ def map_due_matrices(step: Step, leaves: list[Leaf], partitions: ParamPartitions
         for places in groups.values()
     ]
     states = [[leaves[i].state for i in places] for places in groups.values()]
-    new = run_if_due(due, runs, states)
-    swept = {
-        i: state
-        for places, group in zip(groups.values(), new, strict=True)
-        for i, state in zip(places, group, strict=True)
-    }
-    return [swept[i] for i in range(len(leaves))]
+    new_states: dict[int, Any] = {}
+    for places, new in zip(groups.values(), run_if_due(due, runs, states), strict=True):
+        new_states |= zip(places, new, strict=True)
+    return [new_states[i] for i in range(len(leaves))]
 
 
-def _likeness(leaf: Leaf, partitions: ParamPartitions) -> Hashable:
-    """Equal for leaves that one program serves, which lie alike as far as names and types tell."""
-    if batch_partition(leaf.spec, partitions):
-        return leaf.spec  # its matrices stay where they are, so it is a group of its own
+def _group_key(leaf: Leaf) -> Hashable:
+    """Equal for leaves that can share one program.
+
+    The name counts, up to numbers: under `jit` on Auto axes partitions are unknown, and the layers
+    of one weight are likely to share theirs.
+    """
+    if batch_partition(leaf.spec, leaf.partition):
+        return leaf.spec  # refreshed where its matrices are, by itself
     pattern = re.sub(r"\d+", "#", leaf.spec.name)
-    shape = dataclasses.replace(leaf.spec, path=(), index=0)
     types = tuple(jax.typeof(x) for x in (leaf.G, *jax.tree.leaves(leaf.state)))
-    return pattern, shape, leaf.kind, types, partitions.get(leaf.spec.path)
+    return pattern, leaf.spec.unnamed, leaf.kind, types, leaf.partition
 
 
-def _over_group(
-    step: Step, leaves: list[Leaf], partitions: ParamPartitions, states: list[Any]
-) -> list[Any]:
-    spec, kind = leaves[0].spec, leaves[0].kind
+def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
+    spec, kind = leaves[0].spec.unnamed, leaves[0].kind
     if len(leaves) == 1:
         (leaf,) = leaves
         over_leaf = functools.partial(_over_leaf, step, kind)
-        return [over_shards(over_leaf, spec, partitions, leaf.G, (leaf.due, leaf.order), *states)]
+        inputs = (leaf.due, leaf.order)
+        return [over_shards(over_leaf, spec, leaf.partition, leaf.G, inputs, *states)]
     order = jnp.concatenate([leaf.order.reshape(-1) for leaf in leaves])
 
     def at(e, states):
         which, i = e // spec.matrices, e % spec.matrices
         here = [which == j for j in range(len(leaves))]
         cuts = [
-            lambda G=leaf.G, state=state: (spec.cut(G, i), spec.take_all(state, i))
+            functools.partial(_take, spec, leaf.G, i, state)
             for leaf, state in zip(leaves, states, strict=True)
         ]
         none = jax.tree.map(jnp.zeros_like, jax.eval_shape(cuts[0]))
         part, old = select_value(here, cuts, none)
         new = step(spec, kind, part, order[e], old)
-
-        def put(is_here, state):
-            part = jax.tree.map(functools.partial(jnp.where, is_here), new, spec.take_all(state, i))
-            return spec.put_all(state, i, part)
-
-        puts = [functools.partial(put, is_here) for is_here in here]
+        puts = [functools.partial(_put_if, spec, is_here, i, new) for is_here in here]
         return run_if_due(here, puts, states)
 
     return _where(jnp.concatenate([leaf.due.reshape(-1) for leaf in leaves]), at, states)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _take(spec: LeafSpec, G: Array, i: Int[Array, ""], state: Any) -> tuple[Array, Any]:
+    """The gradient and the state of the i-th matrix."""
+    return spec.cut(G, i), spec.take_all(state, i)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _put_if(spec: LeafSpec, here: Bool[Array, ""], i: Int[Array, ""], new: Any, state: Any) -> Any:
+    """`state` with the i-th matrix's part replaced by `new`, if `here`."""
+    part = jax.tree.map(functools.partial(jnp.where, here), new, spec.take_all(state, i))
+    return spec.put_all(state, i, part)
 
 
 def _over_leaf(

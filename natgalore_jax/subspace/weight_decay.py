@@ -11,6 +11,7 @@ ratio, coupled L2, clipping after decay), or whose state holds weights (schedule
 refused: it would read weights that are not there.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,12 +41,12 @@ LINEAR = {
 }
 
 
-# (program, its updates, state and params, the shapes of what it returns), to refuse it
-Check = Callable[[jax_core.ClosedJaxpr, PyTree, PyTree, PyTree, PyTree], None]
+# (updates, state, params) -> (answer, new state)
+Update = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 class Misread(ValueError):
-    """The inner transformation asks for what it cannot have on cores."""
+    """The inner transformation needs what cores do not have."""
 
 
 def refuse(reason: str) -> None:
@@ -58,31 +59,92 @@ def refuse(reason: str) -> None:
     )
 
 
+def refuse_evaluation(*args: Any, **kwargs: Any) -> None:
+    """Stands for functions among inner's extra arguments, such as `value_fn` of a line search."""
+    refuse("it evaluates the loss or its gradients, at weights that it is not given")
+
+
+# The extra arguments that Optax's own transformations require, which accept no others.
+OPTAX_ARGS = ((), ("value",), ("value", "grad", "value_fn"), ("grad_fn",), ("obj_fn",))
+
+
 def update_with_decay(
-    inner: optax.GradientTransformationExtraArgs,
-    updates: PyTree,
-    state: PyTree,
-    params: PyTree,
-    check: Check | None = None,
-    **extra_args: Any,
+    update: Update, updates: PyTree, state: PyTree, params: PyTree
 ) -> tuple[PyTree, list[Float[Array, ""] | None], PyTree]:
     """Inner's answer at w = 0, the a of (1) for each Core (None where it is 0), its new state.
 
     Args:
-      inner: the transformation.
+      update: of inner; jitted, so that reading its program and calling it trace it once.
       updates: its input, with Cores.
       state: its state.
       params: like `updates`: zeros in the Cores, weights elsewhere; or None.
-      check: of its program.
-      **extra_args: handed on.
 
     Raises:
-      ValueError: if (1) does not hold for `inner`.
+      ValueError: if (1) does not hold for inner.
+    """
+    if params is None:
+        answer, new_state = update(updates, state, None)
+        return answer, [None] * len(cores(updates)), new_state
+    answer_origins, _ = _read_update(update, updates, state, params, ())
+    decays = [origin & WEIGHT for origin in _core_values(answer_origins)]
+    if not any(decays):
+        answer, new_state = update(updates, state, params)
+        return answer, [None] * len(decays), new_state
+
+    def of_weights(values):
+        answer, new_state = update(updates, state, replace_cores(params, values))
+        return _core_values(answer), (answer, new_state)
+
+    zeros = _core_values(params)
+    ones = [jnp.ones_like(x) for x in zeros]
+    _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
+    first = lambda x: with_auto_axes(lambda x: x.ravel()[0], PartitionSpec(), x)
+    decay = [first(x) if decays else None for x, decays in zip(slopes, decays, strict=True)]
+    return answer, decay, new_state
+
+
+def inspect(
+    inner: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree
+) -> PyTree | None:
+    """Refuses an inner that misreads weights as soon as its state is made.
+
+    Args:
+      inner: the transformation.
+      params: what it was initialised with: Cores and other leaves; shapes suffice.
+      state: its state.
+
+    Returns:
+      A tree like `state` with the origins of the new state. None if inner requires extra
+      arguments of its own: then the first update is inspected.
+
+    Raises:
+      ValueError: if `inner` misreads weights.
+    """
+    closed = jax.make_jaxpr(inner.init)(params)
+    memory = _origins(closed, [WEIGHT if of_core else 0 for of_core in _of_cores(params)])
+    for names in OPTAX_ARGS:
+        values = {"value": np.float32(0.0), "grad": params}
+        extra_args = {name: values.get(name, refuse_evaluation) for name in names}
+        update = functools.partial(inner.update, **extra_args)
+        try:
+            return _read_update(update, params, state, params, memory)[1]
+        except Misread:
+            raise
+        except (TypeError, ValueError):  # these are not the arguments that inner requires
+            continue
+    _refuse_memory(memory)
+    return None
+
+
+def _read_update(
+    update: Update, updates: PyTree, state: PyTree, params: PyTree, memory: Sequence[int]
+) -> tuple[PyTree, PyTree]:
+    """The origins of the answer and of the new state; refuses what (1) does not hold for.
+
+    `memory` are the origins of the state's arrays, if known.
     """
     try:
-        closed, outputs, origins = _read_update(
-            inner, updates, state, params, (), check, **extra_args
-        )
+        closed, shapes = jax.make_jaxpr(update, return_shape=True)(updates, state, params)
     except Misread:
         raise
     except Exception as error:
@@ -91,87 +153,6 @@ def update_with_decay(
             "and zeros in place of their weights. What needs whole weights belongs outside of it."
         )
         raise
-    arguments, treedef = jax.tree.flatten((updates, state, params))
-    program = jax_core.jaxpr_as_fun(closed)
-    decays = [at & WEIGHT for at in _held(origins[0])]
-    if not any(decays):
-        answer, new_state = outputs.unflatten(program(*arguments))
-        return answer, [None] * len(decays), new_state
-
-    def of_weights(values):
-        at_values = (updates, state, replace_cores(params, values))
-        answer, new_state = outputs.unflatten(program(*treedef.flatten_up_to(at_values)))
-        return _held(answer), (answer, new_state)
-
-    zeros = _held(params)
-    ones = [jnp.ones_like(x) for x in zeros]
-    _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
-    first = lambda x: with_auto_axes(lambda x: x.ravel()[0], PartitionSpec(), x)
-    decay = [first(x) if at else None for x, at in zip(slopes, decays, strict=True)]
-    return answer, decay, new_state
-
-
-def inspect(
-    inner: optax.GradientTransformationExtraArgs,
-    params: PyTree,
-    state: PyTree,
-    check: Check | None = None,
-) -> PyTree | None:
-    """Refuses an inner that misreads weights as soon as its state is made.
-
-    Args:
-      inner: the transformation.
-      params: what it was initialised with: Cores and other leaves; shapes suffice.
-      state: its state.
-      check: of the program of an update.
-
-    Returns:
-      A tree like `state` of the origins of what the first update makes of it. None where inner
-      asks for extra arguments that are not among Optax's own: then its first update is read.
-
-    Raises:
-      ValueError: if `inner` misreads weights, or by `check`.
-    """
-    closed = jax.make_jaxpr(inner.init)(params)
-    memory = _origins(closed, [WEIGHT if of_core else 0 for of_core in _of_cores(params)])
-
-    def evaluated(*args, **kwargs):
-        refuse("it evaluates the loss or its gradients, at weights that it is not given")
-
-    value = jnp.zeros([], jnp.float32)
-    for extra_args in (
-        {},
-        {"value": value},
-        {"value": value, "grad": params, "value_fn": evaluated},
-        {"obj_fn": evaluated},
-        {"grad_fn": evaluated},
-    ):
-        try:
-            _, _, origins = _read_update(inner, params, state, params, memory, check, **extra_args)
-        except Misread:
-            raise
-        except Exception:  # whatever it is, the first update raises it again
-            continue
-        return origins[1]
-    _refuse_memory(memory)
-    return None
-
-
-def _read_update(
-    inner: optax.GradientTransformationExtraArgs,
-    updates: PyTree,
-    state: PyTree,
-    params: PyTree,
-    memory: Sequence[int],
-    check: Check | None,
-    **extra_args: Any,
-) -> tuple[Any, Any, PyTree]:
-    """The program of an update, the structure of what it returns, the origins of all of that.
-
-    `memory` holds the origins of the state's arrays, where they are known.
-    """
-    run = lambda *args: inner.update(*args, **extra_args)
-    closed, shapes = jax.make_jaxpr(run, return_shape=True)(updates, state, params)
     inputs = [
         (VARIES if np.ndim(x) else 0) | (CORE if of_core else 0)
         for tree in (updates, state)
@@ -180,18 +161,15 @@ def _read_update(
     for place, bits in enumerate(memory, start=len(inputs) - len(memory)):
         inputs[place] |= bits & (WEIGHT | READ)
     inputs += [WEIGHT if of_core else VARIES for of_core in _of_cores(params)]
-    outputs = jax.tree.structure(shapes)
-    origins = outputs.unflatten(_origins(closed, inputs))
+    origins = jax.tree.structure(shapes).unflatten(_origins(closed, inputs))
     _refuse_other_shapes(updates, shapes[0])
     _refuse_memory(origins[1])
-    if any(bits & READ for bits in _held(origins[0])):
+    if any(bits & READ for bits in _core_values(origins[0])):
         refuse("what it adds is not a number times the weight")
     others = jax.tree.map(lambda x: None if is_core(x) else x, origins[0], is_leaf=is_core)
     if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(others)):
         refuse("the update of one leaf depends on the weights of another")
-    if check is not None:
-        check(closed, updates, state, params, shapes)
-    return closed, outputs, origins
+    return origins
 
 
 def _refuse_memory(state_origins: PyTree) -> None:
@@ -207,7 +185,7 @@ def _refuse_other_shapes(updates: PyTree, answer: PyTree) -> None:
             refuse(f"it answers a gradient of shape {x.shape} with one of shape {u.shape}")
 
 
-def _held(tree: PyTree) -> list[Any]:
+def _core_values(tree: PyTree) -> list[Any]:
     """What the Cores of a tree hold, in order: arrays, or what is known of them."""
     return [core.value for core in cores(tree)]
 

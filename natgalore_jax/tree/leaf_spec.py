@@ -7,6 +7,7 @@ arrays in their states are Cores too. `state_roles.py` defines the contents of s
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -50,42 +51,58 @@ class LeafSpec:
     split: tuple[int, ...] = ()
     guess: bool = False
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash  # a state's structure holds each spec several times
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: hashes of strings differ between processes."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def unnamed(self) -> "LeafSpec":
+        """The same view of any leaf of this shape: equal for the layers of an unrolled model."""
+        return dataclasses.replace(self, path=(), index=0)
+
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the axes that `batch`, `rows` and `cols` index."""
         return self.split or self.shape
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The path in the form `layers/0/attention/query/kernel`."""
         return path_name(self.path)
 
-    @property
+    @functools.cached_property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.sizes[axis] for axis in self.batch)
 
-    @property
+    @functools.cached_property
     def matrices(self) -> int:
         """The number of matrices in the leaf."""
         return math.prod(self.batch_shape)
 
-    @property
+    @functools.cached_property
     def m(self) -> int:
         return math.prod(self.sizes[axis] for axis in self.rows)
 
-    @property
+    @functools.cached_property
     def n(self) -> int:
         return math.prod(self.sizes[axis] for axis in self.cols)
 
-    @property
+    @functools.cached_property
     def core_shape(self) -> tuple[int, ...]:
         return (*self.batch_shape, self.rank, self.rank if self.both else self.n)
 
-    @property
+    @functools.cached_property
     def basis_shape(self) -> tuple[int, ...]:
         return (*self.batch_shape, self.m, self.rank)
 
-    @property
+    @functools.cached_property
     def transposed(self) -> "LeafSpec":
         """The view of the same leaf as n x m matrices, whose basis P is this view's Q."""
         return dataclasses.replace(self, rows=self.cols, cols=self.rows)
@@ -192,7 +209,29 @@ class Basis(_ArrayWithSpec):
     """The orthonormal bases of one leaf's matrices: `value` is (*batch, m, r).
 
     For random bases, which are regenerated, `value` is their key data, (*batch, words) uint32.
+
+    Attributes:
+      settings: of the projection, static: `subspace.state.Settings`.
     """
+
+    def __init__(self, value: Any, spec: LeafSpec, settings: Any = None):
+        super().__init__(value, spec)
+        self.settings = settings
+
+    def replace(self, value: Any):
+        return Basis(value, self.spec, self.settings)
+
+    def tree_flatten_with_keys(self):
+        children, spec = super().tree_flatten_with_keys()
+        return children, (spec, self.settings)
+
+    def tree_flatten(self):
+        return (self.value,), (self.spec, self.settings)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Iterable[Any]):
+        (value,) = children
+        return cls(value, *static)
 
 
 def is_core(x: Any) -> bool:

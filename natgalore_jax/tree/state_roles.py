@@ -5,8 +5,9 @@ gradient or its square. :func:`walk` is the only traversal of a state: it visits
 its role and the spec of its leaf. Transport, shardings and checks are functions passed to it.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -88,43 +89,60 @@ def register_state(state_type: type, **roles: str) -> None:
                 f"a field with role {role!r} must follow one with role {partners[role]!r}."
             )
     ROLES[state_type] = roles
+    _declared_roles.cache_clear()
 
 
 def walk(state: PyTree, f: Callable[[Any, str | None, LeafSpec | None], Any]) -> PyTree:
-    """`state` with every array x replaced by `f(x, role, spec)`.
+    """Replaces every array x of a state by `f(x, role, spec)`.
 
-    `role` is the declared role of x's field, or an :class:`Undeclared` with the field's name.
-    `spec` is the LeafSpec of x's leaf, or None if x belongs to no projected leaf.
+    Args:
+      state: of any transformation.
+      f: `role` is the role declared for the field that holds x, or an :class:`Undeclared` that
+        names the field; `spec` is the LeafSpec of the projected leaf that x belongs to, or None.
     """
+    leaves, treedef = jax.tree.flatten(state)
+    return treedef.unflatten(
+        f(x, role, spec) for x, (role, spec) in zip(leaves, roles_of(leaves, treedef), strict=True)
+    )
+
+
+def roles_of(leaves: Sequence[Any], treedef: Any) -> list[tuple[str | None, LeafSpec | None]]:
+    """The role and LeafSpec of each leaf of a flattened state, see :func:`walk`."""
+    return [
+        ("key" if role == "basis" and getattr(x, "dtype", None) == jnp.uint32 else role, spec)
+        for x, (role, spec) in zip(leaves, _declared_roles(treedef), strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _declared_roles(treedef: Any) -> tuple[tuple[str | None, LeafSpec | None], ...]:
+    """`roles_of` by structure alone: a random basis's key has the role of a basis."""
+    found = []
 
     def visit(node, role, spec):
-        if node is None:
-            return None
         if isinstance(node, Core | Basis):
             spec = node.spec
-            if isinstance(node, Basis):
-                dtype = getattr(node.value, "dtype", None)  # None for codes and scales
-                is_key = dtype is not None and not jnp.issubdtype(dtype, jnp.floating)
-                role = "key" if is_key else "basis"
-        children, treedef = jax.tree_util.tree_flatten_with_path(
+            role = "basis" if isinstance(node, Basis) else role
+        children, node_def = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node
         )
-        if not children:
-            return node  # such as optax.MaskedNode
-        if jax.tree_util.treedef_is_leaf(treedef):
-            return f(node, role, spec)
-        return treedef.unflatten(visit(x, role_of(node, key, role), spec) for (key,), x in children)
+        if children and jax.tree_util.treedef_is_leaf(node_def):
+            found.append((role, spec))
+            return
+        for (key,), child in children:
+            visit(child, field_role(node, key, role), spec)
 
-    def role_of(node, key, inherited):
+    def field_role(node, key, inherited):
         known = ROLES.get(type(node))
         field = getattr(key, "name", None)
         declared = inherited is not None and not isinstance(inherited, Undeclared)
         if known is None and (declared or not hasattr(node, "_fields")):
-            return inherited  # a container within a field, in the structure of the params
+            return inherited  # a container with the structure of the params
         undeclared = Undeclared(f"{type(node).__name__}.{field}")
         return undeclared if known is None else known.get(field, undeclared)
 
-    return visit(state, None, None)
+    visit(treedef.unflatten(range(treedef.num_leaves)), None, None)
+    return tuple(found)
 
 
 def is_per_matrix(x: Any, role: Any, spec: LeafSpec) -> bool:

@@ -27,7 +27,7 @@ def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:
     return lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, x: f(x), state)
 
 
-BRANCHES = 8  # per node of the trees of conditions below
+BRANCHES = 32  # of a node of the trees below
 
 
 def run_if_due(

@@ -1,5 +1,6 @@
 """Functions of matrices and stacks of matrices, each in the precision that its use needs."""
 
+import functools
 import math
 from typing import Any
 
@@ -242,6 +243,7 @@ def norms(
     return unit * jnp.sqrt(jnp.square(X / unit).sum(axis=axes, keepdims=True))
 
 
+@functools.partial(jax.jit, static_argnames="axes")  # traced once for equal arrays
 def max_abs(X: Float[Array, "..."], axes: tuple[int, ...] | None = (-2, -1)) -> Float[Array, "..."]:
     """The largest absolute value over `axes`, or all axes if None; NaN if any is not finite.
 

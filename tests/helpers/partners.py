@@ -325,7 +325,6 @@ REFUSED = {
         lambda: optax.lookahead(optax.adam(LR), 5, 0.5),
         r"natgalore\.project: this is from its `inner`",
         "around: `optax.lookahead(natgalore.natural_galore(...), ...)`",
-        when="update",
         error=AttributeError,
     ),
     "contrib.cocob": Refused(lambda: optax.contrib.cocob(), REMEMBERS, NO_DISTANCE),

@@ -20,7 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import natgalore_jax as natgalore
-from natgalore_jax.subspace.engine import FORMAT_VERSION
+from natgalore_jax.subspace.state import FORMAT_VERSION
 from natgalore_jax.tree.leaf_spec import path_name
 
 

@@ -18,7 +18,7 @@ from flax import linen
 from flax.training.train_state import TrainState
 
 import natgalore_jax as natgalore
-from natgalore_jax.subspace.engine import SubspaceState
+from natgalore_jax.subspace.state import SubspaceState
 from tests.helpers.cases import quick, slow
 
 
@@ -39,7 +39,7 @@ TRANSFORMS = {
     ),
     "scale_by_fisher": natgalore.chain(project(), natgalore.scale_by_fisher(3)),
     "scale_by_core_fisher": natgalore.chain(project(), natgalore.scale_by_core_fisher()),
-    "residual": core(residual="fira", weight_decay=0.1),
+    "residual": core(residual="isotropic", weight_decay=0.1),
     "residual of one's own, two-sided": project(
         optax.trace(0.9), side="both", residual=lambda left, R, U: 0.1 * left
     ),
@@ -135,16 +135,21 @@ def test_apply_if_finite_keeps_the_state_types(tx):
 
 @pytest.mark.parametrize("around", [optax.chain, *slow(natgalore.chain)])
 def test_extra_arguments_reach_inner(around):
-    seen = {}
-
-    def update(updates, state, params=None, **extra):
-        seen.update(extra)
-        return updates, state
+    def update(updates, state, params=None, *, value=1.0, name="none"):
+        scale = value if name == "loss" else 0.0
+        return jax.tree.map(lambda x: scale * x, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = around(natgalore.project(4, optax.chain(natgalore.scale_by_core_fisher(), inner)))
-    tx.update(gradients(), tx.init(PARAMS), PARAMS, value=3.0)
-    assert seen == {"value": 3.0}
+    stages = optax.chain(natgalore.scale_by_core_fisher(), inner)
+    tx = around(natgalore.project(4, stages, transport="keep"))
+    state = tx.init(PARAMS)
+    one, _ = tx.update(gradients(), state, PARAMS, value=1.0, name="loss")
+    three, _ = tx.update(gradients(), state, PARAMS, value=3.0, name="loss")
+    expected = jax.tree.map(lambda x: 3 * x, one)
+    assert any(x.any() for x in jax.tree.leaves(one))
+    chex.assert_trees_all_close(
+        three, expected, rtol=1e-6, atol=1e-6
+    )  # sums of 12 float32 products
 
 
 def test_masked_nodes_pass_unchanged(tx):

@@ -19,8 +19,8 @@ import pytest
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand, svd
-from natgalore_jax.subspace.engine import SubspaceState
 from natgalore_jax.subspace.refresh import due
+from natgalore_jax.subspace.state import SubspaceState
 from natgalore_jax.tree.leaf_spec import Basis
 from tests.helpers.compiling import AS_FOR_USERS
 from tests.oracle import oracles
@@ -158,7 +158,6 @@ RESIDUALS = {
     "none": (None, None),
     "isotropic": ("isotropic", oracles.isotropic),
     "whitened": ("whitened", oracles.whitened),
-    "fira": ("fira", oracles.fira),
     "own": (damped, damped),
 }
 

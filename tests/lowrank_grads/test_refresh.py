@@ -114,16 +114,16 @@ def test_random_bases_have_distinct_keys():
 )
 def test_settings_that_refresh_by_passes(settings, passes, monkeypatch):
     called = []
-    for name in ("turns", "whole"):
-        room = getattr(module, name)
-        how = lambda *args, name=name, f=room.refreshed: called.append(name) or f(*args)
-        monkeypatch.setattr(room, "refreshed", how)
+    for name in ("refreshed_by_passes", "refreshed_from_gradients"):
+        refreshed = getattr(module, name)
+        spy = lambda *args, name=name, f=refreshed: called.append(name) or f(*args)
+        monkeypatch.setattr(module, name, spy)
     params = {f"layer_{i}": {"kernel": normal(i, 12, 12)} for i in range(6)}
     loss = lambda params, x: sum(jnp.sum(jnp.sin(x @ w["kernel"])) for w in params.values())
     tx = galore(**settings)
     gradients = natgalore.value_and_grad(loss, tx)
     jax.eval_shape(gradients, params, tx.init(params), batches(1)[0])
-    assert called == ["turns" if passes else "whole"]
+    assert called == ["refreshed_by_passes" if passes else "refreshed_from_gradients"]
 
 
 @pytest.mark.slow

@@ -238,22 +238,6 @@ def whitened(left, core, u):
     return np.sqrt(numbers / directions) * (left_vectors * values) @ right_vectors
 
 
-def fira(left, core, u):  # arXiv:2410.01623
-    """Each column of what is left, scaled as inner has scaled that column of the core.
-
-    The core of both sides has no columns of the gradient: then it is the matrix as a whole.
-    """
-    axis = 0 if core.shape[1] == left.shape[1] else None
-    before, after = (np.linalg.norm(x, axis=axis) for x in (core, u))
-    return left * np.divide(after, before, out=np.zeros_like(after), where=before > 0)
-
-
-def limited(s, before, growth=1.01):
-    """No longer than `growth` times the one before, if there was one."""
-    norm = np.linalg.norm(s)
-    return s if before is None or norm <= growth * before else s * (growth * before / norm)
-
-
 # --- Adam, as optax.scale_by_adam has it --------------------------------------------------------
 
 
@@ -309,7 +293,6 @@ class Matrix:
     bases: list[np.ndarray]  # P, or P and Q
     adam: Adam
     fisher: WindowFisher | CoreFisher | None
-    residual_norm: float | None = None  # of the last residual that was not zero
     skipped: int = 0
     cold: bool = True  # no basis from a gradient yet: the first usable one brings it, at any step
 
@@ -427,11 +410,7 @@ class NaturalGaLore:
         u = matrix.adam.step(u, self.count) * finite
         lifted = self.lift(matrix, u)
         if self.residual is not None and finite:
-            s = self.residual(g - self.lift(matrix, core), core, u)
-            if self.residual not in (isotropic, whitened):
-                s = limited(s, matrix.residual_norm)
-            matrix.residual_norm = np.linalg.norm(s) or matrix.residual_norm
-            lifted = lifted + s
+            lifted = lifted + self.residual(g - self.lift(matrix, core), core, u)
         self.move(projected_side_first(matrix.weight, self.side), self.scale * lifted)
 
     def lift(self, matrix, x):

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import natgalore_jax as natgalore
 from natgalore_jax.quantization import staged_update as parts
 from natgalore_jax.quantization.dynamic_8bit import LINEAR, SQUARE, block_size, decode, encode
-from natgalore_jax.quantization.quantized_array import QuantizedArray, decoded, is_quantized
+from natgalore_jax.quantization.quantized_array import QuantizedArray, dequantize, is_quantized
 from tests.helpers.cases import quick
 from tests.oracle.oracles import dynamic_code
 
@@ -218,7 +218,7 @@ def test_the_state_is_that_of_the_optimizer_with_moments_in_8_bits(name):
     tx = OPTIMIZERS[name](1e-2)
     params = random(0)
     plain, state = tx.init(params), natgalore.quantized(tx).init(params)
-    back = decoded(state.inner_state)
+    back = dequantize(state.inner_state)
     assert jax.tree.structure(back) == jax.tree.structure(plain)
     assert all(map(np.array_equal, *map(jax.tree.leaves, (back, plain))))
     arrays = coded_arrays(state)
@@ -302,7 +302,7 @@ def test_a_block_recovers_from_one_large_gradient():
             return tx.update(g, state)[1], None
 
         state, _ = jax.lax.scan(step, tx.init(jnp.zeros((128, 32))), jnp.arange(1500))
-        return jnp.sqrt(decoded(getattr(state, "inner_state", state)).nu)
+        return jnp.sqrt(dequantize(getattr(state, "inner_state", state)).nu)
 
     adam = optax.scale_by_adam()
     mine, nearest, exact = [

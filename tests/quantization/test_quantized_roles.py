@@ -18,7 +18,7 @@ from natgalore_jax.quantization.dynamic_8bit import (
     decode as decode_linear,
     encode as encode_linear,
 )
-from natgalore_jax.quantization.quantized_array import decoded, is_quantized
+from natgalore_jax.quantization.quantized_array import dequantize, is_quantized
 from natgalore_jax.quantization.symmetric_16bit import LEVELS, SymmetricArray, decode, encode
 from natgalore_jax.util.linalg import inverse_root
 
@@ -270,7 +270,7 @@ def test_bases_are_orthonormal_when_they_are_read():
     found = state.inner_state.basis
     for name in PARAMS:
         raw = np.float64(found[name]["kernel"].value.array())
-        basis = np.float64(decoded(found)[name]["kernel"].value)
+        basis = np.float64(dequantize(found)[name]["kernel"].value)
         check(raw, basis, np.float64(gradients(9)[name]["kernel"]))
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings, strategies as st
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand
-from natgalore_jax.subspace.engine import FORMAT_VERSION
 from natgalore_jax.subspace.refresh import GROUPS, due
+from natgalore_jax.subspace.state import FORMAT_VERSION
 from natgalore_jax.tree.leaf_spec import cores
 from tests.helpers.cases import quick, slow
 from tests.helpers.compiling import AS_FOR_USERS

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
-from natgalore_jax.subspace.engine import SubspaceState
+from natgalore_jax.subspace.state import SubspaceState
 
 
 PARAMS = {"up": {"kernel": jnp.ones((16, 40))}, "norm": {"scale": jnp.ones(16)}}
