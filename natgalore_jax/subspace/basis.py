@@ -1,20 +1,20 @@
-"""From a gradient to the basis of its subspace: G (m x n) -> P (m x r), one matrix at a time.
+"""The basis of a subspace from a gradient: G (m x n) -> P (m x r), one matrix at a time.
 
-Block power iteration on G Gᵀ, warm from the basis before it,
+One step of block power iteration on G Gᵀ, from the old basis,
 
     Y = G (Gᵀ P) / ‖G (Gᵀ P)‖_F + ε P,    P ← Q of the QR decomposition Y = Q R, diag(R) > 0     (1)
 
-needs matmuls and one r-wide factorisation: no SVD, so it is quick on GPUs and compiles on TPUs.
-Its columns turn towards the leading left singular vectors of G as the iteration goes on. The
-shift by ε, below which float32 could not tell a squared singular value from rounding, gives the
-directions of which a rank-deficient G says nothing to the old basis instead of to noise.
+needs matmuls and one r-wide factorisation: no SVD, so it is fast on GPUs and compiles on TPUs. The
+columns converge to the leading left singular vectors of G. The shift ε, below which float32 cannot
+tell a squared singular value from rounding, keeps the old basis in directions in which a
+rank-deficient G is zero.
 
-A random basis needs no gradient and no memory: it is regenerated from its key where it is used,
+A random basis needs neither a gradient nor memory: it is regenerated from its key at each use,
 
-    P_ij = √(2/m) s_i cos(π (2i + 1) k_j / 2m),    1/√2 of it where k_j = 0,                     (2)
+    P_ij = √(2/m) s_i cos(π (2i + 1) k_j / 2m),    times 1/√2 where k_j = 0,                     (2)
 
-r columns k_j of the cosine transform, drawn without replacement, with random signs s_i on its
-rows. They are orthonormal as they stand, so no factorisation follows, and E[P Pᵀ] = (r/m) I.
+r columns k_j of the cosine transform, drawn without replacement, with random signs s_i of the rows.
+Its columns are orthonormal without a factorisation, and E[P Pᵀ] = (r/m) I.
 
 References: Zhao et al., "GaLore", arXiv:2403.03507, section 3 (the subspace); Halko, Martinsson
 and Tropp, arXiv:0909.4061, sections 4.5 (subspace iteration) and 4.6 (subsampled transforms).
@@ -39,16 +39,14 @@ BasisUpdate = Callable[
 ]
 
 SHIFT = 1e-6  # ε of (1): ten times float32's rounding of a squared singular value
-GENERATOR = "threefry2x32"  # whatever the user's: the data of another could not be read back
-FIRST_ITERATIONS = (
-    4  # of (1) at a cold start; the study of ratios is in tests/subspace/test_basis.py
-)
+GENERATOR = "threefry2x32"  # independent of the user's default, which may change at a restart
+FIRST_ITERATIONS = 4  # at the first refresh; studied in tests/subspace/test_basis.py
 
 
 def power(
     G: Float[Array, "m n"], P: Float[Array, "m r"], key: Key[Array, ""]
 ) -> Float[Array, "m r"]:
-    """One turn of (1). Costs 4·m·n·r flops and one QR of m x r."""
+    """One step of (1). Costs 4·m·n·r flops and one QR of m x r."""
     del key
     return from_product(matmul(G, matmul(G.mT, P)), P)
 
@@ -69,25 +67,25 @@ def svd(G: Float[Array, "m n"], P: Float[Array, "m r"], key: Key[Array, ""]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class StoredBasis:
-    """A basis that the state keeps, and that `turn` makes from the gradient and the one before.
+    """A basis that the state stores, computed from the gradient and the old basis.
 
     Attributes:
-      turn: (G, P, key) -> P.
-      first_iterations: how often it is called at a matrix's first refresh, from a random basis.
-      from_product: `turn` from G (Gᵀ P), in any units, and P; None if it needs more of G.
+      step: (G, P, key) -> P.
+      first_iterations: the number of steps at a matrix's first refresh, from a random basis.
+      from_product: `step` from G (Gᵀ P), in any units, and P; None if it needs G itself.
     """
 
-    turn: BasisUpdate
+    step: BasisUpdate
     first_iterations: int = 1
     from_product: Callable[..., Float[Array, "m r"]] | None = None
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether `next` needs more than :meth:`after` is given."""
+        """Whether a refresh needs G itself, not only products with it."""
         return self.from_product is None
 
     def start(self, keys: Key[Array, " matrices"], spec: LeafSpec, dtype: Any) -> Array:
-        """What the state keeps of the bases that the keys stand for."""
+        """The stored bases of the keys, before the first refresh."""
         return orthonormal(keys, m=spec.m, r=spec.rank, dtype=dtype).reshape(spec.basis_shape)
 
     def next(
@@ -97,12 +95,12 @@ class StoredBasis:
         key: Key[Array, ""],
         first: Bool[Array, ""],
     ) -> Float[Array, "m r"]:
-        """What the state keeps of the next basis of a matrix whose basis is P."""
+        """The stored form of the new basis of a matrix with basis P."""
         if self.first_iterations == 1:
-            new = self.turn(G, P, key)
+            new = self.step(G, P, key)
         else:
-            turns = jnp.where(first, self.first_iterations, 1)
-            new = lax.fori_loop(0, turns, lambda _, P: self.turn(G, P, key), P)
+            steps = jnp.where(first, self.first_iterations, 1)
+            new = lax.fori_loop(0, steps, lambda _, P: self.step(G, P, key), P)
         if jnp.shape(new) != P.shape:
             raise ValueError(
                 f"`basis` must return an array of the shape of P, {P.shape}, got {jnp.shape(new)}."
@@ -112,7 +110,7 @@ class StoredBasis:
     def after(
         self, Y: Float[Array, "m r"], P: Float[Array, "m r"], key: Key[Array, ""]
     ) -> Float[Array, "m r"]:
-        """One turn of `next`, from the product Y = G (Gᵀ P) in units of its largest entry."""
+        """One step of `next`, from the product Y = G (Gᵀ P) in units of its largest entry."""
         del key
         assert self.from_product is not None
         return self.from_product(Y, P)
@@ -120,7 +118,7 @@ class StoredBasis:
 
 @dataclasses.dataclass(frozen=True)
 class RandomBasis:
-    """A random basis (2), of which the state keeps the key alone."""
+    """A random basis (2), of which the state stores the key alone."""
 
     first_iterations = 1
     needs_gradient = False
@@ -160,23 +158,22 @@ METHODS: dict[str, Method] = {
 
 
 def normalised(G: Float[Array, "..."]) -> tuple[Float[Array, "..."], Bool[Array, ""]]:
-    """G over its largest entry, so that G Gᵀ neither overflows nor vanishes, and if it is usable.
-
-    A G that is zero or not finite says nothing of a basis.
+    """G divided by its largest entry, so that G Gᵀ neither overflows nor vanishes; and whether G is
+    usable, that is finite and not zero.
     """
     unit = max_abs(G, None)
     usable = jnp.isfinite(unit) & (unit > 0)
     return jnp.where(usable, G / jnp.where(usable, unit, 1.0), 0.0), usable
 
 
-def expand(kept: Array, spec: LeafSpec, dtype: Any) -> Float[Array, "*batch m r"]:
-    """The bases of which a state keeps `kept`, of one matrix or of all: those, or their keys."""
-    if jnp.issubdtype(kept.dtype, jnp.floating):
-        return kept
+def expand(stored: Array, spec: LeafSpec, dtype: Any) -> Float[Array, "*batch m r"]:
+    """The bases of one matrix or of all from what the state stores: the bases, or their keys."""
+    if jnp.issubdtype(stored.dtype, jnp.floating):
+        return stored
     one = functools.partial(cosines, m=spec.m, r=spec.rank, dtype=dtype)
-    for _ in kept.shape[:-1]:
+    for _ in stored.shape[:-1]:
         one = jax.vmap(one)
-    return one(kept)
+    return one(stored)
 
 
 def to_core(
@@ -205,7 +202,7 @@ def basis_key(
     Args:
       seed: of the projection.
       index: of the matrix, in the refresh order.
-      times: refreshes so far; 0 is for the basis at the start.
+      times: refreshes so far; 0 for the initial basis.
       side: 0 for P, 1 for Q.
     """
     key = jax.random.key(seed, impl=GENERATOR)

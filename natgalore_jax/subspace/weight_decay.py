@@ -1,14 +1,14 @@
-"""Decay that an inner optimizer puts on weights it never sees, and inners that would misread them.
+"""Weight decay of an inner optimizer, which never sees the weights.
 
 Inner works on cores, but `optax.adamw` also decays weights, and decay belongs on the whole weight.
-So inner is given core-shaped weights w = 0, and its program is read for what becomes of them.
-Decoupled decay answers
+So inner gets core-shaped weights w = 0, and its jaxpr shows how its answer depends on them.
+Decoupled decay gives
 
     u(w) = u(0) + a w,    a a number (−lr · weight_decay, 0 where masked)                       (1)
 
-and the engine adds a W for the whole weight W. An inner for which (1) does not hold (LAMB's trust
-ratio, coupled L2, clipping after decay), or whose state holds weights (schedule-free, MADGRAD), is
-refused: it would read weights that are not there.
+and the engine adds a W for the whole weight W. An inner without (1) (LAMB's trust ratio, coupled
+L2, clipping after decay), or whose state contains weights (schedule-free, MADGRAD), is refused: it
+would read weights that it is not given.
 """
 
 import functools
@@ -28,11 +28,11 @@ from ..tree.leaf_spec import cores, is_core, replace_cores
 from ..util.jaxprs import CALLS, called, read
 
 
-# What a value was computed from, as bits. Numbers, and arrays of one number throughout, have none.
+# The origins of a value, as bits. Numbers, and arrays of one repeated number, have none.
 WEIGHT = 1  # a core's weights times a number
 READ = 2  # a core's weights in any other way
 VARIES = 4  # its elements differ
-CORE = 8  # they are those of a core's gradient or state
+CORE = 8  # its elements are those of a core's gradient or state
 
 # Primitives whose result is linear in all their inputs, element by element.
 LINEAR = {
@@ -179,19 +179,19 @@ def _refuse_memory(state_origins: PyTree) -> None:
 
 def _refuse_other_shapes(updates: PyTree, answer: PyTree) -> None:
     if jax.tree.structure(updates) != jax.tree.structure(answer):
-        refuse("its answer has not the structure of its input")
+        refuse("its answer has another structure than its input")
     for x, u in zip(jax.tree.leaves(updates), jax.tree.leaves(answer), strict=True):
         if x.shape != u.shape:
             refuse(f"it answers a gradient of shape {x.shape} with one of shape {u.shape}")
 
 
 def _core_values(tree: PyTree) -> list[Any]:
-    """What the Cores of a tree hold, in order: arrays, or what is known of them."""
+    """The values of the Cores of a tree, in order: arrays, or their origins."""
     return [core.value for core in cores(tree)]
 
 
 def _of_cores(tree: PyTree) -> list[bool]:
-    """Whether each array of a tree is a Core's."""
+    """For each array of a tree whether it belongs to a Core."""
     nodes = jax.tree.leaves(tree, is_leaf=is_core)
     return [is_core(node) for node in nodes for _ in jax.tree.leaves(node)]
 
@@ -213,7 +213,7 @@ def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
         outputs = [RULES[name](eqn, inputs)]
     else:
         outputs = [_misread(inputs) | VARIES] * len(eqn.outvars)
-    # One number, however it came about, differs from element to element no more.
+    # The elements of a scalar do not differ.
     return [
         bits if var.aval.shape else bits & (WEIGHT | READ)
         for var, bits in zip(eqn.outvars, outputs, strict=True)
@@ -230,7 +230,7 @@ def _misread(inputs: Sequence[int]) -> int:
 
 
 def _chosen(index: int, cases: list[int]) -> int:
-    """What a condition hands on: its cases, if it is the same for all their elements."""
+    """The origins of a selection: those of the cases, if the index is one for all elements."""
     return _misread([index, *cases]) if index else _union(cases)
 
 

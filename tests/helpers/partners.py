@@ -394,7 +394,7 @@ REFUSED = {
     ),
     "flatten": Refused(
         lambda: optax.flatten(optax.adam(LR)),
-        r"remembers cores in an array that is not one leaf's",
+        r"packs cores of several leaves in one array",
         "leave it out, or outside: then nothing is projected",
         error=TypeError,
     ),

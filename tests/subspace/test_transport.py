@@ -37,6 +37,22 @@ def rotated(states, C):
     return dict(zip(states, rotate(list(states.items()), C), strict=True))
 
 
+@pytest.mark.parametrize("carry", [rotate, reset])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_each_array_keeps_its_dtype(carry, sides, key):
+    """Also of states in bfloat16, which a loop would refuse in another dtype."""
+    C = contraction(key)
+    factors = {"square_rows": jnp.ones(R), "square_cols": jnp.ones(N if sides == 1 else R)}
+    all_states = {**states(key), **factors}
+    if sides == 2:  # cores of r x r; L and the window's Gram matrix are as before
+        cut = lambda x: x[..., :R] if x.shape[-1] == N else x
+        all_states = {role: cut(x) for role, x in all_states.items()}
+    low = [(role, jnp.asarray(x, jnp.bfloat16)) for role, x in all_states.items()]
+    after = carry(low, *[C] * sides)
+    assert [x.dtype for x in after] == [jnp.dtype(jnp.bfloat16)] * len(low)
+    assert [x.shape for x in after] == [x.shape for _, x in low]
+
+
 def test_rotated_states_equal_the_oracle(key):
     C, old = contraction(key), states(key)
     new = rotated(old, C)
