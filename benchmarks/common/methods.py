@@ -56,6 +56,8 @@ METHODS: dict[str, Make] = {
     ),
     "galore_cores": ours("galore", stagger=False),
     "galore_8bit_cores": in_8_bits(ours("galore", stagger=False)),
+    "galore_8bit": in_8_bits(ours("galore")),
+    "natural_galore_8bit": in_8_bits(ours("natural_galore")),
     "adamw_8bit": in_8_bits(lambda rank, every, decay: optax.adamw(RATE, weight_decay=decay)),
     "galore_isotropic": ours("galore", residual="isotropic"),
     "natural_galore_window": ours("natural_galore", fisher="window", residual=None),

@@ -45,7 +45,7 @@ def test_each_array_keeps_its_dtype(carry, sides, key):
     factors = {"square_rows": jnp.ones(R), "square_cols": jnp.ones(N if sides == 1 else R)}
     all_states = {**states(key), **factors}
     if sides == 2:  # cores of r x r; L and the window's Gram matrix are as before
-        cut = lambda x: x[..., :R] if x.shape[-1] == N else x
+        cut = lambda x: x[..., :R] if x.shape[-1:] == (N,) else x
         all_states = {role: cut(x) for role, x in all_states.items()}
     low = [(role, jnp.asarray(x, jnp.bfloat16)) for role, x in all_states.items()]
     after = carry(low, *[C] * sides)
