@@ -75,7 +75,7 @@ def natural_galore(
       A transformation, used like `optax.adamw(learning_rate)`. To change numbers during training
       build it with `optax.inject_hyperparams(natgalore.natural_galore,
       static_args=natgalore.STATIC_ARGS["natural_galore"])`; for bfloat16 params add
-      `hyperparam_dtype=jnp.float32`, because in bfloat16 b2 = 0.999 is 1 (refused).
+      `hyperparam_dtype=jnp.float32`: b1 and b2 in bfloat16 are refused, since 0.999 would be 1.
 
     Raises:
       TypeError, ValueError: if an argument is out of range; the message names it.

@@ -126,6 +126,26 @@ def update_dtypes() -> Iterator[Row]:
             yield (device(name), *cells, *(ratio(x, adamw) for x in ours))
 
 
+@table("trace", "update of an unrolled Llama 350m", "before, s", "now, s", "before / AdamW", "now")
+def trace() -> Iterator[Row]:
+    before, now = (read(name)["trace_seconds"] for name in ("trace-flat", "trace"))
+    for name, seconds in now.items():
+        yield (
+            f"`{name}`",
+            f"{before[name]:.2f}",
+            f"{seconds:.2f}",
+            ratio(before[name], before["adamw"]),
+            ratio(seconds, now["adamw"]),
+        )
+
+
+@table("crossings", "trace of one projected leaf", *("calls", "functions", "modules", "crossings"))
+def crossings() -> Iterator[Row]:
+    for label, name in (("before", "trace-flat"), ("now", "trace")):
+        for call, counts in read(name)["one_leaf"].items():
+            yield (f"`{call}`, {label}", *(f"{n:,}" for n in counts.values()))
+
+
 @table("update-residual", "optimizer", "residual", "step without refresh, ms", "to AdamW")
 def update_residual() -> Iterator[Row]:
     methods = read("step-residual")["trees"][0]["methods"]

@@ -80,7 +80,8 @@ def scale_by_core_fisher(
       power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. ½ was best in the
         first measurements.
       root_every: steps between roots of a matrix. A root is also recomputed after a refresh of the
-        basis, and once √tr(L) exceeds 16 to 64 times its value at the last root.
+        basis (unless `transport="keep"`), and once √tr(L) has grown 16-fold or more, in powers of
+        two, since the last root.
 
     Returns:
       A transformation whose updates have the shapes of the cores.

@@ -1,7 +1,8 @@
 """The natural gradient of a core, window form (paper, section 3.4).
 
-Write the last s cores of one matrix, flattened, as the columns of H (r·n x s), g = H e the newest.
-The damped natural gradient, and its gentler powers p = ½ and ¼, are
+Write the last s cores of one matrix, flattened, as the columns of H (r·n x s), g = H e the newest
+(e the unit vector of its slot). The damped natural gradient, and its gentler powers p = ½ and ¼,
+are
 
     u = (λ I + H Hᵀ)⁻ᵖ H e                                                                    (1)
       = H (λ I + K)⁻ᵖ e,    K = HᵀH                                                           (2)

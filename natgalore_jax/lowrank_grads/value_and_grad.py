@@ -47,13 +47,17 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` for an optimizer that projects: gradients of its matrices are cores.
 
-    For y = x W the core is PᵀG = (x P)ᵀ ȳ, two products as wide as the rank: the m x n gradient is
-    never formed, stored or reduced over devices. The loss function needs no change. *This function*
-    refreshes bases where they are due, so it returns the new state, and `tx.update` continues from
-    there, with the update that whole gradients would have given, to float32 rounding.
+    Not for `natural_galore` with its default residual, which needs whole gradients: use
+    `residual=None`, or :func:`galore`.
+
+    For y = x W with cotangent ȳ the core is PᵀG = (x P)ᵀ ȳ, two products as wide as the rank: the m
+    x n gradient is never formed, stored or reduced over devices. The loss function needs no change.
+    *This function* refreshes bases where they are due, so it returns the new state, and `tx.update`
+    continues from there, with the update that whole gradients would have given, to float32
+    rounding.
 
     Call it under `jax.jit`, as part of the training step, with `stagger=False` in the optimizer: a
-    refresh costs two more passes of the whole model, for one matrix or for all. More in
+    refresh by passes costs two more passes of the whole model, for one matrix or for all. More in
     `docs/low-rank-gradients.md`.
 
     Args:
@@ -66,11 +70,11 @@ def value_and_grad(
       micro_batches: k; losses and gradients are averaged over k micro-batches, which each array of
         `*args` has on a leading axis of length k. Keyword arguments go to all. Cores are summed,
         r x n each, and a step has one refresh, from the mean. Auxiliary outputs get that axis.
-      refresh: the source of a new basis. "passes": products with the gradient, which are cores on
-        other bases, so that no gradient is formed; for the bases "power" and "random", of one side.
-        "gradient": whole gradients, in one pass in place of the pass with cores. "auto": passes, if
-        `tx` allows it and refreshes all its matrices in at most 4 groups, as with `stagger=False`;
-        under `stagger` passes would take most of the time.
+      refresh: the source of a new basis. "passes": products with the gradient, so that no gradient
+        is formed. These products are cores on other bases. It supports the bases "power" and
+        "random", and one projected side. "gradient": whole gradients, in one pass in place of the
+        pass with cores. "auto": passes if supported, and if matrices are refreshed in at most 4
+        groups, as with `stagger=False`; with more groups passes would take most of the time.
       on_fallback: the reaction to an operation on a projected weight without a rule, for which the
         gradient of this use is formed whole, and exact: "warn" with the names of operations and
         leaves, "error", or "ignore".
@@ -91,7 +95,7 @@ def value_and_grad(
       >>> import jax, jax.numpy as jnp, natgalore_jax as natgalore, optax
       >>> params = {"kernel": jnp.ones((16, 64))}
       >>> loss_fn = lambda params, x: jnp.sum((x @ params["kernel"]) ** 2)
-      >>> tx = natgalore.galore(1e-3, rank=8)
+      >>> tx = natgalore.galore(1e-3, rank=8, stagger=False)
       >>> gradients = jax.jit(natgalore.value_and_grad(loss_fn, tx))
       >>> opt_state = tx.init(params)
       >>> (loss, grads), opt_state = gradients(params, opt_state, jnp.ones((4, 16)))

@@ -62,9 +62,9 @@ def quantized(
     8-bit AdamW is `quantized(optax.adamw(1e-3))`. Under `jax.jit` large arrays are decoded a few at
     a time (`staged_update.py`); a refresh decodes the state of one matrix at a time. The codes are
     described in `dynamic_8bit.py`. Second moments are encoded by their square roots, since Adam
-    divides by these: in blocks of 128 gradients whose sizes span two decades (95 %), the largest of
-    Adam's answers in 4000 steps was 1.6, and 17,000 when second moments themselves were encoded
-    and the small ones became 0.
+    divides by these. Encoded themselves, small second moments become 0: for gradients in blocks of
+    128 whose sizes span two decades, the largest of Adam's answers in 4000 steps was then 17,000,
+    and 1.6 with square roots.
 
     Arrays of fewer than 4096 entries are not encoded, as in 8-bit Adam, and neither are arrays
     whose last axis has no divisor from 16 to 128.
@@ -79,9 +79,9 @@ def quantized(
         - `"linear"`: moments that are linear in gradients, as momentum is.
         - `"square"`: Adam's second moments.
         - `"basis"`: bases of projections, except random ones. Decoded bases are orthonormalised by
-          one iteration, for r/n of the cost of a projection: from 1.3e-2 to 1.3e-4, without which
-          15 to 43 % of an orthogonalised residual lay in the span of P. The span is rotated by
-          1.2 %. Codes change only at a refresh.
+          one iteration, for r/n of the cost of a projection, which reduces |PᵀP − I| from 1.3e-2 to
+          1.3e-4. Without it 15 to 43 % of an orthogonalised residual lay in the span of P. Encoding
+          changes the span by 1.2 %. Codes change only at a refresh.
         - `"fisher"`, `"root"`: L of :func:`scale_by_core_fisher` and its inverse root, in 16 bits
           for each pair of entries (`symmetric_16bit.py`); 8 bits of L would make it indefinite. At
           `damping=0.1` answers are right to 0.2 %, at the smallest damping, 1e-3, to 7 %. In a

@@ -1,7 +1,7 @@
 """PartitionSpecs of optimizer state, and linear algebra on sharded arrays.
 
-A weight with partition P(…batch, a, c), seen as m x n matrices with m sharded over mesh axis a and
-n over c, determines the partitions of its state: the basis P (m x r) has P(…batch, a), cores and
+A weight with PartitionSpec P(…batch, a, c), seen as m x n matrices with m sharded over mesh axis a
+and n over c, determines the partitions of its state: the basis (m x r) has P(…batch, a), cores and
 moments (r x n) have P(…batch, None, c), and r x r, s x s and scalar arrays are sharded over the
 batch axes only. The ranks r and s are never sharded, so any rank works on any mesh.
 

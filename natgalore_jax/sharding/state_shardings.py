@@ -1,4 +1,4 @@
-"""NamedShardings of an optimizer's whole state."""
+"""NamedShardings of an optimizer's state; roles have their PartitionSpecs in partitioning.py."""
 
 import math
 from collections.abc import Callable, Sequence

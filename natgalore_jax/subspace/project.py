@@ -65,7 +65,7 @@ def project(
         Optax. It is traced at init, to refuse one that reads weights in another way than decay.
       refresh_every: T, steps between refreshes of a matrix's basis. 200 is GaLore's.
       scale: α, the factor of P U. GaLore's 0.25 at its learning rate 1e-2 equals 1.0 at 2.5e-3 for
-        these leaves.
+        projected leaves.
       basis: `"power"` (block power iteration, warm from the old basis: no SVD in the program),
         `"svd"` (exact, slow on GPUs and slower on TPUs), `"random"` (signed columns of the cosine
         transform, regenerated from a key of two words wherever it is used: P costs no memory), or
@@ -74,8 +74,8 @@ def project(
         columns should be orthonormal. A result that is not finite leaves P unchanged.
       side: the projected side of a matrix: `"short"` (GaLore's), `"long"` (Optax's GaLore's: less
         state under Adam, since the moments have the length of the other side), `"left"` (the
-        leading axes of the weight), `"right"`, or `"both"`, with a second basis Q (n x r), as the
-        paper's code does. For a square matrix short and long are left.
+        rows of the matrix view), `"right"` (its columns), or `"both"`, with a second basis Q (n x
+        r), as the paper's code does. For a square matrix short and long are left.
       transport: inner's state at a refresh. `"rotate"` transforms it to the new coordinates,
         `"keep"` leaves it, as GaLore and the paper's code do, `"reset"` clears it, except for
         Adam's squares, which become their mean (its count continues).
@@ -84,17 +84,19 @@ def project(
         products of m x m and m x n, the best so far (`docs/convergence.md`). `"isotropic"`: each
         column divided by the root of its mean square; two more reads of G, no product, nearly as
         good. Or a pure function (G − P R, R, U) -> S of one matrix (m x n, r x n, r x n; cores are
-        r x r for both sides), whose S is added. Entries of the first two have size 1, like Adam's
-        answers, so `inner` must not contain the learning rate: it is a `scale_by_...`, and the rate
-        a later stage. Equations in `natgalore_jax/subspace/residual.py`.
-      select: which leaves are projected, and as which matrices. None reads names and shapes, which
-        is right for most models (`describe` shows the result). A list of (pattern, view): the first
-        pattern that `re.search` finds in a leaf's name decides, other leaves are read. Or one view
-        for all leaves; a tree of views like the params, or a prefix of one; a function from the
-        params to such a tree. A view is a :class:`MatrixView`, Optax's `GaLoreDimensionNumbers` or
-        `MuonDimensionNumbers`, None for a leaf that is not projected, or `"auto"`.
-      stagger: refreshes matrices in at most 100 groups spread over T, so that no step pays for all.
-        False refreshes all at once.
+        r x r for both sides), whose S is added. The two named residuals have entries of size 1,
+        like Adam's answers, so `inner` must not contain the learning rate: use
+        `optax.scale_by_adam()` as `inner`, and `optax.scale_by_learning_rate` after it. Equations
+        in `natgalore_jax/subspace/residual.py`.
+      select: which leaves are projected, and as which matrices. None infers both from names and
+        shapes, which is right for most models (`describe` shows the result). A list of (pattern,
+        view): the first pattern that `re.search` finds in a leaf's name decides; other leaves are
+        inferred. Or one view for all leaves; a tree of views like the params, or a prefix of one; a
+        function from the params to such a tree. A view is a :class:`MatrixView`, Optax's
+        `GaLoreDimensionNumbers` or `MuonDimensionNumbers`, None for a leaf that is not projected,
+        or `"auto"`.
+      stagger: after step 0, which refreshes all matrices, spreads the refreshes in at most 100
+        groups over T steps. False refreshes all at once.
       seed: of random bases; all bases are random before the first refresh.
 
     Returns:

@@ -1,9 +1,9 @@
 """When the bases of a projection change, and what changes with them.
 
-At a refresh of a matrix, in this order:
+At a refresh of a matrix:
 
-    P' from P and G, or from P and Y = G (Gᵀ P)                                    (basis.py)
-    the states of inner, from P to P'                                              (transport.py)
+    P' from P and G, or from P and Y = G (Gᵀ P), which value_and_grad has in place of G (basis.py)
+    inner's states in the coordinates of P'                                     (transport.py)
     R = P'ᵀG, if G is given
 
 All of it is behind one condition, so a step without a due matrix costs one comparison. Due matrices
@@ -154,7 +154,8 @@ class Refresh:
           roles: of the `carried` arrays.
           part: G (m x n entries) or Y (m x r), in any units.
           index: of the matrix, in the refresh order.
-          first: whether this is the first iteration of a refresh of Y, which counts the refresh.
+          first: whether to count a refresh; a refresh from Y may take several calls, of which the
+        first counts it.
           old: the state of the matrix.
 
         Returns:

@@ -2,12 +2,12 @@
 
 A core R = PᵀG keeps r of the m directions of a gradient. No state is kept of the others.
 
-**isotropic**: the other directions share one second moment, the mean square of each column j over
-the m − r coordinates outside the subspace. The update that Adam would make of such coordinates is
+**isotropic**: the m − r other coordinates of a column share one second moment, their mean square.
+Adam's update of these coordinates would be
 
     S = φ ∘ T,    φ_j = 1 / √(|T_j|² / (m − r) + ρ |G_j|² / (m − r))                           (1)
 
-This is the inverse root of the Fisher F ≈ P (…) Pᵀ + σ_j² (I − P Pᵀ), the model of probabilistic
+This is the inverse root of a Fisher σ_j² (I − P Pᵀ) outside the subspace, as in probabilistic
 principal components. Entries of S have size 1, as those of Adam's answer to a steady gradient. The
 damping ρ = 1e-3 is for columns that lie in the span of P, where T is rounding.
 
@@ -15,17 +15,17 @@ damping ρ = 1e-3 is for columns that lie in the span of P, where T is rounding.
 
     S = √n polar(T / √(|T|² + ρ |G|²)),    polar(X) ≈ (X Xᵀ)^(-½) X,                           (2)
 
-so that its m − r directions have one size, and entries of S have size 1 again (√n is √(m − r) where
-that is more, on the long side). Muon does the same to the momentum of the whole gradient. It costs
-products of m x m and m x n.
+so that its singular values are equal, and entries of S have size 1 again (with √max(n, m − r) in
+place of √n). Muon does the same to the momentum of the whole gradient. It costs products of m x m
+and m x n.
 
-The update is scale · (P U + S). (1) needs no product of its own, and no array of m x n:
+The update is scale · (P U + S). (1) needs no product of its own, and does not form T:
 
     P U + φ ∘ T = P (U − φ ∘ R) + φ ∘ G,                                                       (3)
     |T_j|² = |G_j|² − |R_j|² = (|G_j| − |R_j|) (|G_j| + |R_j|)                                 (4)
 
-for an orthonormal P. (4) loses the rounding of |G_j|²: it is wrong where |T_j|² is less than a
-thousandth of |G_j|², where (1) is damped.
+for an orthonormal P. The error of (4) is the rounding of |G_j|²: it matters where |T_j|² is less
+than a thousandth of |G_j|², where (1) is damped.
 
 A core on both sides, PᵀG Q, has no columns of G: φ is then one number for a matrix, the inverse
 root of the mean square over the m n − r² coordinates outside the subspace.

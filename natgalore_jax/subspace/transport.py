@@ -6,7 +6,7 @@ in the old subspace, G ≈ P R, whose new core is C R with
     C = P'ᵀ P,  a contraction: rows of C∘C sum to at most 1.                                  (1)
 
 For a matrix projected on both sides it is C R Dᵀ with D = Q'ᵀ Q: columns are transformed by D as
-rows are by C. L, a mean of R Rᵀ, has no columns of the gradient.
+rows are by C.
 
 - linear states (momentum):      m ← C m
 - squares (Adam's nu):           v ← (C∘C) v + (1 − (C∘C) 1) v̄,   v̄ the mean row of v         (2)
@@ -14,19 +14,19 @@ rows are by C. L, a mean of R Rᵀ, has no columns of the gradient.
                                  row ← (C∘C) row + (1 − (C∘C) 1) mean(row),                   (3)
                                  col ← col · mean(new row) / mean(old row)
 - the Fisher window:             H_i ← C H_i, and its Gram matrix recomputed
-- the core Fisher:               L ← C L Cᵀ, and its root recomputed
+- the core Fisher, L a mean of R Rᵀ:  L ← C L Cᵀ, and its root recomputed
 
-(2) without its second term loses the energy that C loses, while Adam's count treats v as warm:
-after a large rotation Adam overshoots, for C = I/2 by 1.8 times for more than 50 steps. The second
-term gives the part of a new direction outside the old span the second moment of an average old
-direction, so every new row is an average of old rows.
+Without its second term, v of (2) would be too small after a large rotation, and Adam's bias
+correction no longer helps: for C = I/2 its steps are 1.8 times too long for more than 50 steps. The
+second term gives the part of a new direction outside the old span the second moment of an average
+old direction, so every new row is an average of old rows.
 
 Without transport a training run depends on the signs of basis vectors, which the linear algebra
 library chooses. `keep`, as GaLore and the paper's code do, leaves states unchanged.
 
-`reset` is `rotate` with C = 0: all states are zero but squares, which become v̄ (a row of factors
-its mean): with Adam's warm count, squares of zero would make it overshoot, up to 6.5 times at its
-defaults.
+`reset` sets all states to zero but squares: each row of v becomes v̄, and factors become their
+means. Squares of zero would make Adam's steps up to 6.5 times too long at its defaults, since its
+count continues.
 
 Reference: Robert et al., "LDAdam", arXiv:2410.16103 (rotation of both moments).
 """

@@ -50,7 +50,7 @@ def register_state(state_type: type, **roles: str) -> None:
 
         - `"linear"`, (*batch, r, n): linear in the cores, such as momentum.
         - `"square"`, (*batch, r, n): elementwise squares of cores, such as Adam's nu, or other
-          nonnegative sizes. One number per leaf is kept unchanged.
+          nonnegative sizes. A field that is one number per leaf is kept unchanged.
         - `"square_rows"`, (*batch, r), followed by a field `"square_cols"`, (*batch, n): factors of
           squares v ≈ row colᵀ / mean(row), as in Adafactor.
         - `"window"`, (*batch, s, r, n): cores, followed by a field `"gram"`, (*batch, s, s).
@@ -59,8 +59,7 @@ def register_state(state_type: type, **roles: str) -> None:
           recompute it. With :func:`quantized` it must be symmetric and semidefinite.
         - `"scalar"`: independent of the basis.
 
-        Transport `"reset"` sets all fields to zero but squares, so zero must be the state before
-        the first gradient.
+        Transport `"reset"` sets all fields but squares to zero, so `init` must start them at zero.
 
     Raises:
       ValueError: if a role is none of these, the state has no such field, or a `"square_cols"` or
