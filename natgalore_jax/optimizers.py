@@ -10,6 +10,7 @@ from .fisher.core import scale_by_core_fisher
 from .fisher.window import scale_by_fisher
 from .selection.select import Rank, Select
 from .subspace.basis import BasisUpdate
+from .subspace.learning_rate_check import RateFree
 from .subspace.project import project
 from .subspace.residual import Residual
 from .util.validation import Scalar, as_float, check_choice, check_decay
@@ -97,10 +98,13 @@ def natural_galore(
     else:
         check_choice("fisher", fisher, FISHERS, "a transformation")
         precondition = FISHERS[fisher]()
+    inner = optax.chain(precondition, optax.scale_by_adam(b1, b2, eps))
+    if fisher in FISHERS:
+        inner = RateFree(*inner)
     return optax.chain(
         project(
             rank,
-            optax.chain(precondition, optax.scale_by_adam(b1, b2, eps)),
+            inner,
             refresh_every=refresh_every,
             scale=scale,
             basis=basis,

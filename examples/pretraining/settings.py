@@ -21,7 +21,7 @@ class Recipe(NamedTuple):
     make: Callable[[optax.Schedule, "Config"], optax.GradientTransformation]
 
 
-RESIDUALS = {"none": None, "isotropic": "isotropic", "whitened": "whitened", "fira": "fira"}
+RESIDUALS = {"none": None, "isotropic": "isotropic", "whitened": "whitened"}
 FISHERS = {"none": None, "core": "core", "window": "window"}
 
 

@@ -127,12 +127,12 @@ def scale_by_core_fisher(
             return updates, state._replace(count=count)
         in_turn = state.count % root_every == 0
         leaves = list(zip(Rs, *map(core_arrays, state[1:]), strict=True))
-        results = with_auto_axes(step, leaves, leaves, in_turn)
+        results = with_auto_axes(step, leaves, leaves, in_turn, decay, damping)
         U, *fields = zip(*results, strict=True)
         trees = [replace_cores(tree, x) for tree, x in zip(state[1:], fields, strict=True)]
         return replace_cores(updates, U), CoreFisherState(count, *trees)
 
-    def step(leaves, in_turn):
+    def step(leaves, in_turn, decay, damping):
         """Equations (1) and (2): U and the new fields of the state, without `count`, per leaf."""
         new = [accumulate(*leaf, decay, in_turn) for leaf in leaves]
 

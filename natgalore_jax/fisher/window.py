@@ -119,14 +119,14 @@ def scale_by_fisher(
         if not Rs:
             return updates, state
 
-        def answer(R, *old):
+        def answer(damping, R, *old):
             accepted = (R != 0).any(axis=(-2, -1))
             new = remember(R, accepted, *old)
             u = natural_gradient(*new, damping, relative, power)
             return jnp.where(accepted[..., None, None], u, 0.0), *new
 
         arguments = list(zip(Rs, *map(core_arrays, state), strict=True))
-        results = [with_auto_axes(answer, leaf, *leaf) for leaf in arguments]
+        results = [with_auto_axes(answer, leaf, damping, *leaf) for leaf in arguments]
         out, *fields = zip(*results, strict=True)
         trees = [replace_cores(tree, x) for tree, x in zip(state, fields, strict=True)]
         return replace_cores(updates, out), FisherState(*trees)

@@ -22,7 +22,7 @@ from .quantized_array import QuantizedArray
 
 LEAST = 2**22  # entries of a stage; smaller stages would only add kernel launches
 CALLS = ("jit", "pjit", "closed_call")
-FEW = 8  # arrays; one leaf has fewer in any optimizer
+FEW = 4  # arrays; a leaf has at most so many in Optax's optimizers and the core Fisher
 
 
 class Equation(NamedTuple):

@@ -38,7 +38,7 @@ from ..tree.flax_boxes import is_box, rebox, unbox, with_boxes
 from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core
 from ..tree.state_roles import walk
 from .basis import basis_key
-from .learning_rate_check import check_learning_rate
+from .learning_rate_check import RateFree, check_learning_rate
 from .projection import (
     Projected,
     from_subspace,
@@ -65,6 +65,7 @@ class Engine:
         residual: str | Residual | None,
     ):
         self.inner = optax.with_extra_args_support(inner)
+        self.rate_free = isinstance(inner, RateFree)
         self.refresh = refresh
         self.scale = scale
         self.residual = residual
@@ -106,7 +107,7 @@ class Engine:
         proxies = jax.tree.map(proxy, params, specs)
         inner_state = allow_no_cores(inner.init(proxies))
         origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
-        if self.residual is not None and cores(proxies):
+        if self.residual is not None and not self.rate_free and cores(proxies):
             check_learning_rate(inner, proxies, sized=self.residual in RESIDUALS)
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
@@ -187,9 +188,9 @@ class Engine:
                     partition,
                     self.residual,
                     jnp.dtype(weights[i].dtype),
-                    self.scale,
                 ),
                 partition.partition,
+                self.scale,
                 partitions.hint(U, role_partition("linear", spec, partition.partition)),
                 x.finite,
                 P,

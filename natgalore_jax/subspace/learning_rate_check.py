@@ -31,6 +31,10 @@ LARGEST = (4, 8)  # sides of the small cores
 SMALLEST_RMS = 0.02
 
 
+class RateFree(optax.GradientTransformationExtraArgs):
+    """An inner transformation that is known to contain no learning rate, and is not checked."""
+
+
 def check_learning_rate(
     inner: optax.GradientTransformationExtraArgs, params: PyTree, sized: bool
 ) -> None:

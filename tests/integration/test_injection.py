@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
 from tests.helpers.cases import slow
@@ -221,3 +222,23 @@ class TestBfloat16:
         # bfloat16 are the hyperparameters alone.
         low = [x for x in jax.tree.leaves(after) if x.dtype == jnp.bfloat16]
         assert len(low) == len(hyperparams(after))
+
+
+@pytest.mark.parametrize("stage", [natgalore.scale_by_core_fisher, natgalore.scale_by_fisher])
+def test_traced_numbers_on_explicit_axes(stage):
+    """Functions that fix the partitions of their results take traced numbers as arguments."""
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"))
+    kernel = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    values = jax.random.normal(jax.random.key(0), (64, 128))
+    params = {"up": {"kernel": jax.device_put(values, kernel)}}
+    injected = optax.inject_hyperparams(stage, static_args=natgalore.STATIC_ARGS[stage.__name__])()
+    make = lambda scale: natgalore.project(8, injected, scale=scale, transport="keep")
+    tx = optax.inject_hyperparams(make)(scale=1.0)
+    with jax.set_mesh(mesh):
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    plain, full = natgalore.project(8, stage(), transport="keep"), {"up": {"kernel": values}}
+    expected, _ = plain.update(full, plain.init(full), full)
+    # Products of sharded arrays sum in another order.
+    chex.assert_trees_all_close(
+        jax.device_get(updates), jax.device_get(expected), rtol=1e-4, atol=1e-5
+    )

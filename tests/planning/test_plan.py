@@ -433,7 +433,7 @@ def test_plan_of_a_tree_without_matrices():
         ({"budget": 1, "bits": 4}, r"^`bits` must be one of 8, 32, got 4"),
         ({"budget": 1, "multiple": 0}, r"^`multiple` must be in \[1"),
         ({"budget": 1, "side": "up"}, r"^`side` must be one of"),
-        ({"budget": 1, "residual": "fira"}, r"^`residual` needs full gradients"),
+        ({"budget": 1, "residual": "whitened"}, r"^`residual` needs full gradients"),
         ({"rank": 8, "energy": 0.9}, r"^`rank` and `energy` both determine"),
         ({"energy": 0.9}, r"^`energy` is a share of the energy of `grads`"),
         ({"energy": 1.1, "grads": tree()}, r"^`energy` is a share, at most 1, got 1.1"),

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings, strategies as st
+from jax.extend import core as jax_core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgalore_jax as natgalore
-from natgalore_jax.quantization import staged_update as parts
+from natgalore_jax.quantization import staged_update
 from natgalore_jax.quantization.dynamic_8bit import LINEAR, SQUARE, block_size, decode, encode
 from natgalore_jax.quantization.quantized_array import QuantizedArray, dequantize, is_quantized
 from tests.helpers.cases import quick
@@ -405,6 +406,28 @@ def test_around_and_inside_of_other_wrappers():
         assert x.codes.sharding.memory_kind == x.scales.sharding.memory_kind == "pinned_host"
 
 
+def equations(jaxpr, in_loop=False):
+    """The equations of a program and of its calls and loops, and whether a loop contains them."""
+    for eqn in jaxpr.eqns:
+        yield eqn, in_loop
+        for inner in jax_core.jaxprs_in_params(eqn.params):
+            yield from equations(inner, in_loop or eqn.primitive.name == "while")
+
+
+def shapes_of_codes(jaxpr, primitive, in_loop):
+    """The shapes of the 8-bit operands of each equation of a primitive, if it has any."""
+    shapes = [
+        [v.aval.shape for v in eqn.invars if v.aval.dtype in (jnp.int8, jnp.uint8)]
+        for eqn, within in equations(jaxpr)
+        if eqn.primitive.name == primitive and within == in_loop
+    ]
+    return [x for x in shapes if x]
+
+
+def decoded_shapes(jaxpr, in_loop):
+    return {shape for (shape,) in shapes_of_codes(jaxpr, "convert_element_type", in_loop)}
+
+
 @pytest.mark.parametrize("refresh", ["passes", "gradient"])
 def test_gradients_from_the_backward_pass(refresh):
     """`value_and_grad` leaves the state, on a step without a refresh, as it was."""
@@ -416,11 +439,9 @@ def test_gradients_from_the_backward_pass(refresh):
     gradients = jax.jit(natgalore.value_and_grad(loss, tx, refresh=refresh))
     full = jax.jit(jax.value_and_grad(loss))
     # Moments are decoded within a refresh alone; the basis before it, if a pass is run in any case.
-    (program,) = jax.make_jaxpr(gradients)(params, tx.init(params)).eqns
-    conversions = [x for x in program.params["jaxpr"].eqns if "convert" in x.primitive.name]
-    converted = [x.invars[0].aval for x in conversions]
+    program = jax.make_jaxpr(gradients)(params, tx.init(params))
     expected = {(128, 32)} if refresh == "passes" else set()
-    assert {x.shape for x in converted if x.dtype in (jnp.int8, jnp.uint8)} == expected
+    assert decoded_shapes(program, in_loop=False) == expected
     ours = theirs = tx.init(params)
     for step in range(4):
         (_, grads), after = gradients(params, ours)
@@ -432,6 +453,35 @@ def test_gradients_from_the_backward_pass(refresh):
     # A refresh rounds what it has turned to nearest before Adam's step does, by up to 3.5 %.
     a, b = mine["up"]["kernel"], expected["up"]["kernel"]
     assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+
+def test_one_matrix_is_decoded_at_a_refresh(monkeypatch):
+    """In a refresh codes are decoded in the shape of one matrix; in the rest of an update, in
+    stages of whole leaves."""
+    m, n, r = 128, 192, 32
+    params = {f"layers_{i}": {"kernel": jnp.zeros((3, m, n))} for i in "abcd"}
+    params["up"] = {"kernel": jnp.zeros((m, n))}
+    plain = natgalore.galore(1e-2, r, refresh_every=5)
+    tx = natgalore.quantized(plain, (*MOMENTS, "basis"))
+    state = tx.init(params)
+    assert len(coded_arrays(state)) == 3 * 5
+
+    def program():  # of a new function, so that it is traced again
+        return jax.make_jaxpr(jax.jit(lambda *trees: tx.update(*trees)))(params, state, params)
+
+    barriers = lambda program: shapes_of_codes(program, "optimization_barrier", in_loop=False)
+    at_once = program()
+    assert decoded_shapes(at_once, in_loop=True) == {(m, r), (r, n)}
+    # Bases for the projection and moments for Adam.
+    leaves = {(3, m, r), (m, r), (3, r, n), (r, n)}
+    assert decoded_shapes(at_once, in_loop=False) == leaves
+    assert not barriers(at_once)
+    monkeypatch.setattr(staged_update, "LEAST", 1000)
+    staged = program()
+    assert decoded_shapes(staged, in_loop=True) == {(m, r), (r, n)}
+    # One stage a leaf: a barrier has the moments of two leaves, the last those of `up`.
+    stack, matrix = 2 * [(3, r, n)], 2 * [(r, n)]
+    assert barriers(staged) == [stack + stack, stack + stack, stack + stack, matrix + stack]
 
 
 def test_memory_report_counts_codes_and_scales():
@@ -454,12 +504,13 @@ class Memory(NamedTuple):
 def test_refusals():
     params = {"up": {"kernel": jnp.zeros((64, 128))}}
     adam = optax.scale_by_adam()
-    roles = "'linear', 'square', 'basis', 'window', 'fisher', 'root'"
+    roles = "'linear', 'square', 'basis', 'fisher', 'root'"
     with pytest.raises(ValueError, match=rf"^`roles` must be one of {roles}, got 'gram'.$"):
         natgalore.quantized(adam, ["linear", "gram"])
-    one_of = "must be one of 'linear', 'square', 'basis', got 'window'"
-    with pytest.raises(ValueError, match=rf"^`stochastic` {one_of}.$"):
-        natgalore.quantized(adam, stochastic="window")
+    for role in ("basis", "fisher"):
+        one_of = f"must be one of 'linear', 'square', got '{role}'"
+        with pytest.raises(ValueError, match=rf"^`stochastic` {one_of}.$"):
+            natgalore.quantized(adam, stochastic=role)
     with pytest.raises(ValueError, match=r"^`seed` must be in"):
         natgalore.quantized(adam, seed=-1)
     inside = natgalore.chain(natgalore.project(16), natgalore.quantized(adam))
@@ -468,7 +519,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"^`tx` is quantized already: give `quantized` the"):
         natgalore.quantized(natgalore.quantized(adam)).init(params)
     own = optax.GradientTransformation(Memory, lambda g, state, params=None: (g, state))
-    with pytest.warns(UserWarning, match=r"^`quantized` leaves Memory.weights as it is: `natgal"):
+    with pytest.warns(UserWarning, match=r"^`quantized` does not encode Memory.weights: declare"):
         state = natgalore.quantized(own).init(params)
     assert not coded_arrays(state)
     with warnings.catch_warnings(action="error"):
@@ -491,7 +542,7 @@ LIES |= {"bias": P(), "frozen": None}
     ],
 )
 def test_sharded_as_the_arrays_are(name, kind, monkeypatch):
-    """And updated part by part, as on one device all at once."""
+    """And updated in stages, as on one device all at once."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind, kind))
     on_mesh = jax.tree.map(lambda spec: NamedSharding(mesh, spec), LIES)
     plain = OPTIMIZERS[name](1e-2)
@@ -499,7 +550,7 @@ def test_sharded_as_the_arrays_are(name, kind, monkeypatch):
     alone = natgalore.quantized(plain)
     params, grads = random(0), random(1)
     _, expected = jax.jit(alone.update)(grads, alone.init(params), params)
-    monkeypatch.setattr(parts, "LEAST", 1)
+    monkeypatch.setattr(staged_update, "LEAST", 1)
     with jax.set_mesh(mesh):
         params, grads = (jax.device_put(x, on_mesh) for x in (params, grads))
         told = natgalore.state_shardings(tx, params, on_mesh)

@@ -323,7 +323,9 @@ class TestAxisNames:
 
 
 class TestLeavesThatAreNoArrays:
-    @pytest.mark.parametrize("leaf", ["relu", 1.5, 3, True, len, jax.nn.relu, object()], ids=str)
+    @pytest.mark.parametrize(
+        "leaf", ["relu", 1.5, 3, True, len, jax.nn.relu, object()], ids=lambda x: type(x).__name__
+    )
     @pytest.mark.parametrize(
         "call",
         [

@@ -253,7 +253,7 @@ def test_bfloat16_update_is_the_rounded_float32_update(residual):
     assert_close(low, exact, rtol=1e-5, atol=1e-5)  # params are float32: no rounding there
     # Rounded to nearest once, after the sum.
     wide = optax.tree.cast(updates, jnp.float32)
-    assert_close(wide, exact, rtol=2**-9 + 1e-5, atol=1e-5)
+    assert_close(wide, exact, rtol=2**-8 + 1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -393,7 +393,7 @@ POSITIVE = {
     "accumulated": optax.chain(optax.scale(1e-3), optax.apply_every(5)),
 }
 both_inits = pytest.mark.parametrize(
-    "init", [lambda tx: tx.init, *slow(lambda tx: jax.jit(tx.init))], ids=["eager", "jit"][:2]
+    "init", [lambda tx: tx.init, *slow(lambda tx: jax.jit(tx.init))], ids=["eager", "jit"]
 )
 
 
