@@ -105,7 +105,7 @@ def _refreshed_by_products(
     due: list[Bool[Array, "..."]],
     first: Bool[Array, ""],
 ) -> SubspaceState:
-    """One iteration of the due matrices; `first` iterations are counted as refreshes."""
+    """One iteration of the due matrices; only the first one of a refresh counts it."""
     refresh = _refresh_of(state)
     specs, roles, states, unflatten = flatten(state, refresh.transport)
     leaves = []
@@ -114,7 +114,9 @@ def _refreshed_by_products(
         leaves.append(RefreshLeaf(spec, role, LeafPartition(partitions.mesh, partition)))
     refreshed = functools.partial(refresh_due, refresh, tuple(leaves), "product")
     products = [Y[spec.path] for spec in specs]
-    return unflatten(with_auto_axes(refreshed, states, products, due, first, states))
+    new = with_auto_axes(refreshed, states, products, due, states)
+    count = lambda x, old: x._replace(refreshed=jnp.where(first, x.refreshed, old.refreshed))
+    return unflatten([count(*pair) for pair in zip(new, states, strict=True)])
 
 
 def refreshed_from_gradients(

@@ -85,7 +85,6 @@ def refresh_and_project(
             "gradient",
             [gradients[i] for i in full],
             due,
-            jnp.ones([], bool),
             [new[i]._replace(carried=without_keys(new[i].carried)) for i in full],
         )
         for i, x in zip(full, after, strict=True):

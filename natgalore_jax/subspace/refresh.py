@@ -143,7 +143,6 @@ class Refresh:
         roles: tuple[Any, ...],
         part: Array,
         index: Int[Array, ""],
-        first: Bool[Array, ""],
         old: MatrixState,
     ) -> MatrixState:
         """Refreshes one matrix.
@@ -154,8 +153,6 @@ class Refresh:
           roles: of the `carried` arrays.
           part: G (m x n entries) or Y (m x r), in any units.
           index: of the matrix, in the refresh order.
-          first: whether to count a refresh; a refresh from Y may take several calls, of which the
-        first counts it.
           old: the state of the matrix.
 
         Returns:
@@ -189,7 +186,7 @@ class Refresh:
         R = None if old.R is None else to_core(G, *bases)
         return MatrixState(
             stored=stored,
-            refreshed=refreshed + (usable & first).astype(refreshed.dtype),
+            refreshed=refreshed + usable.astype(refreshed.dtype),
             carried=self.carry(roles, old.carried, olds, bases, usable),
             R=R,
             finite=None if R is None else jnp.isfinite(R).all(),
@@ -236,7 +233,6 @@ def refresh_due(
     source: Source,
     gradients: list[Array],
     due: list[Bool[Array, "..."]],
-    first: Bool[Array, ""],
     states: list[MatrixState],
 ) -> list[MatrixState]:
     """Refreshes every due matrix.
@@ -247,11 +243,10 @@ def refresh_due(
       source: of `gradients`, see :meth:`Refresh.refresh_matrix`.
       gradients: G in the leaf's shape, or Y, (*batch, m, r).
       due: which matrices are.
-      first: see there.
       states: of the matrices.
     """
     step = lambda spec, roles, part, index, old: refresh.refresh_matrix(
-        source, spec, roles, part, index, first, old
+        source, spec, roles, part, index, old
     )
     entries = [
         Leaf(
