@@ -361,6 +361,21 @@ def test_every_leaf_and_step_is_rounded_by_a_key_of_its_own():
         assert all((one != other).any() for other in found[:i])
 
 
+def test_each_step_inside_a_projection_is_rounded_by_its_own_key():
+    params = {"a": jnp.zeros((64, 128))}
+    grads = {"a": jax.random.normal(jax.random.key(0), (64, 128))}
+    inner = optax.scale_by_rms(decay=0.0)  # nu is the newest square
+    tx = natgalore.quantized(natgalore.project(32, inner, refresh_every=10))
+    state = tx.init(params)
+    found = []
+    for _ in range(3):  # one with a refresh, two without
+        _, state = jax.jit(tx.update)(grads, state)
+        (nu,) = coded_arrays(state)
+        found.append(np.asarray(nu.codes))
+    for i, one in enumerate(found):
+        assert all((one != other).any() for other in found[:i])
+
+
 @pytest.mark.slow
 def test_what_is_not_finite_stays_so_in_adamw_and_out_of_a_projection():
     params = random(0)
