@@ -1,9 +1,23 @@
 """Cores of weights in products, against projected full gradients."""
 
+import math
+import re
+
+import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.helpers.lowrank import VIEW, Cases, X, assert_cores_equal_projected_gradients
+from natgalore_jax.lowrank_grads.loss import backward, bases_of
+from tests.helpers.lowrank import (
+    VIEW,
+    Cases,
+    X,
+    after_first_refresh,
+    assert_cores_equal_projected_gradients,
+    normal,
+    projection,
+    subspace_state,
+)
 
 
 CASES = Cases()
@@ -60,3 +74,13 @@ def product_of_weights(W):
 @pytest.mark.parametrize("name", CASES)
 def test_cores_equal_projected_full_gradients(name):
     assert_cores_equal_projected_gradients(CASES[name])
+
+
+def test_largest_array_is_the_weight():
+    """(x P) B needs no larger array; x B has the axes of both."""
+    params = {"kernel": normal(1, 12, 20)}
+    loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["kernel"]))
+    state = subspace_state(after_first_refresh(projection().init(params)))
+    step = lambda params, x: backward(loss, params, False, (x,), {})[0](bases_of([state]))
+    shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(step)(params, X)))
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) == 12 * 20
