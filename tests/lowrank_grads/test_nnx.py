@@ -170,7 +170,6 @@ def test_gradients_follow_the_wrt_of_the_optimizer():
     assert value.shape == ()
 
 
-@pytest.mark.slow
 def test_only_full_gradients_keep_sharding_metadata():
     """The axes of a core are not those of its weight."""
     named = lambda init, *names: nnx.with_metadata(init, out_sharding=names)
