@@ -366,7 +366,7 @@ def verdict(mutant: Mutant, known: list[str]) -> str:
         path.write_text(planted(mutant, path.read_text()))
         for tests in rounds(mutant, known):
             code, output = run_tests(folder, tests)
-            if code == 1 and (failed := re.search(r"^FAILED (\S+)", output, re.MULTILINE)):
+            if code == 1 and (failed := re.search(r"^FAILED (.+?)(?: - |$)", output, re.MULTILINE)):
                 return failed[1]
             if code in (1, 2, 3):  # a fault that cannot be imported, say, which is no verdict
                 return f"error: {output.strip().splitlines()[-1:]}"
