@@ -19,3 +19,17 @@ if jax.__version_info__ < (0, 11):  # later ones have no other emitters
 
 QUICKLY = " ".join(f"--{name}={quick}".lower() for name, (quick, _) in OPTIONS.items())
 AS_FOR_USERS = {name: users for name, (_, users) in OPTIONS.items()}
+
+
+def jit_and_count(f):
+    """`jax.jit(f)`, and a list with one entry for each time it is traced.
+
+    The size of a jitted function's own cache is 0 in some long sessions, after one call too.
+    """
+    traces = []
+
+    def counted(*args):
+        traces.append(len(traces))
+        return f(*args)
+
+    return jax.jit(counted), traces
