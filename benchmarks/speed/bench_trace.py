@@ -101,30 +101,32 @@ def one_leaf() -> dict[str, dict[str, int]]:
     return found
 
 
-def eager_compilations() -> int:
-    """Programs that the third un-jitted update of 12 matrices compiles."""
-    key = jax.random.key(0)
-    params = {f"layer{i}": {"kernel": jax.random.normal(key, (64, 256))} for i in range(12)}
-    tx = natgalore.natural_galore(1e-3, 16)
-    state = tx.init(params)
-    compiled: list[str] = []
+def eager_compilations(tx: optax.GradientTransformation, params: Any, steps: int = 3) -> list[int]:
+    """The number of programs that each of the first updates outside `jax.jit` compiles."""
+    state, compiled, numbers = tx.init(params), [], []
 
     class Count(logging.Handler):
         def emit(self, record):
             if record.getMessage().startswith("Compiling"):
                 compiled.append(record.getMessage())
 
-    logger, handler = logging.getLogger("jax"), Count()
-    handlers, logger.handlers = logger.handlers, [handler]
+    logger = logging.getLogger("jax")
+    handlers, logger.handlers = logger.handlers, [Count()]
     jax.config.update("jax_log_compiles", True)
     try:
-        for _ in range(3):
+        for _ in range(steps):
             compiled.clear()
             _, state = tx.update(params, state, params)
+            numbers.append(len(compiled))
     finally:
         logger.handlers = handlers
         jax.config.update("jax_log_compiles", False)
-    return len(compiled)
+    return numbers
+
+
+def twelve_matrices() -> dict[str, Any]:
+    normal = jax.random.normal(jax.random.key(0), (64, 256))
+    return {f"layer{i}": {"kernel": normal} for i in range(12)}
 
 
 def main() -> None:
@@ -141,7 +143,9 @@ def main() -> None:
         "modules": len(sources),
         "lines": lines,
         "one_leaf": one_leaf(),
-        "eager_compilations": eager_compilations(),
+        "eager_compilations": eager_compilations(
+            natgalore.natural_galore(1e-3, 16), twelve_matrices()
+        )[2],
         "trace_seconds": {},
     }
     print(f"{len(sources)} modules, {lines} lines")

@@ -1,13 +1,12 @@
 """The schedule of refreshes against Python integers; compilations of an update outside `jit`."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import natgalore_jax as natgalore
+from benchmarks.speed.bench_trace import eager_compilations
 from natgalore_jax.subspace.basis import METHODS
 from natgalore_jax.subspace.refresh import Refresh, phase
 from natgalore_jax.tree.leaf_spec import LeafSpec
@@ -45,25 +44,6 @@ def test_third_update_outside_jit_compiles_nothing():
     keys = jax.random.split(jax.random.key(0), 4)
     params = {f"layer_{i}": {"kernel": jax.random.normal(k, (17, 29))} for i, k in enumerate(keys)}
     tx = natgalore.natural_galore(1e-3, 4, refresh_every=3)
-    state = tx.init(params)
-    compiled = []
-
-    class Count(logging.Handler):
-        def emit(self, record):
-            if record.getMessage().startswith("Compiling"):
-                compiled.append(record.getMessage())
-
-    logger, handler = logging.getLogger("jax"), Count()
-    handlers, logger.handlers = logger.handlers, [handler]
-    jax.config.update("jax_log_compiles", True)
-    try:
-        number = []
-        for _ in range(3):
-            compiled.clear()
-            _, state = tx.update(params, state, params)
-            number.append(len(compiled))
-    finally:
-        logger.handlers = handlers
-        jax.config.update("jax_log_compiles", False)
-    assert number[0] > 0
-    assert number[2] == 0, compiled
+    first, _, third = eager_compilations(tx, params)
+    assert first > 0
+    assert third == 0
