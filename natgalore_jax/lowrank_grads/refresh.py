@@ -31,9 +31,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from ..sharding.partitioning import (
-    LeafPartition,
     ParamPartitions,
-    role_partition,
+    aligned_partition,
     with_auto_axes,
 )
 from ..subspace.projection import refresh_and_project
@@ -110,8 +109,9 @@ def _refreshed_by_products(
     specs, roles, states, unflatten = flatten(state, refresh.transport)
     leaves = []
     for spec, role in zip(specs, roles, strict=True):
-        partition = role_partition("basis", spec, partitions.get(spec.path))
-        leaves.append(RefreshLeaf(spec, role, LeafPartition(partitions.mesh, partition)))
+        leaf = partitions.leaf(spec)
+        leaf = leaf._replace(partition=aligned_partition("basis", spec, leaf))
+        leaves.append(RefreshLeaf(spec, role, leaf))
     refreshed = functools.partial(refresh_due, refresh, tuple(leaves), "product")
     products = [Y[spec.path] for spec in specs]
     new = with_auto_axes(refreshed, states, products, due, states)

@@ -8,13 +8,10 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import jax
 from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
     NamedSharding,
     PartitionSpec,
     get_abstract_mesh,
@@ -24,6 +21,7 @@ from jaxtyping import Array, PyTree
 from ..tree.leaf_spec import LeafSpec
 from .partitioning import (
     LeafPartition,
+    are_auto,
     axis_entries,
     merged_entry,
     mesh_axes,
@@ -98,7 +96,7 @@ def on_whole_matrices(
     sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
     batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]
-    if mesh is None or not shared or not _are_auto(mesh, [*itertools.chain(*batch), *shared]):
+    if mesh is None or not shared or not are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x)
     sharding = NamedSharding(mesh, PartitionSpec(*[entries[axis] for axis in spec.batch], *sides))
     for name in shared:
@@ -108,8 +106,3 @@ def on_whole_matrices(
                 break
     whole = NamedSharding(mesh, trim_partition([tuple(names) or None for names in batch]))
     return place(place(f(place(x, whole)), whole), sharding)
-
-
-def _are_auto(mesh: Mesh | AbstractMesh, names: Collection[str]) -> bool:
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return all(types[name] == AxisType.Auto for name in names)

@@ -1,9 +1,18 @@
 """PartitionSpecs of optimizer state, and linear algebra on sharded arrays.
 
 A weight with PartitionSpec P(…batch, a, c), seen as m x n matrices with m sharded over mesh axis a
-and n over c, determines the partitions of its state: the basis (m x r) has P(…batch, a), cores and
-moments (r x n) have P(…batch, None, c), and r x r, s x s and scalar arrays are sharded over the
-batch axes only. The ranks r and s are never sharded, so any rank works on any mesh.
+and n over c, determines the partitions of its state. Every state array is divided over all mesh
+axes of its weight:
+
+- basis (m x r): m over a and c,
+- cores and moments (r x n): n over c and a,
+- r x r arrays: r over a and c.
+
+A mesh axis that does not divide m or n divides r, else a batch axis; otherwise the array is
+replicated along that axis. A replicated weight has replicated state, unless ZeRO adds mesh axes.
+
+Products with G and W need P with m over a alone and cores with n over c alone: :func:`align`
+gathers them, m r and r n numbers.
 
 On Explicit mesh axes every array's type contains its partition, and JAX refuses a QR of a sharded
 matrix and a product over a sharded axis. :func:`with_auto_axes` leaves such operations to the
@@ -14,7 +23,7 @@ array has a known partition; under `jit` it comes from the user, through :func:`
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +40,7 @@ from jax.sharding import (
 from jaxtyping import Array, PyTree
 
 from ..tree.leaf_spec import LeafSpec
-from ..tree.state_roles import Undeclared
+from ..tree.state_roles import AXES, axis_size
 
 
 Entry = Any  # of a PartitionSpec: None, one mesh axis or a tuple of several
@@ -43,10 +52,12 @@ class LeafPartition(NamedTuple):
     Attributes:
       mesh: None if nothing is known of it.
       partition: the PartitionSpec of the leaf.
+      zero_axes: further mesh axes that divide the state of the leaf, not the leaf (ZeRO).
     """
 
     mesh: Mesh | AbstractMesh | None
     partition: PartitionSpec
+    zero_axes: tuple[str, ...] = ()
 
 
 class ParamPartitions(NamedTuple):
@@ -55,62 +66,128 @@ class ParamPartitions(NamedTuple):
     Attributes:
       mesh: None if no leaf is on a known mesh.
       partitions: the PartitionSpec of each leaf, by its path; a missing leaf is replicated.
+      zero_axes: see :class:`LeafPartition`.
     """
 
     mesh: Mesh | AbstractMesh | None
     partitions: Mapping[tuple, PartitionSpec]
-
-    def get(self, path: tuple) -> PartitionSpec:
-        """The PartitionSpec of the leaf at `path`."""
-        return self.partitions.get(path, PartitionSpec())
+    zero_axes: tuple[str, ...] = ()
 
     def leaf(self, spec: LeafSpec) -> LeafPartition:
         """The partition of a projected leaf."""
-        return LeafPartition(self.mesh, self.get(spec.path))
+        partition = self.partitions.get(spec.path, PartitionSpec())
+        return LeafPartition(self.mesh, partition, self.zero_axes)
 
     def place(self, x: Array, partition: PartitionSpec) -> Array:
         """`x` with `partition` on the mesh; unchanged without a mesh."""
         return x if self.mesh is None else place(x, NamedSharding(self.mesh, partition))
 
-    def hint(self, x: Array, partition: PartitionSpec) -> Array:
-        """`place` for arrays without a partition of their own: under `jit` on Auto axes."""
-        typed = self.mesh is None or AxisType.Explicit in self.mesh.axis_types
-        return x if typed or not isinstance(x, jax.core.Tracer) else self.place(x, partition)
 
-
-def role_partition(role: str, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
-    """The partition of a state array.
+def state_partition(
+    shape: tuple[int, ...], role: Any, spec: LeafSpec, leaf: LeafPartition
+) -> PartitionSpec:
+    """The partition in which a state array is stored.
 
     Args:
-      role: of the array, see :func:`register_state`. For a role without a matrix axis of the leaf,
-        only the batch axes are sharded.
+      shape: of the array, or of the codes or scales that encode it.
+      role: of the array, see :func:`register_state`.
       spec: of the leaf, or `spec.transposed` for the basis Q of the n side.
-      param: the partition of the leaf.
+      leaf: the partition of the leaf.
     """
-    entries = axis_entries(spec, param)
-    batch = [entries[axis] for axis in spec.batch]
-    rows, cols = merged_entry(spec, spec.rows, entries), merged_entry(spec, spec.cols, entries)
-    if spec.both and role != "basis":
-        cols = None  # r wide
-    matrix: list[Entry] = {
-        "basis": [rows, None],
-        "linear": [None, cols],
-        "square": [None, cols],
-        "square_cols": [cols],
-        "window": [None, None, cols],
-    }.get(role, [])
-    return trim_partition([*batch, *matrix])
-
-
-def state_partition(x: Any, role: Any, spec: LeafSpec, param: PartitionSpec) -> PartitionSpec:
-    """`role_partition` of an array that :func:`walk` visits, whose role may be undeclared."""
-    if x.shape[: len(spec.batch)] != spec.batch_shape:
+    if shape[: len(spec.batch)] != spec.batch_shape:
         return PartitionSpec()
-    if role is None or isinstance(role, Undeclared):
-        role = "linear" if x.shape == spec.core_shape else "scalar"
-    entries = role_partition(role, spec, param)
-    # Placeholders of size 1, as in Adafactor's state, cannot be sharded.
-    return trim_partition([e if n > 1 else None for e, n in zip(entries, x.shape, strict=False)])
+    if role not in AXES:
+        role = "linear" if shape == spec.core_shape else "scalar"
+    aligned = aligned_partition(role, spec, leaf)
+    if leaf.mesh is None:
+        return aligned
+    partition = divisible_partition(aligned, shape, leaf.mesh)
+    if not {"m", "r", "k"} & {*AXES[role]}:
+        return partition
+    names = [name for entry in (*leaf.partition, leaf.zero_axes) for name in mesh_axes(entry)]
+    return add_axes(partition, names, shape, leaf.mesh, len(spec.batch))
+
+
+def role_partition(role: str, spec: LeafSpec, leaf: LeafPartition) -> PartitionSpec:
+    """`state_partition` of an array of the shape that its role has; not for windows."""
+    sizes = [axis_size(axis, spec) or 1 for axis in AXES[role]]
+    return state_partition((*spec.batch_shape, *sizes), role, spec, leaf)
+
+
+def aligned_partition(role: str, spec: LeafSpec, leaf: LeafPartition) -> PartitionSpec:
+    """The partition of a state array along the axes that it shares with the leaf."""
+    entries = axis_entries(spec, leaf.partition)
+    sides = {"m": merged_entry(spec, spec.rows, entries)}
+    if not spec.both:  # else k is r
+        sides["k"] = merged_entry(spec, spec.cols, entries)
+    batch = [entries[axis] for axis in spec.batch]
+    return trim_partition([*batch, *(sides.get(axis) for axis in AXES[role])])
+
+
+def align(x: Array, role: str, spec: LeafSpec, leaf: LeafPartition) -> Array:
+    """`x` in its `aligned_partition`, gathered along the other mesh axes of the leaf.
+
+    Without this constraint the compiler may gather or exchange the m x n operand of a product.
+    """
+    aligned = aligned_partition(role, spec, leaf)
+    stored = state_partition(x.shape, role, spec, leaf)
+    return x if aligned == stored else _constrain(x, aligned, leaf)
+
+
+def store(x: Array, role: str, spec: LeafSpec, leaf: LeafPartition) -> Array:
+    """`x` in the `state_partition` of its role."""
+    return _constrain(x, state_partition(x.shape, role, spec, leaf), leaf)
+
+
+def _constrain(x: Array, partition: PartitionSpec, leaf: LeafPartition) -> Array:
+    context = get_abstract_mesh()
+    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
+    names = [name for entry in (*leaf.partition, leaf.zero_axes) for name in mesh_axes(entry)]
+    if mesh is None or not names or not are_auto(mesh, names):
+        return x
+    return place(x, NamedSharding(mesh, partition))
+
+
+def are_auto(mesh: Mesh | AbstractMesh, names: Iterable[str]) -> bool:
+    """Whether the compiler chooses shardings along all mesh axes `names`."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return all(types[name] == AxisType.Auto for name in names)
+
+
+def add_axes(
+    partition: PartitionSpec,
+    names: Iterable[str],
+    shape: tuple[int, ...],
+    mesh: Mesh | AbstractMesh,
+    batch: int = 0,
+) -> PartitionSpec:
+    """`partition` with each of the mesh axes added to the largest axis that it divides.
+
+    Args:
+      partition: without the names already in it.
+      names: of mesh axes, in order.
+      shape: of the array. Of axes of equal sizes the first is divided.
+      mesh: has the sizes of the mesh axes.
+      batch: the number of leading axes that are divided only where no other axis can be.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
+      >>> add_axes(PartitionSpec(None, "tensor"), ["fsdp"], (128, 1024), mesh)
+      PartitionSpec(None, ('tensor', 'fsdp'))
+      >>> add_axes(PartitionSpec(None, "tensor"), ["fsdp"], (128, 1022), mesh)
+      PartitionSpec('fsdp', 'tensor')
+    """
+    entries = [*partition, *[None] * (len(shape) - len(partition))]
+    order = sorted(range(len(shape)), key=lambda i: (i < batch, -shape[i]))
+    for name in names:
+        if any(name in mesh_axes(entry) for entry in entries):
+            continue
+        for i in order:
+            divided = (*mesh_axes(entries[i]), name)
+            if shape[i] and shape[i] % math.prod(mesh.shape[axis] for axis in divided) == 0:
+                entries[i] = divided if len(divided) > 1 else name
+                break
+    return trim_partition(entries)
 
 
 def trim_partition(entries: list[Entry]) -> PartitionSpec:

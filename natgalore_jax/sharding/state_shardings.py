@@ -1,12 +1,11 @@
 """NamedShardings of an optimizer's state; roles have their PartitionSpecs in partitioning.py."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ..tree.flax_boxes import unbox
@@ -15,11 +14,11 @@ from ..tree.state_roles import owner, walk
 from ..util.validation import check_choice
 from .partitioning import (
     ParamPartitions,
+    add_axes,
     divisible_partition,
     mesh_axes,
     place,
     state_partition,
-    trim_partition,
     use_partitions,
 )
 
@@ -34,20 +33,20 @@ def state_shardings(
 ) -> PyTree:
     """The sharding of every array of `tx.init(params)` for sharded weights.
 
-    For a projected weight sharded P(a, c), the basis is P(a, None), moments and windows are
-    P(None, c), and r x r and s x s arrays are replicated. Arrays with the shape of a weight have
-    the weight's sharding; all others are replicated. In a :func:`quantized` state, codes have the
-    sharding of the array they encode, and so have scales if the number of blocks is divisible.
+    The state of a weight is divided over all mesh axes of the weight: for a projected weight
+    sharded P(a, c), the basis is P((a, c), None), moments are P(None, (c, a)), and r x r arrays
+    P((a, c), None). A mesh axis that does not divide m or n divides r, else a batch axis. Arrays
+    with the shape of a weight have the weight's sharding; all others are replicated. In a
+    :func:`quantized` state, codes have the sharding of the array they encode, and so have scales if
+    the number of blocks is divisible.
 
     Args:
       tx: any optimizer made of this library's and Optax's transformations.
       params: the weights, or their `jax.ShapeDtypeStruct`; no array is allocated.
       param_shardings: a NamedSharding for each weight, all on one mesh.
-      zero_axis: one or several mesh axes over which otherwise replicated state is sharded (ZeRO-1,
-        arXiv:1910.02054): moments and windows of projected weights along n, those of other weights
-        along the first divisible axis. Bases stay replicated. On Explicit axes the r x n update is
-        gathered. On Auto axes the compiler gathers the m x n update, unless `tx` is
-        :func:`sharded`.
+      zero_axis: one or several mesh axes that divide the state although they do not divide the
+        weights (ZeRO-1, arXiv:1910.02054). Each step gathers bases and r x n updates; on Auto axes
+        the compiler gathers m x n updates, unless `tx` is :func:`sharded`.
       memory_kind: of all arrays, such as `"pinned_host"`. None: the memory in which `tx` creates
         each array, the device's or, with :func:`offload`, the host's.
 
@@ -69,9 +68,9 @@ def state_shardings(
       >>> state[0].basis["up"]["kernel"].value.sharding.spec
       P('fsdp',)
     """
-    partitions, zero_axes = _param_partitions(params, param_shardings, zero_axis)
+    partitions = _param_partitions(params, param_shardings, zero_axis)
     program, shapes = jax.make_jaxpr(tx.init, return_shape=True)(params)
-    shardings = _shardings_of_state(shapes, params, partitions, zero_axes)
+    shardings = _shardings_of_state(shapes, params, partitions)
 
     on_host = [aval.memory_space == jax.memory.Space.Host for aval in program.out_avals]
     # A memory kind for all arrays or for none: jax.jit matches donated arrays to results by it.
@@ -95,9 +94,9 @@ def sharded(
     """Gives `tx` the shardings of the weights, which arrays under `jit` on Auto axes lack.
 
     The state is created sharded and stays so, without `out_shardings`. Matrices of a stack that is
-    sharded over layers are refreshed on their own devices, and with `zero_axis` the r x n update is
-    gathered instead of the m x n one. On Explicit axes array types contain the shardings, and
-    `sharded` adds only `zero_axis`.
+    sharded over layers are refreshed on their own devices, and m x n arrays travel for an
+    orthogonalised residual only. On Explicit axes array types contain the shardings, and `sharded`
+    adds only `zero_axis`.
 
     Args:
       tx: any optimizer made of this library's and Optax's transformations.
@@ -123,18 +122,17 @@ def sharded(
     tx = optax.with_extra_args_support(tx)
 
     def place_state(state: PyTree, params: PyTree) -> PyTree:
-        partitions, zero_axes = _param_partitions(params, param_shardings, zero_axis)
-        return jax.tree.map(place, state, _shardings_of_state(state, params, partitions, zero_axes))
+        partitions = _param_partitions(params, param_shardings, zero_axis)
+        return jax.tree.map(place, state, _shardings_of_state(state, params, partitions))
 
     def init(params: PyTree) -> PyTree:
-        partitions, _ = _param_partitions(params, param_shardings, zero_axis)
-        with use_partitions(partitions):
+        with use_partitions(_param_partitions(params, param_shardings, zero_axis)):
             return place_state(tx.init(params), params)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
         leaf = lambda G: True if is_core(G) else G  # Cores come without the box of their leaf
         leaves = jax.tree.map(leaf, updates, is_leaf=is_core)
-        partitions, _ = _param_partitions(leaves, param_shardings, zero_axis)
+        partitions = _param_partitions(leaves, param_shardings, zero_axis)
         with use_partitions(partitions):
             updates, state = tx.update(updates, state, params, **extra_args)
         pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(unbox(param_shardings)), strict=True)
@@ -144,13 +142,13 @@ def sharded(
     transformation = Sharded(init, update)
     transformation.param_partitions = lambda params: _param_partitions(
         params, param_shardings, zero_axis
-    )[0]
+    )
     return transformation
 
 
 def _param_partitions(
     params: PyTree, param_shardings: PyTree, zero_axis: str | Sequence[str] | None
-) -> tuple[ParamPartitions, tuple[str, ...]]:
+) -> ParamPartitions:
     """The partitions of the weights and the axes of ZeRO, both checked."""
     params, param_shardings = unbox(params), unbox(param_shardings)
     try:
@@ -168,40 +166,29 @@ def _param_partitions(
         check_choice("zero_axis", axis, mesh.axis_names)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     partitions = {path: x.spec for path, x in zip(paths, shardings, strict=True)}
-    return ParamPartitions(mesh, partitions), zero_axes
+    return ParamPartitions(mesh, partitions, zero_axes)
 
 
-def _shardings_of_state(
-    state: PyTree, params: PyTree, partitions: ParamPartitions, zero_axes: Sequence[str]
-) -> PyTree:
+def _shardings_of_state(state: PyTree, params: PyTree, partitions: ParamPartitions) -> PyTree:
     """The NamedSharding of each array of a state; both trees may hold ShapeDtypeStructs."""
-    mesh, param_partitions = partitions
+    mesh, param_partitions, zero_axes = partitions
     weights = dict(jax.tree_util.tree_leaves_with_path(unbox(params)))
-
-    def named(x: Any, partition: PartitionSpec, zero_dims: Sequence[int]) -> NamedSharding:
-        if x.shape and len(partition) == len(x.shape):
-            # The last axis of quantization scales is one of blocks and may not be divisible.
-            last = divisible_partition(PartitionSpec(partition[-1]), x.shape[-1:], mesh)
-            partition = trim_partition([*partition[:-1], *last])
-        for axis in zero_axes:
-            partition = _add_axis(axis, mesh, partition, x.shape, zero_dims)
-        return NamedSharding(mesh, partition)
 
     def projected(x: Any, role: Any, spec: LeafSpec | None) -> Any:
         if spec is None:
             return x
-        ndim = len(x.shape)
-        zero_dims = [ndim - 1] if role in ("linear", "square", "window") else []
-        partition = state_partition(x, role, spec, param_partitions[spec.path])
-        return named(x, partition, zero_dims)
+        return NamedSharding(mesh, state_partition(x.shape, role, spec, partitions.leaf(spec)))
 
     def other(path: tuple, x: Any) -> NamedSharding:
         if isinstance(x, NamedSharding):
             return x
         leaf = owner(path, param_partitions)
         if leaf is None or not _has_shape_of(weights[leaf].shape, x.shape):
-            return named(x, PartitionSpec(), [])
-        return named(x, trim_partition([*param_partitions[leaf]]), range(len(x.shape)))
+            return NamedSharding(mesh, PartitionSpec())
+        # Fewer scales than codes: a mesh axis may divide the weight and not them.
+        partition = divisible_partition(param_partitions[leaf], x.shape, mesh)
+        names = [name for entry in param_partitions[leaf] for name in mesh_axes(entry)]
+        return NamedSharding(mesh, add_axes(partition, [*names, *zero_axes], x.shape, mesh))
 
     leaves = jax.tree_util.tree_leaves_with_path(unbox(walk(state, projected)))
     return jax.tree.structure(state).unflatten([other(path, x) for path, x in leaves])
@@ -213,18 +200,3 @@ def _has_shape_of(weight: tuple[int, ...], shape: tuple[int, ...]) -> bool:
         return tuple(shape) == tuple(weight)
     blocks = shape[-1] and weight[-1] % shape[-1] == 0
     return tuple(shape[:-1]) == tuple(weight[:-1]) and bool(blocks or shape == weight)
-
-
-def _add_axis(
-    axis: str, mesh: Mesh, partition: PartitionSpec, shape: tuple[int, ...], dims: Sequence[int]
-) -> PartitionSpec:
-    """`partition` with the mesh axis added to the first of `dims` that it divides."""
-    entries = [*partition, *[None] * (len(shape) - len(partition))]
-    if any(axis in mesh_axes(entry) for entry in entries):
-        return partition
-    for i in dims:
-        names = (*mesh_axes(entries[i]), axis)
-        if shape[i] and shape[i] % math.prod(mesh.shape[name] for name in names) == 0:
-            entries[i] = names if len(names) > 1 else axis
-            break
-    return trim_partition(entries)

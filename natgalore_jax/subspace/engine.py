@@ -87,7 +87,7 @@ class Engine:
             if spec is None:
                 return to_working_dtype(x)
             core = jnp.zeros_like(x, working_dtype(x), spec.core_shape)
-            partition = role_partition("linear", spec, partitions.get(spec.path))
+            partition = role_partition("linear", spec, partitions.leaf(spec))
             return Core(partitions.place(core, partition), spec)
 
         def basis(x, spec, side=0):
@@ -180,7 +180,6 @@ class Engine:
         for i, spec, partition, x, P, a in zip(
             places, specs, leaf_partitions, states, bases, decay, strict=True
         ):
-            U = answers[i].value
             lifted[i] = with_auto_axes(
                 functools.partial(
                     from_subspace,
@@ -191,7 +190,7 @@ class Engine:
                 ),
                 partition.partition,
                 self.scale,
-                partitions.hint(U, role_partition("linear", spec, partition.partition)),
+                answers[i].value,
                 x.finite,
                 P,
                 None if self.residual is None else (gradients[i], x.R),
@@ -284,10 +283,10 @@ def _projected_partitions(
     """The partitions of a :class:`Projected`, or arrays that have them."""
     bases, new = [], []
     for spec, leaf, state in zip(specs, partitions, states, strict=True):
-        partition = lambda role, view=spec, leaf=leaf: role_partition(role, view, leaf.partition)
+        partition = functools.partial(role_partition, leaf=leaf)
         sides = (spec, spec.transposed)[: len(state.stored)]
         bases.append(tuple(partition("basis", side) for side in sides))
-        new.append(state._replace(R=partition("linear"), finite=partition("scalar")))
+        new.append(state._replace(R=partition("linear", spec), finite=partition("scalar", spec)))
     return Projected(new, bases)
 
 
@@ -296,7 +295,7 @@ def _placed(state: SubspaceState, partitions: ParamPartitions) -> SubspaceState:
 
     def at(x, role, spec):
         if spec is not None:
-            return partitions.place(x, state_partition(x, role, spec, partitions.get(spec.path)))
+            return partitions.place(x, state_partition(x.shape, role, spec, partitions.leaf(spec)))
         # Arrays of leaves that are not projected are where inner made them.
         return partitions.place(x, jax.sharding.PartitionSpec()) if jnp.ndim(x) == 0 else x
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..quantization.quantized_array import decode_basis, with_keys_of, without_keys
 from ..sharding.distributed import on_whole_matrices
-from ..sharding.partitioning import LeafPartition
+from ..sharding.partitioning import LeafPartition, align, store
 from ..tree.leaf_spec import LeafSpec, is_core
 from ..util.linalg import max_abs, polar
 from .basis import expand, from_core, to_core
@@ -61,7 +61,7 @@ def refresh_and_project(
       ValueError: if a gradient has another shape than its leaf.
     """
     dtypes, bases, new = [], [], []
-    for spec, G, state in zip(specs, gradients, states, strict=True):
+    for spec, leaf, G, state in zip(specs, partitions, gradients, states, strict=True):
         dtype = core_dtype(state.stored[0], G.value if is_core(G) else G)
         dtypes.append(dtype)
         bases.append(expand_bases(spec.unnamed, dtype, state.stored))
@@ -69,7 +69,7 @@ def refresh_and_project(
             R = G.value.astype(dtype)
         else:
             check_shape(spec, G)
-            R = to_subspace(spec.unnamed, dtype, G, bases[-1])
+            R = to_subspace(spec.unnamed, leaf, dtype, G, bases[-1])
         new.append(state._replace(R=R))
     # The only pass over the cores on every step: the largest entries show which cores are finite
     # and which are zero.
@@ -91,7 +91,10 @@ def refresh_and_project(
             new[i] = x._replace(carried=with_keys_of(new[i].carried, x.carried))
             # Expanded a second time: random bases kept from above would all be held through inner.
             bases[i] = expand_bases(specs[i].unnamed, dtypes[i], x.stored)
-    new = [x._replace(R=zero_where_not(x.finite, x.R)) for x in new]
+    new = [
+        x._replace(R=store(zero_where_not(x.finite, x.R), "linear", spec, leaf))
+        for x, spec, leaf in zip(new, specs, partitions, strict=True)
+    ]
     return Projected(new, bases)
 
 
@@ -129,12 +132,24 @@ def expand_bases(spec: LeafSpec, dtype: Any, stored: tuple[Any, ...]) -> tuple[A
     return tuple(expand(decode_basis(x), v, dtype) for x, v in zip(stored, views, strict=False))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+@functools.partial(jax.jit, static_argnames=("spec", "partition", "dtype"))
 def to_subspace(
-    spec: LeafSpec, dtype: Any, G: Float[Array, "..."], bases: tuple[Array, ...]
+    spec: LeafSpec,
+    partition: LeafPartition,
+    dtype: Any,
+    G: Float[Array, "..."],
+    bases: tuple[Array, ...],
 ) -> Float[Array, "*batch r k"]:
     """The core R of a gradient in the leaf's shape; k is n, or r on both sides."""
-    return to_core(spec.to_view(G).astype(dtype), *bases)
+    return to_core(spec.to_view(G).astype(dtype), *aligned_bases(spec, partition, bases))
+
+
+def aligned_bases(
+    spec: LeafSpec, partition: LeafPartition, bases: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """P, or P and Q, sharded as the axes m and n of the leaf, for products with G."""
+    views = (spec, spec.transposed)
+    return tuple(align(x, "basis", v, partition) for x, v in zip(bases, views, strict=False))
 
 
 def zero_where_not(finite: Bool[Array, "*batch"], x: Float[Array, "*batch a b"]) -> Array:
@@ -170,11 +185,13 @@ def from_subspace(
       gradient: G and R, if there is a residual.
       decay: a of inner's decoupled decay and the weight W, if inner decays this leaf.
     """
-    U = zero_where_not(finite, U)
+    U = align(zero_where_not(finite, U), "linear", spec, partition)
+    bases = aligned_bases(spec, partition, bases)
     if gradient is None:
         full = from_core(dtype if decay is None else U.dtype, scale * U, *bases)
     else:
         G, R = gradient
+        R = align(R, "linear", spec, partition)
         G = zero_where_not(finite, spec.to_view(G).astype(U.dtype))
         whole_polar = functools.partial(on_whole_matrices, polar, spec, partition)
         U, S = with_residual(residual, G, R, U, *bases, polar=whole_polar)

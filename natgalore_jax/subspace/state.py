@@ -13,11 +13,10 @@ from jaxtyping import Array, Int, PyTree
 from ..quantization.quantized_array import TAKES_CODES, is_quantized
 from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, replace_cores
 from ..tree.state_roles import (
-    is_per_leaf_scalar,
+    fits,
     is_per_matrix,
     register_state,
     roles_of,
-    slice_shape,
 )
 from .refresh import MatrixState, Refresh
 from .transport import Transport
@@ -244,7 +243,7 @@ def check_fits(state: SubspaceState) -> None:
     """
     leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
     for x, (role, spec) in zip(leaves, roles_of(leaves, treedef), strict=True):
-        if spec is None or is_quantized(x) or _fits(x, role, spec):
+        if spec is None or is_quantized(x) or fits(x, role, spec):
             continue
         raise ValueError(
             f"the state of `{spec.name}`, {spec.m} x {spec.n} at rank {spec.rank}, holds an array "
@@ -252,15 +251,3 @@ def check_fits(state: SubspaceState) -> None:
             "arrays are in another order, as those of an Orbax checkpoint restored without an item "
             "are: restore with `item=tx.init(params)`."
         )
-
-
-def _fits(x: Any, role: Any, spec: LeafSpec) -> bool:
-    if is_per_leaf_scalar(x, role):
-        return True
-    if role == "basis":
-        return x.shape == spec.basis_shape
-    per_matrix = x.shape[len(spec.batch) :]
-    if role == "window":
-        return per_matrix[1:2] == (spec.rank,)
-    expected = slice_shape(role, spec)
-    return expected is None or per_matrix[:1] == expected[:1]

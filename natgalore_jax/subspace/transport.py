@@ -39,7 +39,15 @@ from jaxtyping import Array, Float, PyTree
 
 from ..fisher.window import gram
 from ..tree.leaf_spec import LeafSpec
-from ..tree.state_roles import Role, Undeclared, is_per_leaf_scalar, slice_shape, walk
+from ..tree.state_roles import (
+    AXES,
+    Role,
+    Undeclared,
+    fits,
+    is_per_leaf_scalar,
+    is_per_matrix,
+    walk,
+)
 from ..util.linalg import matmul, rounded
 from .weight_decay import CORE, VARIES
 
@@ -154,12 +162,12 @@ def _check_role(x: Any, role: Any, spec: LeafSpec | None) -> Any:
             f"the state {role or 'of the inner transformation'} has no declared role, so it cannot "
             f"be carried to a new basis. {ADVICE}"
         )
-    part = slice_shape(role, spec)
-    fits = part is None or is_per_leaf_scalar(x, role) or x.shape == (*spec.batch_shape, *part)
-    if not fits:
+    varies = role == "scalar" or is_per_leaf_scalar(x, role)
+    if not varies and not (fits(x, role, spec) and is_per_matrix(x, role, spec)):
+        axes = ", ".join(("*batch", *AXES[role]))
         raise TypeError(
             f"a state of the inner transformation for {spec.name} with role {role!r} must have the "
-            f"shape {(*spec.batch_shape, *part)} to be carried to a new basis, got {x.shape}. "
+            f"shape ({axes}), {spec.rank} = r, to be carried to a new basis, got {x.shape}. "
             "(Adafactor factors the two longest axes, which mixes the matrices of a stack that is "
             'longer than the rank: pass it `factored=False`, or `transport="keep"` to '
             "`natgalore.project`.)"

@@ -8,7 +8,7 @@ its role and the spec of its leaf. Transport, shardings and checks are functions
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,24 @@ from jaxtyping import PyTree
 from .leaf_spec import Basis, Core, LeafSpec
 
 
-Role = Literal[
-    "basis",
-    "key",
-    "linear",
-    "square",
-    "square_rows",
-    "square_cols",
-    "window",
-    "gram",
-    "fisher",
-    "root",
-    "scalar",
-]
+Role = str
+
+# The axes of one matrix's part of an array, by its role. m and r are the leaf's; k is n, or r on
+# both sides; s is any size. A field of the state of a user's transformation has one of DECLARED.
+AXES: dict[Role, tuple[str, ...]] = {
+    "basis": ("m", "r"),
+    "key": (),
+    "linear": ("r", "k"),
+    "square": ("r", "k"),
+    "square_rows": ("r",),
+    "square_cols": ("k",),
+    "window": ("s", "r", "k"),
+    "gram": ("s", "s"),
+    "fisher": ("r", "r"),
+    "root": ("r", "r"),
+    "scalar": (),
+}
+DECLARED = tuple(role for role in AXES if role not in ("basis", "key"))
 
 
 class Undeclared(str):
@@ -72,10 +77,8 @@ def register_state(state_type: type, **roles: str) -> None:
       >>> register_state(MomentumState, momentum="linear")
     """
     for field, role in roles.items():
-        if role not in get_args(Role):
-            raise ValueError(
-                f"`{field}` must have one of the roles {get_args(Role)}, got {role!r}."
-            )
+        if role not in DECLARED:
+            raise ValueError(f"`{field}` must have one of the roles {DECLARED}, got {role!r}.")
         if field not in getattr(state_type, "_fields", (field,)):
             raise ValueError(
                 f"{state_type.__name__} has no field `{field}`, only {state_type._fields}."
@@ -157,11 +160,25 @@ def is_per_leaf_scalar(x: Any, role: Any) -> bool:
     return role in SQUARES and x.shape in ((), (1,))
 
 
-def slice_shape(role: str, spec: LeafSpec) -> tuple[int, ...] | None:
-    """The shape of one matrix's part of an array with `role`; None if the role does not fix it."""
-    r, n = spec.core_shape[-2:]
-    shapes = {"square_rows": (r,), "square_cols": (n,), "fisher": (r, r)}
-    return (r, n) if role in ("linear", "square") else shapes.get(role)
+def fits(x: Any, role: Any, spec: LeafSpec) -> bool:
+    """Whether one matrix's part of x has the shape that its role has in AXES.
+
+    Scalars have any shape. A number per matrix may have the role of a root, and one per leaf those
+    of squares.
+    """
+    part = x.shape[len(spec.batch) :]
+    if role not in AXES or role in ("scalar", "key") or is_per_leaf_scalar(x, role):
+        return True
+    expected = [axis_size(axis, spec) for axis in AXES[role]]
+    same = len(part) == len(expected) and all(
+        b in (a, None) for a, b in zip(part, expected, strict=True)
+    )
+    return same or (role == "root" and not part)
+
+
+def axis_size(axis: str, spec: LeafSpec) -> int | None:
+    """The size of one of the axes of AXES; None for s."""
+    return {"m": spec.m, "r": spec.rank, "k": spec.core_shape[-1]}.get(axis)
 
 
 def owner(path: tuple, names: Mapping[tuple, Any]) -> tuple | None:

@@ -7,17 +7,19 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, PartitionSpec as P
 
 from benchmarks.common.doc_tables import read
 from benchmarks.speed import bench_residual_traffic
 from natgalore_jax.selection.select import MatrixView, select
-from natgalore_jax.sharding.partitioning import role_partition
+from natgalore_jax.sharding.partitioning import LeafPartition, role_partition, state_partition
+from natgalore_jax.tree.state_roles import AXES, axis_size
 
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/sharding.md").read_text()
 RECIPES = dict(re.findall(r"\n###? ([^\n]+)\n(.*?)(?=\n###? |\Z)", PAGE, flags=re.DOTALL))
+LEAF = LeafPartition(AbstractMesh((2, 2, 2), ("layers", "a", "c")), P("layers", "a", "c"))
 STACKED = 3  # the case of four layers with sharded rows, run by the quick tests
 
 
@@ -57,28 +59,31 @@ def same_step_on_one_device(scope):
         ("core, moments", "square", "left"),
         ('cores and moments of `side="both"`', "linear", "both"),
         ("window of", "window", "left"),
-        ("its Gram matrix", "gram", "left"),
-        ("its Gram matrix", "fisher", "left"),
-        ("its Gram matrix", "root", "left"),
+        ("Gram matrix", "gram", "left"),
+        ("core Fisher and its root", "fisher", "left"),
+        ("core Fisher and its root", "root", "left"),
         ("count of refreshes", "scalar", "left"),
     ],
 )
 def test_the_table_is_the_rule(words, role, side):
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {words}")]
-    sharding = row.strip("| ").split("|")[-1].strip(" ()").replace("…batch", "layers")
-    entries = [None if name == "None" else name for name in sharding.split(", ")]
+    sharding = row.strip("| ").split("|")[-1].strip().replace("…batch", "'layers'")
+    names = {"a": "a", "c": "c", "None": None}
+    # A tuple of one entry needs a comma in Python.
+    entries = [*eval(sharding.replace(")", ",)"), {"__builtins__": {}}, names)]
     weight = jax.ShapeDtypeStruct((2, 32, 48), "float32")
     (spec,), _ = select([weight], 8, side, MatrixView(1, 2))
     while entries[-1] is None:
         entries.pop()
-    assert role_partition(role, spec, P("layers", "a", "c")) == P(*entries)
+    sizes = [axis_size(axis, spec) or 4 for axis in AXES[role]]
+    assert state_partition((2, *sizes), role, spec, LEAF) == P(*entries)
 
 
 def test_the_second_basis_is_sharded_as_the_other_axis():
-    assert '| second basis Q, of `side="both"` | (…, n, r) | (…batch, c, None) |' in PAGE
+    assert '| second basis Q, of `side="both"` | (…, n, r) | (…batch, (c, a), None) |' in PAGE
     weight = jax.ShapeDtypeStruct((2, 32, 48), "float32")
     (spec,), _ = select([weight], 8, "both", MatrixView(1, 2))
-    assert role_partition("basis", spec.transposed, P("layers", "a", "c")) == P("layers", "c")
+    assert role_partition("basis", spec.transposed, LEAF) == P("layers", ("c", "a"))
 
 
 @pytest.mark.parametrize("residual", bench_residual_traffic.RESIDUALS)
