@@ -25,7 +25,7 @@ from ..subspace.state import (
     settings_of,
     subspace_states,
 )
-from ..tree.flax_boxes import unbox
+from ..tree.flax_boxes import rebox_like, unbox, unbox_cores
 from ..util.validation import check_choice, check_int
 from .loss import backward, mean
 from .refresh import refreshed_by_passes, refreshed_from_gradients
@@ -118,7 +118,8 @@ def value_and_grad(
         _check_micro_batches(args, micro_batches)
         full = lambda: mean(lambda args: full_pass(params, *args, **kwargs), args, micro_batches)
         check_states(opt_state, params)
-        leaves, treedef = jax.tree.flatten(opt_state, is_leaf=is_subspace)
+        bare = unbox_cores(opt_state)
+        leaves, treedef = jax.tree.flatten(bare, is_leaf=is_subspace)
         places = [i for i, x in enumerate(leaves) if is_subspace(x) and bases_in(x.basis)]
         states = [leaves[i] for i in places]
         with use_mesh_of(params), _partitions_known_to(tx, params):
@@ -126,7 +127,8 @@ def value_and_grad(
                 result = full()
             else:
                 run, fallbacks = backward(loss_fn, params, has_aux, args, kwargs, micro_batches)
-                partitions = partitions_of(unbox(params))
+                specs = [P.spec for state in states for P in bases_in(state.basis)]
+                partitions = partitions_of(unbox(params), specs)
                 if _by_passes(refresh, states):
                     result, states = refreshed_by_passes(run, states, partitions)
                 else:
@@ -135,7 +137,8 @@ def value_and_grad(
         for i, state in zip(places, states, strict=True):
             leaves[i] = state
         (value, aux), grads = result
-        return ((value, aux) if has_aux else value, grads), treedef.unflatten(leaves)
+        new_state = rebox_like(treedef.unflatten(leaves), opt_state)
+        return ((value, aux) if has_aux else value, grads), new_state
 
     return fn
 

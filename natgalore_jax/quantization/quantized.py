@@ -12,6 +12,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, PyTree
 
+from ..sharding.boxed_state import box_parts, box_state, named_leaves
+from ..tree.flax_boxes import is_box, rebox_like, unbox, unbox_cores
 from ..tree.leaf_spec import cores
 from ..tree.state_roles import Undeclared, register_state, roles_of, walk
 from ..util.validation import check_choice, check_int
@@ -128,7 +130,7 @@ def quantized(
             raise ValueError(
                 "`quantized` goes around `natgalore.project`, not into it: quantized(chain(...))."
             )
-        state = tx.init(params)
+        state = unbox_cores(tx.init(params))
         if any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized))):
             raise ValueError("`tx` is quantized already: give `quantized` the optimizer itself.")
         _warn_undeclared(state)
@@ -148,9 +150,11 @@ def quantized(
                 return x
             return quantize(CODES[role], x, block, _key_of(now, i) if role in stochastic else None)
 
-        return QuantizedState(walk(state, first), following)
+        encoded = jax.tree.map(_boxes_inside, state, walk(state, first), is_leaf=is_box)
+        return QuantizedState(box_state(encoded, named_leaves(params)), following)
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any):
+        boxed, state = state, jax.tree.map(_boxes_outside, unbox_cores(state), is_leaf=is_quantized)
         leaves, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_quantized)
         now, following = _split(state.key)
         for i, (x, (role, _)) in enumerate(zip(leaves, roles_of(leaves, treedef), strict=True)):
@@ -168,7 +172,7 @@ def quantized(
 
         (updates, new), encoded = in_stages(on_codes, [leaves[i] for i in own])
         new = [x.with_key(None) if is_quantized(x) else x for x in _with(new, own, encoded)]
-        return updates, QuantizedState(treedef.unflatten(new), following)
+        return updates, rebox_like(QuantizedState(treedef.unflatten(new), following), boxed)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -180,6 +184,21 @@ def _taken_by_their_own(treedef: Any) -> frozenset[int]:
     numbered = treedef.unflatten(range(treedef.num_leaves))
     takers = filter(is_taker, jax.tree.leaves(numbered, is_leaf=is_taker))
     return frozenset(i for taker in takers for i in jax.tree.leaves(taker))
+
+
+def _boxes_inside(box: Any, encoded: Any) -> Any:
+    """For a box around an encoded array: the codes and the scales in boxes."""
+    if not is_box(box):
+        return encoded
+    parts = jax.tree.leaves(encoded, is_leaf=is_quantized)
+    return box_parts(box, parts[0]) if any(map(is_quantized, parts)) else encoded
+
+
+def _boxes_outside(x: Any) -> Any:
+    """The inverse of `_boxes_inside`."""
+    if not is_quantized(x) or not is_box(x.codes):
+        return x
+    return jax.tree.structure(x.codes).unflatten([unbox(x)])
 
 
 def _with(leaves: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:

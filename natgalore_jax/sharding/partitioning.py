@@ -23,7 +23,7 @@ array has a known partition; under `jit` it comes from the user, through :func:`
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,18 @@ from ..tree.state_roles import AXES, axis_size
 Entry = Any  # of a PartitionSpec: None, one mesh axis or a tuple of several
 
 
+class UnknownMesh(NamedTuple):
+    """Stands for a mesh of which only bounds are known.
+
+    Attributes:
+      shape: for each mesh axis the largest size that it can have.
+      devices: a multiple of the size of every group of mesh axes.
+    """
+
+    shape: Mapping[str, int]
+    devices: int
+
+
 class LeafPartition(NamedTuple):
     """The partition of one leaf, and its mesh; static and hashable.
 
@@ -55,7 +67,7 @@ class LeafPartition(NamedTuple):
       zero_axes: further mesh axes that divide the state of the leaf, not the leaf (ZeRO).
     """
 
-    mesh: Mesh | AbstractMesh | None
+    mesh: Mesh | AbstractMesh | UnknownMesh | None
     partition: PartitionSpec
     zero_axes: tuple[str, ...] = ()
 
@@ -84,7 +96,7 @@ class ParamPartitions(NamedTuple):
 
 
 def state_partition(
-    shape: tuple[int, ...], role: Any, spec: LeafSpec, leaf: LeafPartition
+    shape: tuple[int, ...], role: Any, spec: LeafSpec, leaf: LeafPartition, alone: bool = False
 ) -> PartitionSpec:
     """The partition in which a state array is stored.
 
@@ -93,6 +105,7 @@ def state_partition(
       role: of the array, see :func:`register_state`.
       spec: of the leaf, or `spec.transposed` for the basis Q of the n side.
       leaf: the partition of the leaf.
+      alone: whether each entry has one name at most.
     """
     if shape[: len(spec.batch)] != spec.batch_shape:
         return PartitionSpec()
@@ -105,7 +118,7 @@ def state_partition(
     if not {"m", "r", "k"} & {*AXES[role]}:
         return partition
     names = [name for entry in (*leaf.partition, leaf.zero_axes) for name in mesh_axes(entry)]
-    return add_axes(partition, names, shape, leaf.mesh, len(spec.batch))
+    return add_axes(partition, names, shape, leaf.mesh, len(spec.batch), alone)
 
 
 def role_partition(role: str, spec: LeafSpec, leaf: LeafPartition) -> PartitionSpec:
@@ -158,8 +171,9 @@ def add_axes(
     partition: PartitionSpec,
     names: Iterable[str],
     shape: tuple[int, ...],
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh | AbstractMesh | UnknownMesh,
     batch: int = 0,
+    alone: bool = False,
 ) -> PartitionSpec:
     """`partition` with each of the mesh axes added to the largest axis that it divides.
 
@@ -169,6 +183,7 @@ def add_axes(
       shape: of the array. Of axes of equal sizes the first is divided.
       mesh: has the sizes of the mesh axes.
       batch: the number of leading axes that are divided only where no other axis can be.
+      alone: whether axes that are divided already are skipped.
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
@@ -180,11 +195,13 @@ def add_axes(
     entries = [*partition, *[None] * (len(shape) - len(partition))]
     order = sorted(range(len(shape)), key=lambda i: (i < batch, -shape[i]))
     for name in names:
-        if any(name in mesh_axes(entry) for entry in entries):
+        if mesh.shape[name] == 1 or any(name in mesh_axes(entry) for entry in entries):
             continue
         for i in order:
             divided = (*mesh_axes(entries[i]), name)
-            if shape[i] and shape[i] % math.prod(mesh.shape[axis] for axis in divided) == 0:
+            if alone and len(divided) > 1:
+                continue
+            if shape[i] and shape[i] % shards(divided, mesh) == 0:
                 entries[i] = divided if len(divided) > 1 else name
                 break
     return trim_partition(entries)
@@ -197,13 +214,19 @@ def trim_partition(entries: list[Entry]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def shards(names: Iterable[str], mesh: Mesh | AbstractMesh | UnknownMesh) -> int:
+    """The number of devices along mesh axes; a multiple of it if the mesh is unknown."""
+    number = math.prod(mesh.shape[name] for name in names)
+    return math.gcd(number, mesh.devices) if isinstance(mesh, UnknownMesh) else number
+
+
 def divisible_partition(
-    param: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+    param: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | UnknownMesh
 ) -> PartitionSpec:
     """`param` with None for every axis of `shape` that the mesh axes do not divide."""
 
     def divides(entry, size):
-        return size % math.prod(mesh.shape[name] for name in mesh_axes(entry)) == 0
+        return size % shards(mesh_axes(entry), mesh) == 0
 
     return trim_partition(
         [e if divides(e, n) else None for e, n in zip(param, shape, strict=False)]
@@ -247,14 +270,27 @@ def use_partitions(partitions: ParamPartitions) -> Iterator[None]:
         _known.reset(token)
 
 
-def partitions_of(tree: PyTree) -> ParamPartitions:
-    """The partitions of the leaves: from concrete arrays, else types, else `use_partitions`."""
+def partitions_of(tree: PyTree, specs: Sequence[LeafSpec] = ()) -> ParamPartitions:
+    """The partitions of the leaves.
+
+    From concrete arrays, else types, else `use_partitions`, else, for the mesh in context, from the
+    boxes at init, which `specs` of projected leaves have kept.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     concrete = (x.sharding.mesh for _, x in leaves if is_on_mesh(x))
     mesh = next(concrete, None) or explicit_mesh(tree)
     if mesh is None:
-        return _known.get() or ParamPartitions(None, {})
+        return _known.get() or _named_partitions(specs)
     return ParamPartitions(mesh, {path: array_partition(x) for path, x in leaves})
+
+
+def _named_partitions(specs: Sequence[LeafSpec]) -> ParamPartitions:
+    named = {spec.path: spec.partition for spec in specs if spec.partition is not None}
+    mesh = get_abstract_mesh()
+    names = [name for spec in named.values() for entry in spec for name in mesh_axes(entry)]
+    if not named or not all(name in mesh.shape for name in names):
+        return ParamPartitions(None, {})
+    return ParamPartitions(mesh, named)
 
 
 def explicit_mesh(tree: PyTree) -> Any:

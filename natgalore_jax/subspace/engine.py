@@ -15,6 +15,7 @@ Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Das, "Natural G
 arXiv:2410.16029, algorithm 1.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, PyTree
 
 from ..quantization.quantized_array import dequantize, is_quantized, requantize
 from ..quantization.staged_update import in_stages
+from ..sharding.boxed_state import box_state, named_leaves
 from ..sharding.partitioning import (
     LeafPartition,
     ParamPartitions,
@@ -34,7 +36,7 @@ from ..sharding.partitioning import (
     with_auto_axes,
 )
 from ..sharding.shard_map import check_reduced, varying_as
-from ..tree.flax_boxes import is_box, rebox, unbox, with_boxes
+from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores, with_boxes
 from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core
 from ..tree.state_roles import walk
 from .basis import basis_key
@@ -79,9 +81,18 @@ class Engine:
           specs: like the params without boxes: the LeafSpec of each projected leaf, else None.
           reasons: why the others are not projected, by name.
         """
+        named = named_leaves(params)
         inner, params = with_boxes(self.inner, params), unbox(params)
         partitions = partitions_of(params)
         settings = self.settings(reasons)
+        specs = jax.tree.map(
+            lambda spec: (
+                dataclasses.replace(spec, partition=named[spec.path].partition)
+                if spec.path in named
+                else spec
+            ),
+            specs,
+        )
 
         def proxy(x, spec):
             if spec is None:
@@ -122,7 +133,7 @@ class Engine:
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
         )
-        return _placed(state, partitions)
+        return box_state(_placed(state, partitions), named)
 
     def settings(self, reasons: dict[str, str]) -> Settings:
         return Settings(self.refresh, self.residual is not None, tuple(reasons.items()))
@@ -131,6 +142,15 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SubspaceState]:
         """The update of every leaf, in its shape and dtype, and the new state."""
+        bare = unbox_cores(state)
+        if jax.tree.structure(bare) == jax.tree.structure(state):
+            return self._update(updates, state, params, extra_args)
+        updates, new_state = self._update(updates, bare, params, extra_args)
+        return updates, rebox_like(new_state, state)
+
+    def _update(
+        self, updates: PyTree, state: SubspaceState, params: PyTree, extra_args: dict[str, Any]
+    ) -> tuple[PyTree, SubspaceState]:
         # 1. Flatten: lists with an entry for each leaf, or for each projected leaf.
         if self.residual is not None and cores(updates):
             raise ValueError(
@@ -145,7 +165,7 @@ class Engine:
         gradients, treedef = jax.tree.flatten(updates, is_leaf=is_core)
         places = [i for i, P in enumerate(treedef.flatten_up_to(state.basis)) if P is not None]
         specs, roles, states, unflatten = flatten(state, self.refresh.transport)
-        partitions = partitions_of(leaves)
+        partitions = partitions_of(leaves, specs)
         leaf_partitions = [partitions.leaf(spec) for spec in specs]
 
         # 2. Refresh and project.

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ..quantization.quantized_array import TAKES_CODES, is_quantized
+from ..tree.flax_boxes import unbox_cores
 from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, replace_cores
 from ..tree.state_roles import (
     fits,
@@ -90,8 +91,8 @@ def is_subspace(x: Any) -> bool:
 
 
 def subspace_states(state: PyTree) -> list[SubspaceState]:
-    """The SubspaceStates in the state of an optimizer, in order."""
-    return [x for x in jax.tree.leaves(state, is_leaf=is_subspace) if is_subspace(x)]
+    """The SubspaceStates in the state of an optimizer, in order, without boxes."""
+    return [unbox_cores(x) for x in jax.tree.leaves(state, is_leaf=is_subspace) if is_subspace(x)]
 
 
 def is_basis(x: Any) -> bool:

@@ -1,13 +1,17 @@
-"""Removal and restoration of Flax's boxes around arrays, recognised by their structure.
+"""Boxes around arrays: nodes of Flax and Haliax that hold one array and names of its axes.
 
-A box (`nnx.Variable`, `linen.Partitioned` and similar) is a pytree node with one child, `value`,
-and metadata of the full weight, such as axis names or a sharding. A core has other axes, so
-projected leaves are unboxed. The state holds unboxed Cores, with the paths of a plain dict of
-arrays; `nnx.Optimizer`, which boxes the arrays of a state and keeps the nodes around them, can
-store it. All other leaves stay in their boxes, in the state of `inner` too, as with every Optax
-optimizer.
+A box (`nnx.Variable`, `linen.Partitioned`, `haliax.NamedArray` and similar) is recognised by its
+structure: a pytree node with one child, and metadata of the full weight, such as axis names or a
+sharding. A core has other axes, so projected leaves are unboxed, and Cores have the paths of a
+plain dict of arrays. All other leaves stay in their boxes, in the state of `inner` too, as with
+every Optax optimizer.
+
+Trainers read the sharding of the state from its boxes. At init the arrays of a projected leaf get
+boxes of the leaf's kind with names of their own axes (sharding/boxed_state.py); an update returns
+its state in the boxes in which it was given, if any.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,43 +57,104 @@ def with_boxes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def unbox_cores(state: PyTree) -> PyTree:
+    """A state without boxes inside its Cores and Bases; `rebox_like` puts them back."""
+    is_node = lambda x: isinstance(x, Core | Basis)
+    bare = lambda x: x.replace(unbox(x.value)) if is_node(x) else x
+    return jax.tree.map(bare, state, is_leaf=is_node)
+
+
+def rebox_like(state: PyTree, like: PyTree) -> PyTree:
+    """The arrays of a state in the structure of `like`, which has the boxes."""
+    return jax.tree.structure(like).unflatten(jax.tree.leaves(state))
+
+
 def axis_names(params: PyTree) -> dict[str, tuple[str | None, ...]]:
     """The names of a leaf's axes, by the name of the leaf, for every leaf that has them.
 
-    Flax's boxes have them as `names`, `out_sharding`, `sharding_names` or `sharding`, a tuple or a
-    PartitionSpec; a Haliax NamedArray has `axes`. The name of an axis may be None.
+    The name of an axis is None if it has none, or several.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: _names(x) is not None)
-    found = ((path, _names(node)) for path, node in nodes)
-    return {path_name((*path, *names[0])): names[1] for path, names in found if names}
+    name = lambda entry: entry if isinstance(entry, str) else None
+    return {
+        path_name(path): tuple(map(name, axis_entries_of(box))) for path, box in named_boxes(params)
+    }
 
 
-def _names(x: Any) -> tuple[tuple[Any, ...], tuple[str | None, ...]] | None:
-    """Path and axis names of the one array below a node that names its axes, else None."""
-    if isinstance(x, jax.Array):
-        return None
+def named_boxes(params: PyTree) -> list[tuple[tuple[Any, ...], Any]]:
+    """Path and node of each box that names the axes of its array."""
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    return [(path, x) for path, x in nodes if is_box(x) and axis_entries_of(x) is not None]
+
+
+def axis_entries_of(box: Any) -> tuple[Any, ...] | None:
+    """For each axis of the array in a box its name, a tuple of names, or None; None without names.
+
+    Flax's boxes have them as `names`, `out_sharding`, `sharding_names` or `sharding`, a tuple or a
+    PartitionSpec; a Haliax NamedArray has `axes`. NNX names the axis of scanned layers apart, by
+    `partition_name` at `param_scan_axis`.
+    """
+    value = _children(box)[0][1]
+    rank = len(getattr(value, "shape", ()))
     # Attributes of an NNX Variable may be deprecated, or those of its array.
-    metadata = x.get_metadata() if hasattr(x, "get_metadata") else None
-    for field in ("names", "out_sharding", "sharding_names", "sharding", "axes"):
-        names = getattr(x, field, None) if metadata is None else metadata.get(field)
-        if not isinstance(names, tuple | PartitionSpec):
+    metadata = _metadata(box)
+    for field in FIELDS:
+        names = getattr(box, field, None) if metadata is None else metadata.get(field)
+        if not isinstance(names, tuple | PartitionSpec) or not rank:
             continue
-        leaves = jax.tree_util.tree_leaves_with_path(x)
-        rank = len(getattr(leaves[0][1], "shape", ())) if len(leaves) == 1 else 0
+        entries = [getattr(name, "name", name) for name in names]
+        layers = (metadata or {}).get("partition_name")
+        if len(entries) < rank and layers is not None and layers not in entries:
+            entries.insert((metadata or {}).get("param_scan_axis", 0), layers)
         if isinstance(names, PartitionSpec):  # it may omit trailing axes
-            names = (*names, *[None] * (rank - len(names)))
-        names = [getattr(name, "name", name) for name in names]
-        if rank and len(names) == rank and leaves[0][0]:
-            return leaves[0][0], tuple(x if isinstance(x, str) else None for x in names)
+            entries += [None] * (rank - len(entries))
+        if len(entries) == rank:
+            return tuple(entries)
     return None
 
 
+def box_like(box: Any, x: Any, entries: Sequence[Any]) -> Any:
+    """A box of the kind of `box` for an array with other axes.
+
+    Args:
+      box: of a weight.
+      x: the array.
+      entries: for each axis a name, a tuple of mesh axes, or None; in a NamedArray a name.
+    """
+    metadata = _metadata(box)
+    if metadata is not None:
+        (field, *_) = (name for name in FIELDS if metadata.get(name) is not None)
+        dropped = ("param_scan_axis", "partition_name")
+        metadata = {k: v for k, v in metadata.items() if k not in dropped}
+        return type(box).from_metadata(x, metadata | {field: tuple(entries)})
+    if hasattr(box, "axes"):
+        axis = type(box.axes[0])
+        names = [f"axis_{i}" if name is None else name for i, name in enumerate(entries)]
+        return type(box)(x, tuple(map(axis, names, x.shape)))
+    return box.replace(value=x, names=tuple(entries))
+
+
+FIELDS = ("names", "out_sharding", "sharding_names", "sharding", "axes")
+
+
+def _metadata(box: Any) -> dict[str, Any] | None:
+    return dict(box.get_metadata()) if hasattr(box, "get_metadata") else None
+
+
 def is_box(x: Any) -> bool:
-    """Whether x is a node with one child, called `value`, that is an array or leafless."""
-    if isinstance(x, tuple | Core | Basis):
+    """Whether x is a node with one child, an array or leafless, called `value` or of named axes."""
+    if isinstance(x, tuple | Core | Basis | jax.Array):
         return False
     children = _children(x)
-    return [path for path, _ in children] == [VALUE] and _is_single(children[0][1])
+    if len(children) != 1 or not _is_single(children[0][1]):
+        return False
+    return children[0][0] == VALUE or _has_axes(x)
+
+
+def _has_axes(x: Any) -> bool:
+    axes = getattr(x, "axes", None)
+    return isinstance(axes, tuple) and all(
+        hasattr(axis, "name") and hasattr(axis, "size") for axis in axes
+    )
 
 
 def _is_single(x: Any) -> bool:

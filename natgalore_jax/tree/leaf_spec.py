@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 
@@ -38,6 +39,7 @@ class LeafSpec:
       split: the shape with each axis of several adjacent matrices split into (blocks, size); ()
         without such an axis. `batch`, `rows` and `cols` index its axes.
       guess: whether the last two axes are the matrix only by default, without evidence.
+      partition: the mesh axes that the leaf's box names; None if unknown.
     """
 
     path: tuple[Any, ...]
@@ -50,6 +52,7 @@ class LeafSpec:
     both: bool = False
     split: tuple[int, ...] = ()
     guess: bool = False
+    partition: PartitionSpec | None = None
 
     def __hash__(self) -> int:
         return self._hash  # a state's structure holds each spec several times
@@ -65,7 +68,7 @@ class LeafSpec:
     @functools.cached_property
     def unnamed(self) -> "LeafSpec":
         """The same view of any leaf of this shape: equal for the layers of an unrolled model."""
-        return dataclasses.replace(self, path=(), index=0)
+        return dataclasses.replace(self, path=(), index=0, partition=None)
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:

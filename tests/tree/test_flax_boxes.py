@@ -117,7 +117,7 @@ ARRAY = jax.ShapeDtypeStruct((4, 8), jnp.float32)
         (Variable(ARRAY, ("a", None)), {"w": ("a", None)}),
         (Variable(ARRAY, P("a")), {"w": ("a", None)}),  # trailing axes may be omitted
         (Variable(ARRAY, None), {}),
-        (NamedArray(ARRAY, (Axis("a", 4), Axis("b", 8))), {"w/array": ("a", "b")}),
+        (NamedArray(ARRAY, (Axis("a", 4), Axis("b", 8))), {"w": ("a", "b")}),
         (jnp.ones((4, 8)), {}),
         (None, {}),
     ],
