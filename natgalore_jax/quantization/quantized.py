@@ -148,7 +148,8 @@ def quantized(
             block = block_of(x)
             if block is None:
                 return x
-            return quantize(CODES[role], x, block, _key_of(now, i) if role in stochastic else None)
+            key = _key_of(now, i) if role in stochastic else None
+            return quantize(CODES[role], x, block, key, 0 if spec is None else len(spec.batch))
 
         encoded = jax.tree.map(_boxes_inside, state, walk(state, first), is_leaf=is_box)
         return QuantizedState(box_state(encoded, named_leaves(params)), following)

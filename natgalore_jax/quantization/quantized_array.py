@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..sharding.partitioning import (
+    add_axes,
     array_partition,
     divisible_partition,
     explicit_mesh,
+    mesh_axes,
     with_auto_axes,
 )
 from ..tree.leaf_spec import Basis
@@ -54,9 +56,10 @@ class QuantizedArray:
 
     def encode(self, x: Array) -> "QuantizedArray":
         """Encodes x in the place of this array, with the same code and block size."""
-        block = x.shape[-1] // self.scales.shape[-1]
-        new = quantize(code_of(self.codes), x, block, self.key)
-        return dataclasses.replace(new, key=self.key)
+        block, code = x.shape[-1] // self.scales.shape[-1], code_of(self.codes)
+        encoded = lambda x, key: encode(code, x, block, key)
+        codes, scales = with_auto_axes(encoded, (self.codes, self.scales), x, self.key)
+        return dataclasses.replace(self, codes=codes, scales=scales)
 
     def with_key(self, key: Array | None) -> "QuantizedArray":
         return dataclasses.replace(self, key=key)
@@ -67,12 +70,19 @@ def is_quantized(x: Any) -> bool:
 
 
 def quantize(
-    code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None
+    code: Code, x: Float[Array, "*axes n"], block: int, key: Array | None = None, batch: int = 0
 ) -> QuantizedArray:
-    """Encodes an array; codes are sharded as x, scales as far as their number is divisible."""
+    """Encodes an array.
+
+    Codes are sharded as x; a mesh axis that does not divide the blocks divides another axis of the
+    scales, one of the leading `batch` axes last.
+    """
     mesh, codes = explicit_mesh(x), array_partition(x)
-    blocks = (*x.shape[:-1], x.shape[-1] // block)
-    scales = codes if mesh is None else divisible_partition(codes, blocks, mesh)
+    scales = codes
+    if mesh is not None:
+        blocks = (*x.shape[:-1], x.shape[-1] // block)
+        names = [name for entry in codes for name in mesh_axes(entry)]
+        scales = add_axes(divisible_partition(codes, blocks, mesh), names, blocks, mesh, batch)
     encoded = lambda x, key: encode(code, x, block, key)
     return QuantizedArray(*with_auto_axes(encoded, (codes, scales), x, key))
 

@@ -57,7 +57,7 @@ class SymmetricArray(QuantizedArray):
 
 
 def quantize_symmetric(x: Float[Array, "*batch r r"]) -> SymmetricArray:
-    """`encode` with the partition of x, whose last two axes are not sharded."""
+    """`encode` with the partition of x, whose last axis is not sharded."""
     return SymmetricArray(*with_auto_axes(encode, (array_partition(x), array_partition(x)), x))
 
 
