@@ -29,6 +29,7 @@ from .quantization.stochastic_rounding import stochastic_rounding as stochastic_
 from .reporting.describe import describe as describe  # isort: skip
 from .lowrank_grads.explain import explain as explain  # isort: skip
 from .planning.plan import plan as plan  # isort: skip
+from .tree.plain_state import plain_state as plain_state  # isort: skip
 
 
 def __getattr__(name: str):

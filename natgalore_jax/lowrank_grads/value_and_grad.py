@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from ..selection.select import check_arrays
 from ..sharding.partitioning import partitions_of, use_mesh_of, use_partitions
 from ..subspace.refresh import groups, number_of_matrices
 from ..subspace.state import (
@@ -186,6 +187,7 @@ def _check_micro_batches(args: Sequence[Any], number: int) -> None:
 
 def check_states(opt_state: PyTree, params: PyTree) -> None:
     """Raises if cores cannot be computed for a state, or it does not fit the params."""
+    check_arrays(params)
     paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(unbox(params))}
     seen = set()
     for state in subspace_states(opt_state):
@@ -199,13 +201,24 @@ def check_states(opt_state: PyTree, params: PyTree) -> None:
             if path in seen:
                 raise ValueError(f"`{name}` is projected twice in `opt_state`.")
             seen.add(path)
-    is_multi_steps = lambda x: isinstance(x, optax.MultiStepsState)
-    for node in jax.tree.leaves(opt_state, is_leaf=is_multi_steps):
-        if is_multi_steps(node) and subspace_states(node):
+    is_outer = lambda x: isinstance(x, tuple(OUTER))
+    for node in jax.tree.leaves(opt_state, is_leaf=is_outer):
+        if is_outer(node) and subspace_states(node):
+            name, fault = OUTER[type(node)]
             raise ValueError(
-                "optax.MultiSteps around the projection adds up whole gradients: put it inside, as "
-                "(part of) `inner` of natgalore.project."
+                f"optax.{name} around the projection {fault}: put it inside, as (part of) `inner` "
+                "of natgalore.project."
             )
+
+
+RETURNS_CORES = "returns cores in place of updates on some steps"
+# States of wrappers that do not work around a projection that gets cores.
+OUTER = {
+    optax.MultiStepsState: ("MultiSteps", "adds up whole gradients"),
+    optax.ApplyIfFiniteState: ("apply_if_finite", RETURNS_CORES),
+    optax.ConditionallyMaskState: ("conditionally_mask", RETURNS_CORES),
+    optax.ConditionallyTransformState: ("conditionally_transform", RETURNS_CORES),
+}
 
 
 def _report(fallbacks: dict[tuple[str, str], None], on_fallback: str) -> None:

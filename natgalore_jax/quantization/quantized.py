@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from ..sharding.boxed_state import box_parts, box_state, named_leaves
 from ..tree.flax_boxes import is_box, rebox_like, unbox, unbox_cores
+from ..tree.flax_serialization import register_with_flax
 from ..tree.leaf_spec import cores
 from ..tree.state_roles import Undeclared, register_state, roles_of, walk
 from ..util.validation import check_choice, check_int
@@ -130,6 +131,7 @@ def quantized(
             raise ValueError(
                 "`quantized` goes around `natgalore.project`, not into it: quantized(chain(...))."
             )
+        register_with_flax()
         state = unbox_cores(tx.init(params))
         if any(map(is_quantized, jax.tree.leaves(state, is_leaf=is_quantized))):
             raise ValueError("`tx` is quantized already: give `quantized` the optimizer itself.")

@@ -15,6 +15,7 @@ from ..sharding.partitioning import (
     mesh_axes,
     with_auto_axes,
 )
+from ..tree.flax_serialization import serializable
 from ..tree.leaf_spec import Basis
 from ..util.linalg import matmul
 from .dynamic_8bit import Code, block_size, code_of, decode, encode
@@ -26,6 +27,7 @@ SMALLEST = 4096  # entries; smaller arrays are not encoded, as in 8-bit Adam
 TAKES_CODES: set[type] = set()
 
 
+@serializable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from ..sharding.partitioning import array_partition, with_auto_axes
+from ..tree.flax_serialization import serializable
 from .dynamic_8bit import at_least_float32
 from .quantized_array import QuantizedArray
 
@@ -40,6 +41,7 @@ LEVELS = 127 * 256  # the largest |q| for which h and l fit into a byte
 NAN = -128
 
 
+@serializable
 @jax.tree_util.register_dataclass
 class SymmetricArray(QuantizedArray):
     """A quantized symmetric semidefinite array, in place of the array in a state.

@@ -37,6 +37,7 @@ from ..sharding.partitioning import (
 )
 from ..sharding.shard_map import check_reduced, varying_as
 from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores, with_boxes
+from ..tree.flax_serialization import register_with_flax
 from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core
 from ..tree.state_roles import walk
 from .basis import basis_key
@@ -81,6 +82,7 @@ class Engine:
           specs: like the params without boxes: the LeafSpec of each projected leaf, else None.
           reasons: why the others are not projected, by name.
         """
+        register_with_flax()
         named = named_leaves(params)
         inner, params = with_boxes(self.inner, params), unbox(params)
         partitions = partitions_of(params)

@@ -19,6 +19,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
+from .flax_serialization import serializable
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
@@ -39,7 +41,8 @@ class LeafSpec:
       split: the shape with each axis of several adjacent matrices split into (blocks, size); ()
         without such an axis. `batch`, `rows` and `cols` index its axes.
       guess: whether the last two axes are the matrix only by default, without evidence.
-      partition: the mesh axes that the leaf's box names; None if unknown.
+      partition: the mesh axes that the leaf's box names; None if unknown. Specs that differ in it
+        alone are equal: an init without the rules of names in context has the same state.
     """
 
     path: tuple[Any, ...]
@@ -52,14 +55,15 @@ class LeafSpec:
     both: bool = False
     split: tuple[int, ...] = ()
     guess: bool = False
-    partition: PartitionSpec | None = None
+    partition: PartitionSpec | None = dataclasses.field(default=None, compare=False)
 
     def __hash__(self) -> int:
         return self._hash  # a state's structure holds each spec several times
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+        fields = [field.name for field in dataclasses.fields(self) if field.compare]
+        return hash(tuple(getattr(self, name) for name in fields))
 
     def __getstate__(self) -> dict[str, Any]:
         """The fields alone: hashes of strings differ between processes."""
@@ -199,6 +203,7 @@ class _ArrayWithSpec:
         return cls(value, spec)
 
 
+@serializable
 @jax.tree_util.register_pytree_with_keys_class
 class Core(_ArrayWithSpec):
     """A core, or any state array of a projected leaf.
@@ -207,6 +212,7 @@ class Core(_ArrayWithSpec):
     """
 
 
+@serializable
 @jax.tree_util.register_pytree_with_keys_class
 class Basis(_ArrayWithSpec):
     """The orthonormal bases of one leaf's matrices: `value` is (*batch, m, r).

@@ -144,9 +144,18 @@ def test_refusals():
     with pytest.raises(ValueError, match="integer_pow of `out/kernel`") as error:
         natgalore.value_and_grad(power, tx, on_fallback="error")(PARAMS, opt_state, x)
     one_line(error)
-    multi = optax.MultiSteps(tx, 2)
-    with pytest.raises(ValueError, match="MultiSteps") as error:
-        natgalore.value_and_grad(small_loss, multi)(PARAMS, multi.init(PARAMS), x)
+    for name, outer in {
+        "MultiSteps": optax.MultiSteps(tx, 2),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+        "conditionally_mask": optax.transforms.conditionally_mask(tx, lambda step: step < 2),
+        "conditionally_transform": optax.conditionally_transform(tx, lambda step: step < 2),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} around the projection.*put it in") as error:
+            natgalore.value_and_grad(small_loss, outer)(PARAMS, outer.init(PARAMS), x)
+        one_line(error)
+    unfiltered = PARAMS | {"activation": jnp.tanh}
+    with pytest.raises(TypeError, match=r"'activation' of the params.*eqx\.filter") as error:
+        natgalore.value_and_grad(small_loss, tx)(unfiltered, opt_state, x)
     one_line(error)
     with pytest.raises(ValueError, match="`refresh`") as error:
         natgalore.value_and_grad(small_loss, tx, refresh="never")

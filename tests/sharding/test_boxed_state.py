@@ -135,10 +135,11 @@ def test_steps_in_boxes_equal_steps_without(name, key):
             updates_unboxed, unboxed = update(grads, unboxed, plain)
             assert jax.tree.structure(unboxed) == jax.tree.structure(without_boxes(actual))
             expected_updates, expected = update(grads, expected, plain)
-    # Sums in another order, through a refresh.
+    # Sums in another order, through a refresh; in 8 bits a number near a border to the next cell.
+    atol = 2e-4 if name == "8 bits" else 1e-5
     for one in (unbox(updates), updates_unboxed):
         for x, y in zip(*map(jax.tree.leaves, (one, expected_updates)), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("axes", ["fsdp", ("fsdp",), ("fsdp", "tensor")])
