@@ -15,7 +15,7 @@ PACKAGES := examples$(addprefix -,$(filter-out cpu,$(ACCELERATOR)))
 $(if $(filter cpu gpu cuda12 tpu,$(ACCELERATOR)),,$(error ACCELERATOR is cpu, gpu, cuda12 or tpu))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all mutants bench lint
+.PHONY: help train test test-all mutants bench lint docs docs-serve dist
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; \
@@ -42,6 +42,17 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
+
+docs: $(VENV)/.docs ## build the documentation site into site/; a broken link or reference fails
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.docs ## show the site at http://127.0.0.1:8000 while its pages are edited
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
+dist: $(VENV)/.package ## build sdist and wheel into dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # One stamp for each extra of pyproject.toml, so that `make train` installs no test tools.
 $(VENV)/.%: pyproject.toml | $(BIN)/python
