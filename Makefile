@@ -43,11 +43,11 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
 
-docs: $(VENV)/.docs ## build the documentation site into site/; a broken link or reference fails
-	$(BIN)/python -m mkdocs build --strict --quiet
+docs: $(VENV)/.docs ## build the documentation site into docs/_build/html; a broken link fails
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html $(ARGS)
 
-docs-serve: $(VENV)/.docs ## show the site at http://127.0.0.1:8000 while its pages are edited
-	$(BIN)/python -m mkdocs serve $(ARGS)
+docs-serve: docs ## show the site at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html
 
 dist: $(VENV)/.package ## build sdist and wheel into dist/ and check them
 	rm -rf dist
