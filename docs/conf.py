@@ -53,9 +53,11 @@ napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
+LOGO = "_static/logo.svg"
 html_theme = "pydata_sphinx_theme"
 html_title = "natgalore_jax"
-html_favicon = "_static/logo.svg"
+html_favicon = LOGO
+html_sidebars = {"api": []}
 html_context = {"default_mode": "auto"}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -70,6 +72,7 @@ html_theme_options = {
     "navbar_align": "left",
     "header_links_before_dropdown": 8,
     "secondary_sidebar_items": ["page-toc"],
+    "show_toc_level": 2,
     "footer_start": ["copyright"],
     "footer_end": [],
     "pygments_light_style": "tango",
