@@ -271,7 +271,7 @@ def train_8_bits() -> Iterator[Row]:
     *("slowest step / median", "temporary", "peak"),
 )
 def train_cores() -> Iterator[Row]:
-    for size, rank, many in itertools.product(("350m", "1b"), (128, 256, 512), ("", "-8")):
+    for size, rank, many in itertools.product(("350m", "1b"), (128, 512), ("", "-8")):
         name = f"cores-{size}{'' if rank == 128 else f'-{rank}'}{many}"
         methods = trained(name)
         for method, row in methods.items():

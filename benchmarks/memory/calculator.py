@@ -33,9 +33,8 @@ def script() -> str:
 def counted(sizes: Iterable[str] = tuple(model_shapes.LLAMA)) -> dict[str, Any]:
     """Bytes on one of `DEVICES` devices, by model, rank, dtype of weights and bits of the state.
 
-    Weights are sharded over the devices (FSDP) as in `examples/pretraining/sharded.py`, the state
-    as `natgalore.sharded(tx, shardings, zero_axis="fsdp")` does. Full gradients are sharded as the
-    weights, cores as `state_shardings` shards moments without `zero_axis`.
+    Weights and full gradients are sharded over the devices (FSDP) as in
+    `examples/pretraining/sharded.py`, the state as `state_shardings` shards it, and cores as moments.
     """
     return {"devices": DEVICES, "models": {size: model(size) for size in sizes}}
 
@@ -86,7 +85,7 @@ def on_device(tree: Any, shardings: Any) -> int:
 def state(tx: optax.GradientTransformation, params: Any, places: list[Any]) -> list[int]:
     """Bytes of the state of `tx` on one device."""
     arrays = jax.eval_shape(tx.init, params)
-    shard = lambda x: natgalore.state_shardings(tx, params, x, zero_axis="fsdp")
+    shard = lambda x: natgalore.state_shardings(tx, params, x)
     return [on_device(arrays, shard(shardings)) for shardings in places]
 
 
