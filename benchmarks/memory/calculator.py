@@ -34,7 +34,7 @@ def counted(sizes: Iterable[str] = tuple(model_shapes.LLAMA)) -> dict[str, Any]:
     """Bytes on one of `DEVICES` devices, by model, rank, dtype of weights and bits of the state.
 
     Weights and full gradients are sharded over the devices (FSDP) as in
-    `examples/pretraining/sharded.py`, the state as `state_shardings` shards it, and cores as moments.
+    `examples/pretraining/sharded.py`, the state as `state_shardings` does it, cores as moments.
     """
     return {"devices": DEVICES, "models": {size: model(size) for size in sizes}}
 
