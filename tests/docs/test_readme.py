@@ -88,3 +88,7 @@ def test_the_api_page_has_every_public_name():
     listed = re.findall(r"^\.\. (?:auto\w+|py:data):: (\w+)$", page, flags=re.MULTILINE)
     assert sorted(listed) == sorted(natgalore.__all__)
     assert all(getattr(natgalore, name).__doc__ for name in natgalore.__all__)
+
+
+def test_the_citation_has_the_version_of_the_package():
+    assert f"\nversion: {natgalore.__version__}\n" in (ROOT / "CITATION.cff").read_text()
