@@ -15,7 +15,7 @@ PACKAGES := examples$(addprefix -,$(filter-out cpu,$(ACCELERATOR)))
 $(if $(filter cpu gpu cuda12 tpu,$(ACCELERATOR)),,$(error ACCELERATOR is cpu, gpu, cuda12 or tpu))
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all mutants bench lint
+.PHONY: help train test test-all mutants bench lint docs docs-serve dist
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; \
@@ -42,6 +42,17 @@ lint: $(VENV)/.dev ## check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyrefly check
+
+docs: $(VENV)/.docs ## build the documentation site into docs/_build/html; a broken link fails
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html $(ARGS)
+
+docs-serve: docs ## show the site at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory docs/_build/html
+
+dist: $(VENV)/.package ## build sdist and wheel into dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # One stamp for each extra of pyproject.toml, so that `make train` installs no test tools.
 $(VENV)/.%: pyproject.toml | $(BIN)/python

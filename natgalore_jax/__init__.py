@@ -2,34 +2,62 @@
 
 import importlib
 
-from .tree.state_roles import register_state as register_state
+from .fisher.core import scale_by_core_fisher
+from .fisher.window import scale_by_fisher
+from .lowrank_grads.explain import explain
+from .lowrank_grads.value_and_grad import value_and_grad
+from .optimizers import (
+    STATIC_ARGS,
+    galore,
+    natural_galore,
+)
+from .planning.plan import plan
+from .quantization.quantized import quantized
+from .quantization.stochastic_rounding import stochastic_rounding
+from .reporting.describe import describe
+from .reporting.diagnostics import (
+    basis_drift,
+    explained_energy,
+    fisher_condition,
+    skipped_steps,
+)
+from .reporting.memory_report import memory_report
+from .selection.select import MatrixView
+from .sharding.offload import offload
+from .sharding.state_shardings import sharded, state_shardings
+from .subspace.project import chain, project, project_back
+from .tree.plain_state import plain_state
+from .tree.state_roles import register_state
 
 
-from .selection.select import MatrixView as MatrixView  # isort: skip
-from .subspace.project import chain as chain, project as project, project_back as project_back  # isort: skip
-from .fisher.core import scale_by_core_fisher as scale_by_core_fisher  # isort: skip
-from .fisher.window import scale_by_fisher as scale_by_fisher  # isort: skip
-from .optimizers import (  # isort: skip
-    STATIC_ARGS as STATIC_ARGS,
-    galore as galore,
-    natural_galore as natural_galore,
-)
-from .lowrank_grads.value_and_grad import value_and_grad as value_and_grad  # isort: skip
-from .reporting.diagnostics import (  # isort: skip
-    basis_drift as basis_drift,
-    explained_energy as explained_energy,
-    fisher_condition as fisher_condition,
-    skipped_steps as skipped_steps,
-)
-from .reporting.memory_report import memory_report as memory_report  # isort: skip
-from .sharding.state_shardings import sharded as sharded, state_shardings as state_shardings  # isort: skip
-from .sharding.offload import offload as offload  # isort: skip
-from .quantization.quantized import quantized as quantized  # isort: skip
-from .quantization.stochastic_rounding import stochastic_rounding as stochastic_rounding  # isort: skip
-from .reporting.describe import describe as describe  # isort: skip
-from .lowrank_grads.explain import explain as explain  # isort: skip
-from .planning.plan import plan as plan  # isort: skip
-from .tree.plain_state import plain_state as plain_state  # isort: skip
+__version__ = "0.1.0"
+__all__ = [
+    "STATIC_ARGS",
+    "MatrixView",
+    "basis_drift",
+    "chain",
+    "describe",
+    "explain",
+    "explained_energy",
+    "fisher_condition",
+    "galore",
+    "memory_report",
+    "natural_galore",
+    "offload",
+    "plain_state",
+    "plan",
+    "project",
+    "project_back",
+    "quantized",
+    "register_state",
+    "scale_by_core_fisher",
+    "scale_by_fisher",
+    "sharded",
+    "skipped_steps",
+    "state_shardings",
+    "stochastic_rounding",
+    "value_and_grad",
+]
 
 
 def __getattr__(name: str):

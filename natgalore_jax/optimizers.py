@@ -52,8 +52,8 @@ def natural_galore(
     plain AdamW.
 
     Args:
-      learning_rate: a number or a schedule. One rate serves all leaves; see the README for
-        converting a rate of AdamW or GaLore.
+      learning_rate: a number or a schedule. One rate serves all leaves; `docs/coming-from.md`
+        converts a rate of AdamW or GaLore.
       rank: r of the subspace, see :func:`project`.
       fisher: the stage before Adam in the subspace: None, `"core"` (:func:`scale_by_core_fisher`,
         r x r), `"window"` (:func:`scale_by_fisher`, the paper's form, more state than AdamW), or a

@@ -271,7 +271,7 @@ def train_8_bits() -> Iterator[Row]:
     *("slowest step / median", "temporary", "peak"),
 )
 def train_cores() -> Iterator[Row]:
-    for size, rank, many in itertools.product(("350m", "1b"), (128, 256, 512), ("", "-8")):
+    for size, rank, many in itertools.product(("350m", "1b"), (128, 512), ("", "-8")):
         name = f"cores-{size}{'' if rank == 128 else f'-{rank}'}{many}"
         methods = trained(name)
         for method, row in methods.items():
@@ -360,7 +360,7 @@ def offload() -> Iterator[Row]:
         )
 
 
-STATES = {  # column of the README: method of bench_memory.py
+STATES = {  # column: method of bench_memory.py
     "`galore`, `natural_galore`": "galore",
     '`basis="random"`': "galore, random",
     '`fisher="core"`': "natural_galore, core",
@@ -527,46 +527,26 @@ def ahead() -> Iterator[Row]:
         yield f"{step:,}", *(column.get(step, "") for column in columns)
 
 
-SUMMARY = {  # method: label in the README's table
-    "soap": "full-rank SOAP",
-    "natural_galore": "**`natural_galore`**",
-    "muon": "`optax.contrib.muon`",
-    EVERY_200: "`natural_galore` with `refresh_every=200`",
-    "natural_galore:bits=8+refresh_every=200": "`refresh_every=200`, moments and bases in 8 bits",
-    "natural_galore:fisher=core+refresh_every=200": '`refresh_every=200`, `fisher="core"`',
-    "ldadam": "LDAdam",
-    "natural_galore:rank=32+refresh_every=200": "`refresh_every=200`, rank 32 instead of 128",
-    "galore:residual=isotropic+refresh_every=20": (
-        '`galore`, `residual="isotropic"`, `refresh_every=20`'
-    ),
-    "dion": "Dion",
-    "adamw_b2_95": "`optax.adamw`, `b2=0.95`",
-    "adamw": "`optax.adamw`",
-    "lion": "`optax.lion`",
-    "fira": "Fira",
-    "adafactor": "`optax.adafactor`",
-    "apollo": "APOLLO",
-    "natural_galore:fisher=window+residual=None+b2=0.999+refresh_every=200": (
-        'the paper\'s form, `fisher="window", residual=None, b2=0.999, refresh_every=200`'
-    ),
-    "galore": "GaLore, `galore`",
-    "apollo_mini": "APOLLO-Mini",
-    "contrib_galore": "`optax.contrib.galore`",
+PEERS = {"natural_galore": ("natural_galore",), "AdamW": ("adamw", "adamw_b2_95")} | {
+    "Muon": ("muon",),
+    "SOAP": ("soap",),
+    "GaLore": ("galore",),
 }
 
 
-@table("learning-summary", "optimizer", "validation loss", "state", "step on one H200")
-def learning_summary() -> Iterator[Row]:
-    for row in convergence.rows(compared()):
-        if label := SUMMARY.get(row["method"]):
-            spread = f" ± {row['spread']:.3f}" if row["seeds"] > 1 else ""
-            size = row["matrix_state_bytes"]
-            yield (
-                label,
-                f"{row['loss']:.3f}{spread}",
-                megabytes(size, 0 if size > 1e6 else 1),
-                f"{row['step_ms']:.0f} ms",
-            )
+@table("learning-runs", "length of the run", "tokens a step", *PEERS)
+def runs() -> Iterator[Row]:
+    settings: list[dict[str, Any]] = [{"steps": x, "batch": y} for x, y in BATCHES]
+    for setting in [*settings, {"steps": 10_000, "batch": 64, "dataset": "wheels"}]:
+        losses = {row["method"]: row["loss"] for row in convergence.rows(compared(**setting))}
+        best = [min((losses[x] for x in y if x in losses), default=None) for y in PEERS.values()]
+        steps, tokens = setting["steps"], 256 * setting["batch"]
+        yield (
+            f"{steps:,} steps, {steps * tokens / 1e6:.0f}M tokens"
+            + ", other text" * ("dataset" in setting),
+            f"{tokens:,}",
+            *("" if loss is None else f"{loss:.3f}" for loss in best),
+        )
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def clear(folders: list[Path]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("log.jsonl", "loss.png", "sample.txt"):
             (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "model"):
+        for name in ("checkpoints", "model", "tensorboard"):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
 

@@ -46,7 +46,7 @@ class Run:
     # Flags of one call; all other settings belong to the run and are in its log.
     ABOUT_THE_CALL: ClassVar[tuple[str, ...]] = ("out", "overwrite", "resume")
     # Settings that may differ when a run is resumed.
-    CHANGEABLE: ClassVar[tuple[str, ...]] = ("save_every",)
+    CHANGEABLE: ClassVar[tuple[str, ...]] = ("save_every", "tensorboard")
     PATHS: ClassVar[tuple[str, ...]] = ()
     OPTIMIZERS: ClassVar[Mapping[str, Any]] = {}  # the first one is the default
     COUNTS: ClassVar[tuple[str, ...]] = ("refresh_every", "batch_size", "validate_every")  # >= 1
@@ -77,6 +77,8 @@ class Run:
     """Steps between two validations."""
     save_every: int = 100
     """Steps between two checkpoints; one more is saved at the end and on Ctrl-C. 0: save none."""
+    tensorboard: bool = False
+    """Also write the log for TensorBoard, into the folder tensorboard of the output folder."""
 
     def check(self) -> None:
         """Raises a ValueError that names the first invalid argument."""

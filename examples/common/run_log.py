@@ -1,10 +1,12 @@
 """The log of a run: one JSON object per line, first the header, then one record per logged step."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
 import os
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +81,27 @@ class Run(NamedTuple):
             tokens += n
             seconds += n / record["tokens_per_second"]
         return tokens / seconds if tokens else records[0]["tokens_per_second"]
+
+
+@contextlib.contextmanager
+def tensorboard(folder: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes the numbers of a record for TensorBoard.
+
+    Args:
+        folder: of the event files.
+        step: of the checkpoint that the run continues from, 0 for a new run; TensorBoard hides
+            later steps that an interrupted run has written.
+    """
+    from tensorboardX import SummaryWriter
+
+    def write(record: dict[str, Any]) -> None:
+        numbers = record | record.get("metrics", {})
+        for name in numbers.keys() - {"step", "metrics"}:
+            writer.add_scalar(name, numbers[name], record["step"])
+
+    purge = {"purge_step": step + 1} if step else {}
+    with SummaryWriter(str(folder), **purge) as writer:
+        yield write
 
 
 def read_header(log: Path) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
         line = {"step": step, "tokens": step * job.tokens_per_step}
         line |= measured | {"seconds": round(time.perf_counter() - started, 3)}
         log.write(json.dumps(line) + "\n")
+        write_event(line)
         display.show(line)
 
     with contextlib.ExitStack() as stack:
@@ -154,6 +155,10 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
             if restored:
                 job.seek(progress.position)
             log = stack.enter_context(checkpoints.open_log(progress))
+            write_event = lambda record: None
+            if config.tensorboard and jax.process_index() == 0:
+                events = run_log.tensorboard(config.out / "tensorboard", progress.step)
+                write_event = stack.enter_context(events)
         run_display.say(job.about(first) + (f", from step {progress.step}" if restored else ""))
         exported = job.export and jax.eval_shape(job.export, abstract.params)
         if notice := checkpoint.disk_notice(config, abstract, exported):

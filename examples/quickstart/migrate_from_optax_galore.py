@@ -26,6 +26,7 @@ import optax
 
 import natgalore_jax as natgalore
 from examples.common import data
+from examples.quickstart.plain_jax import init, next_byte_loss
 
 
 VIEWS = {
@@ -45,24 +46,6 @@ OPTIMIZERS = {
     "natgalore.galore": natgalore.galore(3e-3, rank=48, refresh_every=80),
     "natgalore.natural_galore": natgalore.natural_galore(3e-3, rank=48, refresh_every=80),
 }
-
-
-def init(key: jax.Array) -> dict[str, jax.Array]:
-    """Random weights."""
-    shapes = {"embed": (256, 24), "up": (192, 512), "down": (512, 192), "head": (192, 256)}
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: jax.random.normal(key, shape) / np.sqrt(shape[0])
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-
-
-def next_byte_loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the last byte of each row, in nats."""
-    x = params["embed"][batch[:, :-1]].reshape(len(batch), -1)
-    x += jax.nn.relu(x @ params["up"]) @ params["down"]
-    logits = x @ params["head"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, -1]).mean()
 
 
 def train(tx: optax.GradientTransformation, text: np.ndarray, steps: int) -> list[float]:

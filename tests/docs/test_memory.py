@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import natgalore_jax as natgalore
 from benchmarks.common.doc_tables import read
-from benchmarks.memory import bench_bytes, draw_memory
+from benchmarks.memory import bench_bytes, calculator, draw_memory
 from examples.common import llama
 from natgalore_jax.planning import model_shapes as shapes
 from natgalore_jax.planning.byte_counts import byte_count_of
@@ -26,19 +27,30 @@ def test_figures_are_those_of_this_library(name):
     assert bill.bytes == of["bfloat16"][name]
 
 
+def test_devices_of_the_calculator_share_the_bytes(monkeypatch):
+    monkeypatch.setattr(calculator, "FRACTIONS", (8,))
+    numbers = calculator.model("60m")
+    state, cores = (numbers["ranks"][64][kind] for kind in ("state", "gradients"))
+    full = natgalore.plan(shapes.llama("60m", "float32"), rank=64, bits=32)
+    assert (state[32][0], cores["float32"][0]) == (full.bytes["state"], full.bytes["gradients"])
+    for shares in (numbers["weights"]["float32"], state[32], cores["float32"], state[8]):
+        for devices, share in zip(calculator.DEVICES, shares, strict=True):
+            # Norms and counts are on every device.
+            assert shares[0] / devices <= share < 1.02 * shares[0] / devices
+
+
 def test_all_methods_are_drawn():
     assert draw_memory.SHOWN.keys() == bench_bytes.METHODS.keys()
 
 
 def test_snippets_run_and_print_what_the_page_shows(capsys):
     scope: dict = {}
-    snippets = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    (printed,) = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
-    exec(compile(snippets[0], "docs/memory.md", "exec"), scope)
-    assert capsys.readouterr().out == printed
-    for snippet in snippets[1:]:
+    (shown,) = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
+    for snippet in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(compile(snippet, "docs/memory.md", "exec"), scope)
-    assert int(capsys.readouterr().out) > 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(shown)
+    assert int(printed.removeprefix(shown)) > 0  # the temporaries of a step
 
 
 @pytest.mark.slow

@@ -76,6 +76,19 @@ def run(monkeypatch, tmp_path):
     return run
 
 
+def scalars(file: Path) -> dict[tuple[int, str], float]:
+    """The scalars of an event file by step and name. Records have 12 bytes before, 4 after them."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, found = file.read_bytes(), {}
+    while data:
+        end = 12 + int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12:end])
+        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        data = data[end + 4 :]
+    return found
+
+
 class TestCommandLine:
     @pytest.mark.parametrize(
         "arguments",
@@ -103,6 +116,18 @@ class TestCommandLine:
         assert all(
             c.isprintable() or c in "\n\t" for c in out
         )  # no control codes without a terminal
+
+    def test_tensorboard_gets_the_numbers_of_the_log(self, run):
+        assert run("--optimizer", "adamw", "--out", "here", "--tensorboard") == 0
+        _, *records = [json.loads(line) for line in Path("here/log.jsonl").read_text().splitlines()]
+        expected = {
+            (record["step"], name): value
+            for record in records
+            for name, value in record.items()
+            if name != "step"
+        }
+        (file,) = Path("here/tensorboard").iterdir()
+        assert scalars(file) == pytest.approx(expected, rel=1e-6)  # events are float32
 
     @pytest.mark.slow
     def test_low_rank_gradients_equal_full_gradients(self, monkeypatch):

@@ -12,6 +12,7 @@ from examples.quickstart import (
     linen,
     migrate_from_optax_galore as migrate,
     nnx_optimizer,
+    plain_jax,
 )
 
 
@@ -24,8 +25,8 @@ def without_context() -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", [linen, nnx_optimizer], ids=["linen", "nnx_optimizer"])
-def test_flax_examples_learn_the_next_byte(example, without_context, capsys):
+@pytest.mark.parametrize("example", [plain_jax, linen, nnx_optimizer], ids=lambda x: x.__name__)
+def test_examples_learn_the_next_byte(example, without_context, capsys):
     losses = example.main(steps=120)
     assert losses[0] == pytest.approx(np.log(256), abs=0.2)
     assert np.mean(losses[-20:]) < without_context - 0.5

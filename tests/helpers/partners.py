@@ -591,30 +591,28 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 PROSE = """\
 # Optax's optimizers with natgalore
 
-What Optax 0.2.8 has, and what becomes of it as `inner` of `natgalore.project`: between \
-`project(...)` and `project_back()` of a `natgalore.chain`. Every line is tested \
+Every optimizer of Optax 0.2.8 as `inner` of `natgalore.project`, which is between \
+`project(...)` and `project_back()` of a `natgalore.chain`. A test covers every row \
 ([test_partners.py](../tests/integration/test_partners.py)); \
 `python -m tests.helpers.partners` writes this page.
 
 ## Inside
 
-The core of an m x n weight is r x n, or r x r with both sides projected; the basis adds m r \
-numbers to what is listed. Where a basis turns, `transport="rotate"` carries the state along: \
-exactly, where directions only change their names or signs, for all but `noisy_sgd`, `rprop` and \
-`sm3`. `transport="keep"` leaves it as it is, as GaLore does.
+Numbers of state per core, which is r x n, or r x r with both sides projected; the basis adds m r. \
+At a refresh `transport="rotate"` transforms the state: exactly for a change of signs or order of \
+the directions, except for `noisy_sgd`, `rprop` and `sm3`. `transport="keep"` leaves it unchanged.
 
 {inside}
 {notes}
-These stages and wrappers work inside too: {stages}. What they measure, a global norm say, they \
-measure on cores. Decoupled weight decay, as `optax.adamw` has it, acts on the whole weight.
+These stages and wrappers also work inside: {stages}. Norms are those of the cores. Decoupled \
+weight decay, as in `optax.adamw`, acts on the whole weight.
 
 ## Refused
 
-These read weights that are not there, or hold what no rule carries to another basis. They are \
-refused at `init`, or, if they cannot be run on cores at all, at the first update ({late}). An \
-inner of your own whose update asks for other arguments than Optax's `value`, `grad`, `value_fn`, \
-`obj_fn` and `grad_fn` is read at its first update. For want of a rule alone, {ruleless} are \
-refused: `transport="keep"` runs them.
+These read the weights, or have state without a transport rule. The error comes at `init`, or at \
+the first update for {late} and for an inner of your own with required extra arguments other than \
+Optax's `value`, `grad`, `value_fn`, `obj_fn` and `grad_fn`. {ruleless} lack only a rule: they run \
+with `transport="keep"`.
 
 {refused}
 ## Around
