@@ -143,6 +143,7 @@ class Refresh:
         roles: tuple[Any, ...],
         part: Array,
         index: Int[Array, ""],
+        due: Bool[Array, ""],
         old: MatrixState,
     ) -> MatrixState:
         """Refreshes one matrix.
@@ -153,10 +154,12 @@ class Refresh:
           roles: of the `carried` arrays.
           part: G (m x n entries) or Y (m x r), in any units.
           index: of the matrix, in the refresh order.
+          due: whether the matrix is.
           old: the state of the matrix.
 
         Returns:
-          The new state; the old one where G is zero or not finite, or a new basis is not finite.
+          The new state; the old one if the matrix is not due, G is zero or not finite, or a new
+          basis is not finite.
         """
         # Tied to the state: the compiler would hoist operations on the gradient alone, such as its
         # largest entry, out of the loop, a pass over the gradient on every step.
@@ -164,6 +167,7 @@ class Refresh:
         part = part if old.R is None else part.astype(old.R.dtype)
         dtype = part.dtype
         unit, usable = normalised(part)
+        usable &= due
         # Transposed last, next to the products: earlier the compiler would transpose all of G.
         G, unit = spec.as_matrix(part), spec.as_matrix(unit)
         views = (spec, spec.transposed)
@@ -183,7 +187,7 @@ class Refresh:
         bases = [
             expand(decode_basis(x), view, dtype) for view, x in zip(views, stored, strict=False)
         ]
-        R = None if old.R is None else to_core(G, *bases)
+        R = None if old.R is None else jnp.where(due, to_core(G, *bases), old.R)
         return MatrixState(
             stored=stored,
             refreshed=refreshed + usable.astype(refreshed.dtype),
@@ -245,9 +249,7 @@ def refresh_due(
       due: which matrices are.
       states: of the matrices.
     """
-    step = lambda spec, roles, part, index, old: refresh.refresh_matrix(
-        source, spec, roles, part, index, old
-    )
+    step = functools.partial(refresh.refresh_matrix, source)
     entries = [
         Leaf(
             spec=leaf.spec if source == "gradient" else of_products(leaf.spec),

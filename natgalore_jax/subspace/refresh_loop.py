@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int
 from ..sharding.distributed import batch_partition, over_shards
 from ..sharding.partitioning import LeafPartition
 from ..tree.leaf_spec import LeafSpec
-from ..util.control_flow import run_if_due, select_value, when
+from ..util.control_flow import for_any, run_if_due, select_value, when
 
 
 class Leaf(NamedTuple):
@@ -43,8 +43,9 @@ class Leaf(NamedTuple):
     state: Any
 
 
-# For one matrix: (spec, kind, G as `LeafSpec.cut` slices it, place in the order, state) -> state
-Step = Callable[[LeafSpec, Any, Array, Array, Any], Any]
+# For one matrix: (spec, kind, G as `LeafSpec.cut` slices it, place in the order, due, state) ->
+# state. `due` is false only under `vmap`, where another instance's matrix is due.
+Step = Callable[[LeafSpec, Any, Array, Array, Array, Any], Any]
 
 
 def map_due_matrices(step: Step, leaves: list[Leaf]) -> list[Any]:
@@ -88,6 +89,7 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
         inputs = (leaf.due, leaf.order)
         return [over_shards(over_leaf, spec, leaf.partition, leaf.G, inputs, *states)]
     order = jnp.concatenate([leaf.order.reshape(-1) for leaf in leaves])
+    due = jnp.concatenate([leaf.due.reshape(-1) for leaf in leaves])
 
     def at(e, states):
         which, i = e // spec.matrices, e % spec.matrices
@@ -98,11 +100,11 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
         ]
         none = jax.tree.map(jnp.zeros_like, jax.eval_shape(cuts[0]))
         part, old = select_value(here, cuts, none)
-        new = step(spec, kind, part, order[e], old)
+        new = step(spec, kind, part, order[e], due[e], old)
         puts = [functools.partial(_put_if, spec, is_here, i, new) for is_here in here]
         return run_if_due(here, puts, states)
 
-    return _where(jnp.concatenate([leaf.due.reshape(-1) for leaf in leaves]), at, states)
+    return _where(due, at, states)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -129,7 +131,7 @@ def _over_leaf(
     due, order = (x.reshape(-1) for x in which)
 
     def at(i, state):
-        new = step(spec, kind, spec.cut(G, i), order[i], spec.take_all(state, i))
+        new = step(spec, kind, spec.cut(G, i), order[i], due[i], spec.take_all(state, i))
         return spec.put_all(state, i, new)
 
     return _where(due, at, state)
@@ -137,6 +139,7 @@ def _over_leaf(
 
 def _where(due: Bool[Array, " matrices"], at: Callable[[Any, Any], Any], state: Any) -> Any:
     """`at(i, state)` for each i that is due, in order."""
+    due = for_any(due)
     if len(due) == 1:
         return when(due[0], functools.partial(at, jnp.int32(0)), state)
     first = jnp.argmax(due).astype(jnp.int32)

@@ -22,9 +22,27 @@ def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:
     1024 x 2736 at rank 128 behind one condition need 560 MB of temporaries with `cond` and 47 MB
     with this loop (`benchmarks/speed/bench_refresh.py`).
 
-    Under `vmap` over `predicate`, XLA runs `f` for all and selects, as for `lax.cond`.
+    Under `vmap` over `predicate`, `f` runs for all if it does for one: see :func:`for_any`. So `f`
+    must itself leave the state of an instance whose predicate is false.
     """
-    return lax.fori_loop(0, predicate.astype(jnp.int32), lambda _, x: f(x), state)
+    return lax.fori_loop(0, for_any(predicate).astype(jnp.int32), lambda _, x: f(x), state)
+
+
+@jax.custom_batching.custom_vmap
+def for_any(predicate: Bool[Array, "..."]) -> Bool[Array, "..."]:
+    """`predicate`; under `vmap` one predicate for all instances, true if it is for any of them.
+
+    `vmap` turns a condition on a batched predicate into both branches and a select, and a loop on
+    one into a loop that selects between all of its old and new carry. An optimizer under `vmap`,
+    for random seeds say, would so run or copy what no instance needs.
+    """
+    return predicate
+
+
+@for_any.def_vmap
+def _(axis_size: int, in_batched: list[bool], predicate: Array) -> tuple[Array, bool]:
+    del axis_size
+    return for_any(predicate.any(axis=0) if in_batched[0] else predicate), False
 
 
 BRANCHES = 32  # of a node of the trees below

@@ -11,7 +11,7 @@ from jax.extend import core as jax_core
 T = TypeVar("T")
 
 CALLS = {
-    *("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call"),
+    *("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call"),
     *("remat", "remat2", "checkpoint"),  # names of one primitive in different JAX versions
 }
 
@@ -41,7 +41,7 @@ def read(
 
 def called(eqn: jax_core.JaxprEqn) -> jax_core.ClosedJaxpr:
     """The jaxpr of an equation of `CALLS`."""
-    call = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr") if key in eqn.params)
+    call = next(eqn.params[key] for key in ("jaxpr", "call_jaxpr", "call") if key in eqn.params)
     return call if isinstance(call, jax_core.ClosedJaxpr) else jax_core.ClosedJaxpr(call, ())
 
 

@@ -32,7 +32,7 @@ def test_the_recipes_run():
     scope: dict = {}
     ran = [recipe for recipe in RECIPES if snippets(recipe)]
     assert ran[0] == "Recipes"
-    assert len(ran) == 6
+    assert len(ran) == 8
     for recipe in ran:
         for snippet in snippets(recipe):
             exec(compile(snippet, f"docs/sharding.md, {recipe}", "exec"), scope)

@@ -47,9 +47,9 @@ def leaves_of(names, shape, kind="kind"):
     return made
 
 
-def step(spec, kind, part, order, state):
+def step(spec, kind, part, order, due, state):
     """Of everything that it is given something, and not the same twice over."""
-    del kind
+    del kind, due
     G = spec.as_matrix(part)
     return {"P": 2 * state["P"] + G[:, :2] + order, "n": state["n"] + 10 * order}
 
