@@ -50,7 +50,7 @@ from examples.finetuning.records import Records
 from examples.pretraining import generate
 
 
-OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5)
+OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5, muon=7e-5)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from examples.common.command_line import one_of, unset
 from examples.finetuning import glue, settings, training
 
 
-OPTIMIZERS = settings.optimizers(natural_galore=3e-5, galore=3e-5, adamw=2e-5, lora=4e-4)
+OPTIMIZERS = settings.optimizers(natural_galore=3e-5, galore=3e-5, adamw=2e-5, lora=4e-4, muon=2e-5)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def read(config: Config) -> Inputs:
         OSError: a file is missing.
         ValueError: a file is damaged, or a record is malformed.
     """
-    shape, weights = hugging_face.read_roberta(config.model, glue.TASKS[config.task].outputs)
+    shape, weights = hugging_face.read_encoder(config.model, glue.TASKS[config.task].outputs)
     shape = replace(shape, dtype=jnp.dtype(config.dtype))
     tokenizer = hugging_face.read_tokenizer(config.model, shape.vocabulary)
     found = glue.load(config.task, config.data, skip=config.skip_malformed)
@@ -216,7 +216,7 @@ def prepare(config: Config):
     def train_one(one: Config, interrupts: training_loop.Interrupts) -> None:
         state = training_loop.train(one, make_job(one, inputs), interrupts)
         weights = jax.tree.map(np.asarray, training.plain_params(state.params))
-        hugging_face.save_roberta(one.out / "model", inputs.shape, weights)
+        hugging_face.save_encoder(one.out / "model", inputs.shape, weights)
         shutil.copy(one.model / "tokenizer.json", one.out / "model")
 
     return config, train_one

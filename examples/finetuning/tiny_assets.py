@@ -91,7 +91,7 @@ def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2, seed: int 
     model = roberta.Roberta(config, nnx.Rngs(seed))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     del params["classifier"]
-    hugging_face.save_roberta(folder, config, jax.tree.map(np.asarray, params))
+    hugging_face.save_encoder(folder, config, jax.tree.map(np.asarray, params))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

@@ -2,8 +2,11 @@
 
     natural_galore, galore   trains all weights; layer matrices have their optimizer in a subspace
     adamw                    trains all weights
+    muon                     trains all weights; layer matrices by orthogonalised momentum
     lora                     trains low-rank adapters of the layer matrices (arXiv 2106.09685) and
                              the head
+
+With `freeze_embeddings`, the first four train all weights but the embeddings.
 
 The optimizer sees the `trained` weights only. The `frozen` weights are part of the state, so a
 checkpoint contains the complete model.
@@ -64,7 +67,12 @@ def make_functions(
     tx = config.make_optimizer()
     use_lora = config.optimizer == "lora"
 
-    learning = nnx.Any(nnx.LoRAParam, nnx.PathContains(head)) if use_lora else nnx.Param
+    if use_lora:
+        learning = nnx.Any(nnx.LoRAParam, nnx.PathContains(head))
+    elif config.freeze_embeddings:
+        learning = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("embedding")))
+    else:
+        learning = nnx.Param
 
     def extended(model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
         return lora.with_adapters(model, config.rank, rngs) if use_lora else model

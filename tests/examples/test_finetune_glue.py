@@ -365,7 +365,7 @@ class TestGlue:
         # The exported model in Hugging Face's format gives the same metrics.
         found = glue.load("cola", tiny / "glue" / "CoLA").validation[""].records
         for name in {names[0], names[-1]}:
-            shape, weights = hugging_face.read_roberta(Path("here", name, "model"), 2)
+            shape, weights = hugging_face.read_encoder(Path("here", name, "model"), 2)
             tokenizer = hugging_face.read_tokenizer(Path("here", name, "model"), shape.vocabulary)
             split = finetune_glue.tokenized(tokenizer, shape, found, 512)
             model = nnx.merge(
@@ -468,10 +468,10 @@ class TestGlue:
         for name in ("bare", "wide"):
             shutil.copytree(tiny / "roberta", name)
         Path("bare/tokenizer.json").unlink()
-        shape = dataclasses.replace(hugging_face.roberta_config(Path("wide")), vocabulary=900)
+        shape = dataclasses.replace(hugging_face.encoder_config(Path("wide")), vocabulary=900)
         if "wide" in arguments:
             params = nnx.to_pure_dict(nnx.state(roberta.Roberta(shape, nnx.Rngs(0)), nnx.Param))
-            hugging_face.save_roberta(Path("wide"), shape, jax.tree.map(np.asarray, params))
+            hugging_face.save_encoder(Path("wide"), shape, jax.tree.map(np.asarray, params))
         shutil.copytree(tiny / "glue" / "RTE", "bad")
         lines = Path("bad/train.tsv").read_text().splitlines()
         lines[2] = lines[2].rpartition("\t")[0] + "\tmaybe"
@@ -505,7 +505,7 @@ class TestGlue:
         assert "line 642: 2 cells for 4 columns" in printed
 
     def test_long_pairs_are_truncated_to_the_positions(self, tiny):
-        shape, _ = hugging_face.read_roberta(tiny / "roberta", 2)
+        shape, _ = hugging_face.read_encoder(tiny / "roberta", 2)
         tokenizer = hugging_face.read_tokenizer(tiny / "roberta", shape.vocabulary)
         examples = [glue.Example(("one two " * 50, "three " * 50), 1), glue.Example(("a", "b"), 0)]
         long = finetune_glue.tokenized(tokenizer, shape, examples, 512)

@@ -77,7 +77,7 @@ class TestLogits:
         jax.tree.map(np.testing.assert_array_equal, hugging_face.unstacked(stacked), params)
 
     def test_roberta_equals_numpy(self, roberta_folder):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        config, params = hugging_face.read_encoder(roberta_folder, LABELS)
         expected = [
             reference.roberta_logits(ROBERTA, reference.ROBERTA_CONFIG, row) for row in SENTENCES
         ]
@@ -95,7 +95,7 @@ class TestLogits:
         if kind == "llama":
             logits = llama_logits(*hugging_face.read_llama(folder), stored["llama_tokens"])
         else:
-            read = hugging_face.read_roberta(folder, LABELS)
+            read = hugging_face.read_encoder(folder, LABELS)
             logits = roberta_logits(*read, stored["roberta_tokens"])
         np.testing.assert_allclose(logits, stored[f"{kind}_logits"], atol=ROUNDING)
 
@@ -124,7 +124,7 @@ class TestLogits:
             tokens = torch.tensor(SENTENCES, dtype=torch.long)
             with torch.no_grad():
                 expected = model(tokens, attention_mask=tokens != 3).logits.numpy()
-            logits = roberta_logits(*hugging_face.read_roberta(tmp_path, LABELS))
+            logits = roberta_logits(*hugging_face.read_encoder(tmp_path, LABELS))
         np.testing.assert_allclose(logits, expected, atol=2 * ROUNDING)
 
 
@@ -141,14 +141,14 @@ class TestRoberta:
         np.testing.assert_array_equal(roberta.position_ids(tokens, 3), [[4, 5, 3, 3], [3, 4, 3, 5]])
 
     def test_padding_does_not_change_logits(self, roberta_folder):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        config, params = hugging_face.read_encoder(roberta_folder, LABELS)
         short = roberta_logits(config, params, SENTENCES[1:, :6])
         # Sums of the same terms in another order.
         np.testing.assert_allclose(short, roberta_logits(config, params)[1:], atol=ROUNDING)
 
     @pytest.mark.slow
     def test_dropout_needs_rngs_and_a_rate(self, roberta_folder):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        config, params = hugging_face.read_encoder(roberta_folder, LABELS)
         none = dict.fromkeys(("dropout", "attention_dropout", "classifier_dropout"), 0.0)
         plain = roberta_logits(config, params)
         for name in none:
@@ -201,13 +201,13 @@ class TestFiles:
             assert hugging_face.llama_config(tmp_path / name) == config
 
     def test_saved_roberta_equals_the_original(self, roberta_folder, tmp_path):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
-        hugging_face.save_roberta(tmp_path / "again", config, params)
+        config, params = hugging_face.read_encoder(roberta_folder, LABELS)
+        hugging_face.save_encoder(tmp_path / "again", config, params)
         saved = load_file(tmp_path / "again" / "model.safetensors")
         assert saved.keys() == ROBERTA.keys()
         for key, tensor in saved.items():
             np.testing.assert_array_equal(tensor, ROBERTA[key])
-        again, _ = hugging_face.read_roberta(tmp_path / "again", LABELS)
+        again, _ = hugging_face.read_encoder(tmp_path / "again", LABELS)
         assert again == config
 
     def test_error_lists_all_wrong_tensors(self, tmp_path):
@@ -235,7 +235,7 @@ class TestFiles:
             for name in ("lm_head.bias", "roberta.pooler.dense.bias", "roberta.x.position_ids")
         }
         folder = write(tmp_path, tensors, reference.ROBERTA_CONFIG)
-        _, params = hugging_face.read_roberta(folder, LABELS)
+        _, params = hugging_face.read_encoder(folder, LABELS)
         assert sorted(pretrained.missing(params)) == [
             f"classifier/{part}/{leaf}" for part in ("dense", "head") for leaf in ("bias", "kernel")
         ]
@@ -245,7 +245,7 @@ class TestFiles:
         with pytest.raises(
             ValueError, match=r"classifier.out_proj.weight is \(3, 24\), not \(2, 24\)"
         ):
-            hugging_face.read_roberta(roberta_folder, 2)
+            hugging_face.read_encoder(roberta_folder, 2)
 
     def test_incomplete_download_is_refused(self, llama_folder, tmp_path):
         file = llama_folder / "model.safetensors"
