@@ -45,7 +45,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.common.environment import environment
 from examples.common import hugging_face, pretrained, roberta
-from examples.finetuning import finetune_glue, glue, records, training
+from examples.finetuning import classification, finetune_text, records, training
 
 
 LENGTH = 128  # tokens
@@ -170,7 +170,7 @@ def warmup_of(steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Config(finetune_glue.Config):
+class Config(finetune_text.Config):
     """The example's settings, with an optimizer whose rate is part of its state."""
 
     batch_size: int = 32
@@ -223,7 +223,7 @@ def prepare(texts: Path, out: Path, length: int = LENGTH) -> None:
     half = {k: x.astype(np.float16) if x.dtype.kind == "f" else x for k, x in tensors.items()}
     save_file(half, out / "encoder" / "model.safetensors")
     for task in (folder.name for folder in sorted(texts.iterdir()) if folder.name in TASKS):
-        parse = lambda row: glue.Example((row["text"],), row["label"])
+        parse = lambda row: classification.Example((row["text"],), row["label"])
         read = lambda split, task=task, parse=parse: (
             records.read(texts / task / f"{split}.jsonl", parse).records
         )
@@ -232,7 +232,7 @@ def prepare(texts: Path, out: Path, length: int = LENGTH) -> None:
         arrays: dict[str, np.ndarray] = {"names": np.array(names)}
         for split, examples in sets.items():
             indexed = [e._replace(label=names.index(e.label)) for e in examples]
-            tokens, labels = finetune_glue.tokenized(tokenizer, config, indexed, length)
+            tokens, labels = finetune_text.tokenized(tokenizer, config, indexed, length)
             width = ((0, 0), (0, length - tokens.shape[1]))
             tokens = np.pad(tokens, width, constant_values=config.padding)
             arrays[f"{split}_tokens"] = tokens.astype(np.uint16)
@@ -252,14 +252,6 @@ def load(folder: Path, task: str) -> Data:
     held_out, rest = np.split(order, [len(order) // 10])
     part = lambda rows: Split(train.tokens[rows], train.labels[rows])
     return Data(part(rest), part(held_out), split("test"), len(file["names"]))
-
-
-def macro_f1(labels: Int[np.ndarray, " n"], guesses: Int[np.ndarray, " n"]) -> float:
-    """Mean over the labels that occur of the harmonic mean of precision and recall."""
-    found = np.unique(labels)
-    both = np.array([np.sum((labels == k) & (guesses == k)) for k in found])
-    either = np.array([np.sum(labels == k) + np.sum(guesses == k) for k in found])
-    return float(np.mean(2 * both / either))
 
 
 # Training
@@ -286,7 +278,7 @@ def config_of(name: str, batch_size: int = 32) -> Config:
 
 
 def loss(model: Any, tokens: Array, labels: Array, rngs: Any) -> Float[Array, ""]:
-    return finetune_glue.losses(model(tokens, rngs), labels).mean()
+    return finetune_text.losses(model(tokens, rngs), labels).mean()
 
 
 def programs(config: Config, shape: roberta.RobertaConfig, weights: pretrained.Params) -> Programs:
@@ -372,7 +364,7 @@ def train(
             "losses": rounded(loss[i] for loss in losses),
             "validation": rounded(value[i] for value in validations),
             "accuracy": round(float(tests[i]), 5),
-            "macro_f1": round(macro_f1(data.test.labels, guessed[i]), 5),
+            "macro_f1": round(classification.macro_f1(data.test.labels, guessed[i]), 5),
         }
         for i, (rate, seed) in enumerate(runs)
     ]

@@ -72,5 +72,6 @@ class Bert(roberta.Roberta):
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
         """Sum of the embeddings of tokens, positions and segments."""
         config = self.config
+        positions = self.positions(jnp.arange(tokens.shape[1])[None])
         kinds = self.kinds(segments(tokens, config.separator, config.padding))
-        return self.words(tokens) + self.positions(jnp.arange(tokens.shape[1])) + kinds
+        return self.words(tokens) + positions + kinds
