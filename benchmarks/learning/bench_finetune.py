@@ -6,11 +6,13 @@ methods have the same model and batch and take turns, step by step; compare with
 
     python benchmarks/learning/bench_finetune.py [--out benchmarks/results/finetune.json]
     python benchmarks/learning/bench_finetune.py --tasks roberta-base --rank 8 --length 512
+    python benchmarks/learning/bench_finetune.py --tasks minilm --methods adamw,lora-8,window-8
     python benchmarks/learning/bench_finetune.py --tasks tiny --steps 2    a quick run on a CPU
 
-`window` is `natural_galore` in the paper's form. Bytes are those of the compiled step: weights and
-state, which are its arguments, and temporaries. With --steps 0 nothing is run. Methods that --out
-already holds for the same task and machine are not measured again.
+Methods are those of the examples and those of bench_finetune_text.py, by their names. `window`
+is `natural_galore` in the paper's form. Bytes are those of the compiled step: weights and state,
+which are its arguments, and temporaries. With --steps 0 nothing is run. Methods that --out already
+holds for the same task and machine are not measured again.
 """
 
 import argparse
@@ -32,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.environment import environment
-from examples.common import llama, roberta, run_log
+from benchmarks.learning import bench_finetune_text
+from examples.common import bert, llama, roberta, run_log
 from examples.finetuning import finetune_function_calling, finetune_glue, settings, training
 
 
@@ -62,13 +65,11 @@ class Task(NamedTuple):
     targets: Callable[[np.ndarray], np.ndarray]
 
 
-def glue(shape: roberta.RobertaConfig, length: int) -> Task:
+def glue(shape: roberta.RobertaConfig, length: int, batch_size: int = 16) -> Task:
     return Task(
-        finetune_glue.Config(rank=8),
-        partial(roberta.Roberta, shape),
-        lambda model, tokens, labels, rngs: finetune_glue.losses(
-            model(tokens, rngs), labels
-        ).mean(),
+        finetune_glue.Config(rank=8, batch_size=batch_size),
+        shape.build,
+        bench_finetune_text.loss,
         "classifier",
         shape.vocabulary,
         length,
@@ -91,7 +92,9 @@ def plans(shape: llama.LlamaConfig, length: int) -> Task:
 
 
 TINYLLAMA = replace(llama.CONFIGS["tinyllama"], remat=True, dtype=jnp.bfloat16)
+MINILM = bert.BertConfig(hidden=384, intermediate=1536, layers=6, labels=64, dtype=jnp.bfloat16)
 TASKS = {
+    "minilm": lambda: glue(MINILM, 128, batch_size=32),
     "roberta-base": lambda: glue(roberta.RobertaConfig(dtype=jnp.bfloat16), 128),
     "tinyllama": lambda: plans(TINYLLAMA, 512),
     "tiny": lambda: plans(replace(llama.CONFIGS["tiny"], remat=True), 16),
@@ -104,6 +107,8 @@ def config_of(task: Task, method: str, args: argparse.Namespace) -> settings.Con
     settings: dict[str, Any] = {"optimizer": "natural_galore" if window else method}
     settings["fisher"] = "window" if window else task.config.fisher
     settings |= {"steps": 1000, "rank": args.rank or task.config.rank}
+    if method in bench_finetune_text.METHODS:
+        settings |= bench_finetune_text.METHODS[method].settings
     if args.batch_size:
         settings["batch_size"] = args.batch_size
     return replace(task.config, **settings).runs()[0]
@@ -213,7 +218,10 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default="runs/finetune.json")
     args = parser.parse_args()
     args.until = time.time() + 60 * args.minutes
-    for name, asked, known in (("task", args.tasks, TASKS), ("method", args.methods, METHODS)):
+    for name, asked, known in (
+        ("task", args.tasks, TASKS),
+        ("method", args.methods, (*METHODS, *bench_finetune_text.METHODS)),
+    ):
         if unknown := [x for x in asked if x not in known]:
             parser.error(f"no {name} {unknown[0]!r}: choose from {', '.join(known)}")
     results: dict[str, Any] = {"environment": environment(), "tasks": {}}

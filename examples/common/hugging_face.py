@@ -1,22 +1,22 @@
-"""Reads and writes Llama and RoBERTa checkpoints in Hugging Face's format.
+"""Reads and writes Llama, RoBERTa and BERT checkpoints in Hugging Face's format.
 
     config, params = read_llama(folder)             e.g. TinyLlama; `save_llama` writes one
-    config, params = read_roberta(folder, labels)
+    config, params = read_encoder(folder, labels)   a RoBERTa or a BERT
 
 `config.json` gives the shape of the model. Options that our models do not implement raise a
 ValueError with their name, so a checkpoint never runs as a different model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from examples.common import llama, pretrained, roberta
+from examples.common import bert, llama, pretrained, roberta
 
 
 LLAMA_NAMES = {
@@ -33,33 +33,78 @@ LLAMA_NAMES = {
     "norm/scale": "model.norm.weight",
     "head/kernel": "lm_head.weight",
 }
-LAYER = "roberta.encoder.layer.{}"
-ROBERTA_NAMES = {
-    "words/embedding": "roberta.embeddings.word_embeddings.weight",
-    "positions/embedding": "roberta.embeddings.position_embeddings.weight",
-    "kinds/embedding": "roberta.embeddings.token_type_embeddings.weight",
-    **{
-        f"{ours}/{leaf}": f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
-        for ours, theirs, leaves in (
-            ("norm", "roberta.embeddings.LayerNorm", ("scale", "bias")),
-            ("layers/{}/query", f"{LAYER}.attention.self.query", ("kernel", "bias")),
-            ("layers/{}/key", f"{LAYER}.attention.self.key", ("kernel", "bias")),
-            ("layers/{}/value", f"{LAYER}.attention.self.value", ("kernel", "bias")),
-            ("layers/{}/out", f"{LAYER}.attention.output.dense", ("kernel", "bias")),
-            (
-                "layers/{}/attention_norm",
-                f"{LAYER}.attention.output.LayerNorm",
-                ("scale", "bias"),
-            ),
-            ("layers/{}/up", f"{LAYER}.intermediate.dense", ("kernel", "bias")),
-            ("layers/{}/down", f"{LAYER}.output.dense", ("kernel", "bias")),
-            ("layers/{}/mlp_norm", f"{LAYER}.output.LayerNorm", ("scale", "bias")),
-            ("classifier/dense", "classifier.dense", ("kernel", "bias")),
-            ("classifier/head", "classifier.out_proj", ("kernel", "bias")),
-        )
-        for leaf in leaves
-    },
+
+
+class EncoderFormat(NamedTuple):
+    """The checkpoint of an encoder with a classifier.
+
+    Attributes:
+        config: our class of shapes.
+        architecture: Transformers' class.
+        dense, head: tensors of the two linears of the classifier.
+        epsilon: Transformers' default of layer_norm_eps.
+        unused: pattern of tensors of other heads.
+        optional: pattern of tensors that an encoder without this classifier lacks.
+    """
+
+    config: type[roberta.RobertaConfig]
+    architecture: str
+    dense: str
+    head: str
+    epsilon: float
+    unused: str
+    optional: str
+
+
+ENCODERS = {  # by model_type, which is also the prefix of the tensors
+    "roberta": EncoderFormat(
+        roberta.RobertaConfig,
+        "RobertaForSequenceClassification",
+        "classifier.dense",
+        "classifier.out_proj",
+        1e-5,
+        unused=r"^lm_head\.|^roberta\.pooler\.|\.position_ids$",
+        optional=r"^classifier\.",
+    ),
+    "bert": EncoderFormat(
+        bert.BertConfig,
+        "BertForSequenceClassification",
+        "bert.pooler.dense",
+        "classifier",
+        1e-12,
+        unused=r"^cls\.|\.position_ids$",
+        optional=r"^classifier\.|pooler\.",
+    ),
 }
+
+
+def encoder_names(kind: str) -> dict[str, str]:
+    """Tensor names of an encoder by parameter name."""
+    layer, embeddings = f"{kind}.encoder.layer.{{}}", f"{kind}.embeddings"
+    about = ENCODERS[kind]
+    linears = {
+        "layers/{}/query": f"{layer}.attention.self.query",
+        "layers/{}/key": f"{layer}.attention.self.key",
+        "layers/{}/value": f"{layer}.attention.self.value",
+        "layers/{}/out": f"{layer}.attention.output.dense",
+        "layers/{}/up": f"{layer}.intermediate.dense",
+        "layers/{}/down": f"{layer}.output.dense",
+        "classifier/dense": about.dense,
+        "classifier/head": about.head,
+    }
+    norms = {
+        "norm": f"{embeddings}.LayerNorm",
+        "layers/{}/attention_norm": f"{layer}.attention.output.LayerNorm",
+        "layers/{}/mlp_norm": f"{layer}.output.LayerNorm",
+    }
+    return {
+        "words/embedding": f"{embeddings}.word_embeddings.weight",
+        "positions/embedding": f"{embeddings}.position_embeddings.weight",
+        "kinds/embedding": f"{embeddings}.token_type_embeddings.weight",
+        **{f"{ours}/kernel": f"{theirs}.weight" for ours, theirs in linears.items()},
+        **{f"{ours}/scale": f"{theirs}.weight" for ours, theirs in norms.items()},
+        **{f"{ours}/bias": f"{theirs}.bias" for ours, theirs in (linears | norms).items()},
+    }
 
 
 def demand(file: Path, config: Mapping[str, Any], **expected: Any) -> None:
@@ -191,25 +236,37 @@ def unstacked(params: pretrained.Params) -> pretrained.Params:
     return params | {"layers": {i: jax.tree.map(lambda w, i=i: w[i], layers) for i in range(depth)}}
 
 
-def roberta_config(folder: Path) -> roberta.RobertaConfig:
-    """Reads the shape of a RoBERTa from the `config.json` in the folder.
+def encoder_kind(config: roberta.RobertaConfig) -> str:
+    """The model_type of an encoder."""
+    return next(kind for kind, about in ENCODERS.items() if type(config) is about.config)
+
+
+def encoder_config(folder: Path) -> roberta.RobertaConfig:
+    """Reads the shape of a RoBERTa or BERT from the `config.json` in the folder.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
         ValueError: it describes a model that ours does not implement.
     """
-    config, file = pretrained.read_config(folder, "roberta"), folder / "config.json"
-    demand(file, config, hidden_act="gelu", position_embedding_type="absolute", type_vocab_size=1)
+    config, file = pretrained.read_config(folder, *ENCODERS), folder / "config.json"
+    about = ENCODERS[config["model_type"]]
+    demand(
+        file,
+        config,
+        hidden_act="gelu",
+        position_embedding_type="absolute",
+        type_vocab_size=about.config.kinds,
+    )
     dropout = config.get("hidden_dropout_prob", 0.1)
-    return roberta.RobertaConfig(
+    return about.config(
         hidden=number(file, config, "hidden_size"),
         intermediate=number(file, config, "intermediate_size"),
         heads=number(file, config, "num_attention_heads"),
         layers=number(file, config, "num_hidden_layers"),
         vocabulary=number(file, config, "vocab_size"),
         positions=number(file, config, "max_position_embeddings"),
-        padding=config.get("pad_token_id", 1),
-        epsilon=config.get("layer_norm_eps", 1e-5),
+        padding=config.get("pad_token_id", about.config.padding),
+        epsilon=config.get("layer_norm_eps", about.epsilon),
         dropout=dropout,
         attention_dropout=config.get("attention_probs_dropout_prob", 0.1),
         classifier_dropout=dropout
@@ -218,49 +275,68 @@ def roberta_config(folder: Path) -> roberta.RobertaConfig:
     )
 
 
-def read_roberta(folder: Path, labels: int) -> tuple[roberta.RobertaConfig, pretrained.Params]:
-    """Reads the shape and the weights of a RoBERTa with a classifier of `labels` outputs.
+def read_encoder(folder: Path, labels: int) -> tuple[roberta.RobertaConfig, pretrained.Params]:
+    """Reads the shape and the weights of a RoBERTa or BERT with a classifier of `labels` outputs.
 
     A checkpoint of the language model has no classifier: its leaves are then ShapeDtypeStructs,
-    which `pretrained.missing` lists. Heads for other tasks are ignored.
+    which `pretrained.missing` lists. Heads for other tasks are ignored. Tensors of an encoder
+    alone, as Sentence Transformers saves it, have no prefix.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or describes another model.
     """
-    config = replace(roberta_config(folder), labels=labels)
+    config = replace(encoder_config(folder), labels=labels)
+    kind = encoder_kind(config)
+    names = encoder_names(kind)
+    if not any(name.startswith(f"{kind}.") for name in pretrained.tensor_names(folder)):
+        names = {ours: theirs.removeprefix(f"{kind}.") for ours, theirs in names.items()}
     return config, pretrained.load(
         folder,
         roberta.abstract_params(config),
-        ROBERTA_NAMES,
-        unused=r"^lm_head\.|^roberta\.pooler\.|\.position_ids$",
-        optional=r"^classifier\.",
+        names,
+        unused=ENCODERS[kind].unused,
+        optional=ENCODERS[kind].optional,
     )
 
 
-def save_roberta(folder: Path, config: roberta.RobertaConfig, params: pretrained.Params) -> None:
-    """Writes a RoBERTa for Hugging Face's libraries and `read_roberta`."""
+def save_encoder(
+    folder: Path,
+    config: roberta.RobertaConfig,
+    params: pretrained.Params,
+    labels: Sequence[str] = (),
+) -> None:
+    """Writes a RoBERTa or BERT for Hugging Face's libraries and `read_encoder`.
+
+    Args:
+        folder: output folder.
+        config: shape of the model.
+        params: weights as a nested dict.
+        labels: names of the labels; by default LABEL_0, LABEL_1, … as Transformers names them.
+    """
+    kind = encoder_kind(config)
+    labels = labels or [f"LABEL_{i}" for i in range(config.labels)]
     pretrained.save(
         folder,
         params,
-        ROBERTA_NAMES,
+        encoder_names(kind),
         {
-            "architectures": ["RobertaForSequenceClassification"],
-            "model_type": "roberta",
+            "architectures": [ENCODERS[kind].architecture],
+            "model_type": kind,
             "hidden_size": config.hidden,
             "intermediate_size": config.intermediate,
             "num_attention_heads": config.heads,
             "num_hidden_layers": config.layers,
             "vocab_size": config.vocabulary,
             "max_position_embeddings": config.positions,
-            "type_vocab_size": 1,
+            "type_vocab_size": config.kinds,
             "pad_token_id": config.padding,
             "layer_norm_eps": config.epsilon,
             "hidden_act": "gelu",
             "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": config.attention_dropout,
             "classifier_dropout": config.classifier_dropout,
-            "id2label": {str(i): f"LABEL_{i}" for i in range(config.labels)},
-            "label2id": {f"LABEL_{i}": i for i in range(config.labels)},
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
         },
     )

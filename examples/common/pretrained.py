@@ -109,6 +109,11 @@ def opened(file: Path):
         ) from error
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors of a checkpoint, see `weight_files`."""
+    return [name for file in weight_files(path) for name in opened(file).keys()]  # noqa: SIM118
+
+
 def load(
     path: Path,
     params: Params,
@@ -182,8 +187,8 @@ def save(folder: Path, params: Params, names: Mapping[str, str], config: Mapping
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_config(folder: Path, kind: str) -> dict[str, Any]:
-    """Reads the `config.json` of a checkpoint and checks its `model_type`.
+def read_config(folder: Path, *kinds: str) -> dict[str, Any]:
+    """Reads the `config.json` of a checkpoint; its `model_type` must be one of `kinds`.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -196,6 +201,6 @@ def read_config(folder: Path, kind: str) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {folder}: it has no config.json") from None
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != kind:
-        raise ValueError(f"{file} does not have model_type {kind!r}")
+    if not isinstance(config, dict) or config.get("model_type") not in kinds:
+        raise ValueError(f"{file} does not have model_type {' or '.join(map(repr, kinds))}")
     return config

@@ -13,7 +13,7 @@ weights, the output of each attention and MLP block, and in the head.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ class RobertaConfig:
     """Shape of a RoBERTa; defaults: RoBERTa-base.
 
     Attributes:
+        kinds: rows of the table of token types.
         hidden: width of the residual stream.
         intermediate: width inside the MLP.
         heads: attention heads.
@@ -38,6 +39,8 @@ class RobertaConfig:
         dropout, attention_dropout, classifier_dropout: dropout rates in training.
         dtype: dtype of activations and matmuls; weights are always float32.
     """
+
+    kinds: ClassVar[int] = 1
 
     hidden: int = 768
     intermediate: int = 3072
@@ -63,6 +66,10 @@ class RobertaConfig:
     def longest(self) -> int:
         """Maximum number of tokens."""
         return self.positions - self.padding - 1
+
+    def build(self, rngs: nnx.Rngs) -> "Roberta":
+        """A randomly initialised model of this shape."""
+        return Roberta(self, rngs)
 
 
 def linear(config: RobertaConfig, m: int, n: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -143,17 +150,25 @@ class Layer(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """The classification head on the first token."""
+    """The classification head on the first token.
 
-    def __init__(self, config: RobertaConfig, rngs: nnx.Rngs):
+    Args:
+        config: shape of the model.
+        rngs: random numbers of the weights.
+        drop_input: dropout also before `dense`.
+    """
+
+    def __init__(self, config: RobertaConfig, rngs: nnx.Rngs, *, drop_input: bool = True):
         self.share = config.classifier_dropout
+        self.drop_input = drop_input
         self.dense = linear(config, config.hidden, config.hidden, rngs)
         self.head = linear(config, config.hidden, config.labels, rngs)
 
     def __call__(
         self, x: Float[Array, "batch hidden"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch labels"]:
-        x = jnp.tanh(self.dense(drop(x, self.share, rngs)))
+        x = drop(x, self.share, rngs) if self.drop_input else x
+        x = jnp.tanh(self.dense(x))
         return self.head(drop(x, self.share, rngs))
 
 
@@ -164,24 +179,26 @@ class Roberta(nnx.Module):
         self.config = config
         self.words = embedding(config, config.vocabulary, rngs)
         self.positions = embedding(config, config.positions, rngs)
-        self.kinds = embedding(config, 1, rngs)
+        self.kinds = embedding(config, config.kinds, rngs)
         self.norm = layer_norm(config, rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
         self.classifier = Classifier(config, rngs)
 
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
+        """Sum of the embeddings of tokens, positions and token types."""
+        positions = position_ids(tokens, self.config.padding)
+        return self.words(tokens) + self.positions(positions) + self.kinds(jnp.zeros_like(tokens))
+
     def __call__(
         self, tokens: Int[Array, "batch length"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch labels"]:
-        padding = self.config.padding
-        kind = self.kinds(jnp.zeros_like(tokens))
-        x = self.norm(self.words(tokens) + self.positions(position_ids(tokens, padding)) + kind)
-        x = drop(x, self.config.dropout, rngs)
+        x = drop(self.norm(self.embed(tokens)), self.config.dropout, rngs)
         for layer in self.layers:
-            x = layer(x, tokens != padding, rngs)
+            x = layer(x, tokens != self.config.padding, rngs)
         return self.classifier(x[:, 0], rngs)
 
 
 def abstract_params(config: RobertaConfig) -> dict[str, Any]:
     """Shapes and dtypes of the parameters as a nested dict; allocates no arrays."""
-    model = nnx.eval_shape(lambda: Roberta(config, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))

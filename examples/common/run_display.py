@@ -135,10 +135,14 @@ def show_table(runs: Sequence[Run]) -> None:
         console.print(table)
 
 
-def plot(runs: Sequence[Run]) -> Figure:
+def plot(runs: Sequence[Run], title: str = "") -> Figure:
     """Draws training loss (thin) and validation loss (dots) of each run against tokens.
 
     The loss axis is logarithmic, since final losses differ by a few tenths.
+
+    Args:
+        runs: logs.
+        title: by default the size of the Llama.
     """
     header = runs[0].header
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -148,10 +152,8 @@ def plot(runs: Sequence[Run]) -> Figure:
         tokens, losses = run.losses("validation_loss")
         label = f"{run.name}: {losses[-1]:.3f}, state {megabytes(run.header['state_bytes'])}"
         axes.plot(tokens, losses, color=f"C{i}", marker="o", markersize=4, label=label)
-    axes.set_title(
-        f"Llama {header['config']['size']} ({header['parameters'] / 1e6:,.2f} M parameters)",
-        loc="left",
-    )
+    title = title or f"Llama {header['config']['size']}"
+    axes.set_title(f"{title} ({header['parameters'] / 1e6:,.2f} M parameters)", loc="left")
     in_bytes = header["config"].get("dataset", "text") == "text"
     axes.set_xlabel("tokens (bytes of text)" if in_bytes else "tokens")
     axes.xaxis.set_major_formatter(EngFormatter())

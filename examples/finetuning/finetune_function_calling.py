@@ -41,7 +41,6 @@ from examples.common import (
     llama,
     pretrained,
     run_display,
-    run_log,
     training_loop,
 )
 from examples.common.command_line import unset
@@ -50,7 +49,7 @@ from examples.finetuning.records import Records
 from examples.pretraining import generate
 
 
-OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5)
+OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, lora=7e-5, muon=7e-5)
 
 
 @dataclass(frozen=True)
@@ -202,11 +201,6 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
     test_loss = jax.jit(lambda params, *batch: plan_loss(nnx.merge(structure, params), *batch))
     end = inputs.tokenizer.token_to_id("</s>")
 
-    def batch(step: int):
-        train = inputs.train
-        rows = training.epoch_rows(len(train.plans), config.batch_size, config.seed, step)
-        return np.int32(step), train.tokens[rows], train.of_plan[rows]
-
     def written(params, i: int) -> str:
         """The greedily generated plan for a test record."""
         before = inputs.test.prompts[i]
@@ -227,46 +221,28 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
         metrics = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
         return {"validation_loss": float(np.mean(losses)), "metrics": metrics}
 
-    return training_loop.Job(
-        steps=config.steps,
-        tokens_per_step=config.batch_size * inputs.train.tokens.shape[1],
-        init=functions.init,
-        train_step=functions.train_step,
-        batch=batch,
-        abstract_batch=jax.eval_shape(lambda: batch(1)),
+    return training.make_job(
+        config,
+        functions,
+        inputs.train[:2],
         validate=validate,
         data=inputs.summary,
-        export=training.plain_params,
-        about=lambda header: (
-            f"{len(inputs.train.plans):,} plans for a Llama with {header['parameters']:,} "
-            f"parameters, {config.optimizer} at learning rate {config.lr}, rank {config.rank}"
-        ),
+        about=f"{len(inputs.train.plans):,} plans for a Llama",
     )
 
 
-def prepare(config: Config):
-    """Reads all inputs and creates the folders; returns the config and the training function."""
-    inputs = read(config)
-    config = replace(config, steps=training.steps_of(config, len(inputs.train.plans)))
-    config = training_loop.claim(config, f"plans-{'-'.join(config.optimizers)}", inputs.summary)
-
-    def train_one(one: Config, interrupts: training_loop.Interrupts) -> None:
-        state = training_loop.train(one, make_job(one, inputs), interrupts)
-        weights = jax.tree.map(np.asarray, training.plain_params(state.params))
-        hugging_face.save_llama(one.out / "model", inputs.shape, weights)
-        shutil.copy(one.model / "tokenizer.json", one.out / "model")
-
-    return config, train_one
+def finish(config: Config, inputs: Inputs, state: training_loop.TrainState) -> None:
+    """Writes the model and its tokenizer."""
+    folder = config.out / "model"
+    hugging_face.save_llama(folder, inputs.shape, training.exported(state.params))
+    shutil.copy(config.model / "tokenizer.json", folder)
 
 
-def conclude(config: Config, results: Sequence[run_log.Run]) -> None:
-    """Prints the results."""
-    run_display.show_table(results)
-    print(f"output folder: {config.out} ({training_loop.contents(config, 'model')})")
+EXAMPLE = training.Example(read, lambda config: "plans", make_job, finish)
 
 
 def main() -> None:
-    training_loop.run(lambda: prepare(command_line.from_command_line(Config, __doc__)), conclude)
+    training.main(lambda: command_line.from_command_line(Config, __doc__), EXAMPLE)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import optax
+import optax.contrib
 import tyro
+from flax import traverse_util
 
 import natgalore_jax as natgalore
 from examples.common import command_line
@@ -34,6 +36,10 @@ class Config(command_line.Run):
     """Factor on the updates of projected weights."""
     fisher: Literal["core", "window", "none"] = "core"
     """Fisher stage of natural_galore; window is the paper's form."""
+    residual: Literal["none", "whitened"] = "none"
+    """Residual of natural_galore; whitened orthogonalises the rest of each gradient."""
+    freeze_embeddings: bool = False
+    """Keep the embeddings fixed, as lora does."""
     epochs: int = 30
     """Passes over the training records."""
     steps: Annotated[int | None, unset("INT")] = None
@@ -73,35 +79,56 @@ class Recipe(NamedTuple):
 
 
 def low_rank(schedule: optax.Schedule, config: Config, **settings: Any):
-    """natural_galore without a residual."""
+    """natural_galore with b2 = 0.999, as AdamW has here and the paper has."""
     return natgalore.natural_galore(
         schedule,
         rank=config.rank,
         scale=config.scale,
         refresh_every=config.refresh_every,
         weight_decay=config.weight_decay,
-        residual=None,
+        b2=0.999,
         seed=config.seed,
         **settings,
     )
 
 
 def natural(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
-    """natural_galore with the Fisher stage of the config."""
-    fisher = None if config.fisher == "none" else config.fisher
-    return low_rank(schedule, config, fisher=fisher)
+    """natural_galore with the Fisher stage and the residual of the config."""
+    given = lambda name: None if name == "none" else name
+    return low_rank(schedule, config, fisher=given(config.fisher), residual=given(config.residual))
 
 
 def adamw(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=config.weight_decay)
 
 
+def muon(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, AdamW for the rest, at one rate (arXiv 2502.16982)."""
+
+    def matrices(params):
+        is_matrix = lambda path: path[0] == "layers" and path[-1] == "kernel"
+        dims = {
+            path: optax.contrib.MuonDimensionNumbers() if is_matrix(path) else None
+            for path in traverse_util.flatten_dict(params)
+        }
+        return traverse_util.unflatten_dict(dims)
+
+    return optax.contrib.muon(
+        schedule,
+        weight_decay=config.weight_decay,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=0.2,
+    )
+
+
 def optimizers(**learning_rates: float) -> dict[str, Recipe]:
-    """The four optimizers with default learning rates by name."""
+    """The optimizers with default learning rates by name."""
     makers = {
         "natural_galore": natural,
-        "galore": partial(low_rank, fisher=None),
+        "galore": partial(low_rank, fisher=None, residual=None),
         "adamw": adamw,
         "lora": adamw,
+        "muon": muon,
     }
     return {name: Recipe(learning_rates[name], make) for name, make in makers.items()}

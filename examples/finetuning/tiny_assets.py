@@ -29,7 +29,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from examples.common import command_line, data, hugging_face, llama, roberta, training_loop
-from examples.finetuning import glue
+from examples.finetuning import classification, glue
 
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in the order of RoBERTa's vocabulary
@@ -91,7 +91,7 @@ def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2, seed: int 
     model = roberta.Roberta(config, nnx.Rngs(seed))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     del params["classifier"]
-    hugging_face.save_roberta(folder, config, jax.tree.map(np.asarray, params))
+    hugging_face.save_encoder(folder, config, jax.tree.map(np.asarray, params))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -113,7 +113,7 @@ def has_to(sentence: str) -> bool:
     return "to" in sentence.split()
 
 
-def answer(task: glue.Task, sentence: str) -> int | float:
+def answer(task: classification.Task, sentence: str) -> int | float:
     """The label of a record: which of two words its last sentence contains."""
     if not task.labels:
         return 2.0 * has_the(sentence) + 2.5 * has_to(sentence)

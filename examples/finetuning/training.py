@@ -1,15 +1,20 @@
-"""Training step and batches of fine-tuning, for any model and task.
+"""Training step, batches and main program of fine-tuning, for any model and task.
 
     natural_galore, galore   trains all weights; layer matrices have their optimizer in a subspace
     adamw                    trains all weights
+    muon                     trains all weights; layer matrices by orthogonalised momentum
     lora                     trains low-rank adapters of the layer matrices (arXiv 2106.09685) and
                              the head
 
-The optimizer sees the `trained` weights only. The `frozen` weights are part of the state, so a
+With `freeze_embeddings`, the first four train all weights but the embeddings.
+
+An example describes itself as an `Example`, which `main` runs. The optimizer sees the `trained`
+weights only. The `frozen` weights are part of the state, so a
 checkpoint contains the complete model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +24,7 @@ import optax
 from flax import nnx, traverse_util
 from jaxtyping import Array, Int
 
-from examples.common import pretrained
+from examples.common import pretrained, run_display, run_log, training_loop
 from examples.common.training_loop import TrainState
 from examples.finetuning import lora, settings
 
@@ -64,7 +69,12 @@ def make_functions(
     tx = config.make_optimizer()
     use_lora = config.optimizer == "lora"
 
-    learning = nnx.Any(nnx.LoRAParam, nnx.PathContains(head)) if use_lora else nnx.Param
+    if use_lora:
+        learning = nnx.Any(nnx.LoRAParam, nnx.PathContains(head))
+    elif config.freeze_embeddings:
+        learning = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("embedding")))
+    else:
+        learning = nnx.Param
 
     def extended(model: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
         return lora.with_adapters(model, config.rank, rngs) if use_lora else model
@@ -154,3 +164,94 @@ def padded(rows: list[list[int]], padding: int, length: int) -> Int[np.ndarray, 
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     return tokens
+
+
+def make_job(
+    config: settings.Config,
+    functions: Functions,
+    columns: Sequence[np.ndarray],
+    *,
+    validate: Callable[[Any], dict[str, Any]],
+    data: dict[str, Any],
+    about: str,
+) -> training_loop.Job:
+    """The job of one optimizer.
+
+    Args:
+        config: settings of the run.
+        functions: its functions.
+        columns: arrays with one row per training record; the first has tokens.
+        validate: params -> record of the log.
+        data: description of the data for the log.
+        about: the data in words.
+    """
+    records, length = columns[0].shape
+
+    def batch(step: int):
+        rows = epoch_rows(records, config.batch_size, config.seed, step)
+        return np.int32(step), *(column[rows] for column in columns)
+
+    return training_loop.Job(
+        steps=config.steps,
+        tokens_per_step=config.batch_size * length,
+        init=functions.init,
+        train_step=functions.train_step,
+        batch=batch,
+        abstract_batch=jax.eval_shape(lambda: batch(1)),
+        validate=validate,
+        data=data,
+        export=plain_params,
+        about=lambda header: (
+            f"{about}, {header['parameters']:,} parameters, {config.optimizer} at learning rate "
+            f"{config.lr}, rank {config.rank}"
+        ),
+    )
+
+
+class Example(NamedTuple):
+    """A fine-tuning example as functions.
+
+    Attributes:
+        read: config -> inputs, which have `train`, a tuple of arrays with one row per record,
+            `weights` and `summary`. Raises OSError or ValueError.
+        name: config -> name of the default output folder, before the optimizers.
+        make_job: (config, inputs) -> the job of one optimizer.
+        finish: (config, inputs, TrainState) -> None: writes the model and other results.
+        outputs: names of the files that `finish` writes.
+    """
+
+    read: Callable[[Any], Any]
+    name: Callable[[Any], str]
+    make_job: Callable[[Any, Any], training_loop.Job]
+    finish: Callable[[Any, Any, TrainState], None]
+    outputs: tuple[str, ...] = ("model",)
+
+
+def main(read_config: Callable[[], settings.Config], example: Example) -> None:
+    """The main program of a fine-tuning example."""
+
+    def prepare():
+        config = read_config()
+        inputs = example.read(config)
+        config = replace(config, steps=steps_of(config, len(inputs.train[0])))
+        name = f"{example.name(config)}-{'-'.join(config.optimizers)}"
+        config = training_loop.claim(config, name, inputs.summary)
+        if lost := pretrained.missing(inputs.weights):
+            run_display.say(f"randomly initialised, not in {config.model}: {', '.join(lost)}")
+
+        def train_one(one: settings.Config, interrupts: training_loop.Interrupts) -> None:
+            state = training_loop.train(one, example.make_job(one, inputs), interrupts)
+            example.finish(one, inputs, state)
+
+        return config, train_one
+
+    def conclude(config: settings.Config, results: Sequence[run_log.Run]) -> None:
+        run_display.show_table(results)
+        print(f"output folder: {config.out} ({training_loop.contents(config, *example.outputs)})")
+
+    training_loop.run(prepare, conclude)
+
+
+def exported(params: dict[str, Any]) -> pretrained.Params:
+    """All weights as NumPy arrays, with adapters merged."""
+    return jax.tree.map(np.asarray, plain_params(params))

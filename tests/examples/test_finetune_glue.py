@@ -13,7 +13,16 @@ import pytest
 from flax import nnx
 
 from examples.common import command_line, data, hugging_face, roberta, run_log, training_loop
-from examples.finetuning import finetune_glue, glue, records, settings, tiny_assets, training
+from examples.finetuning import (
+    classification,
+    finetune_glue,
+    finetune_text,
+    glue,
+    records,
+    settings,
+    tiny_assets,
+    training,
+)
 from tests.helpers.cases import slow
 from tests.helpers.example_runs import (
     CompiledOnce,
@@ -41,38 +50,48 @@ class TestMetrics:
 
     def test_binary_metrics(self):
         # By hand: 3 true positives, 1 false positive, 1 false negative, 1 true negative.
-        assert glue.accuracy(self.LABELS, self.GUESSES) == pytest.approx(4 / 6)
-        assert glue.f1(self.LABELS, self.GUESSES) == pytest.approx(2 * 3 / (2 * 3 + 1 + 1))
-        assert glue.matthews(self.LABELS, self.GUESSES) == pytest.approx(
+        assert classification.accuracy(self.LABELS, self.GUESSES) == pytest.approx(4 / 6)
+        assert classification.f1(self.LABELS, self.GUESSES) == pytest.approx(
+            2 * 3 / (2 * 3 + 1 + 1)
+        )
+        assert classification.matthews(self.LABELS, self.GUESSES) == pytest.approx(
             (3 * 1 - 1 * 1) / np.sqrt(4 * 4 * 2 * 2)
         )
 
     def test_correlations(self):
         labels, guesses = np.array([0.0, 1.0, 2.0, 5.0]), np.array([0.0, 2.0, 2.0, 3.0])
-        assert glue.pearson(labels, guesses) == pytest.approx(np.corrcoef(labels, guesses)[0, 1])
+        assert classification.pearson(labels, guesses) == pytest.approx(
+            np.corrcoef(labels, guesses)[0, 1]
+        )
         # Ranks 1 2 3 4 and 1 2.5 2.5 4.
-        assert glue.spearman(labels, guesses) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
+        assert classification.spearman(labels, guesses) == pytest.approx(4.5 / np.sqrt(5 * 4.5))
 
     def test_constant_guess_has_zero_correlation(self):
         none = np.zeros(6, int)
-        assert glue.matthews(self.LABELS, none) == glue.spearman(none, self.LABELS) == 0
-        assert glue.f1(none, none) == 0
+        assert (
+            classification.matthews(self.LABELS, none)
+            == classification.spearman(none, self.LABELS)
+            == 0
+        )
+        assert classification.f1(none, none) == 0
 
     def test_metrics_of_each_task(self):
         classes = np.array([0, 1, 1]), np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
         expected = {"accuracy": 2 / 3, "F1": 2 / 3, "Matthews": 0.5}
         for task in ("cola", "sst2", "mrpc", "qqp", "qnli", "rte"):
-            measured = glue.measure(task, *classes)
+            measured = classification.measure(glue.TASKS[task], *classes)
             assert measured == pytest.approx({name: expected[name] for name in measured})
-        assert list(glue.measure("cola", *classes)) == ["Matthews"]
+        assert list(classification.measure(glue.TASKS["cola"], *classes)) == ["Matthews"]
         for task in ("mrpc", "qqp"):
-            assert list(glue.measure(task, *classes)) == ["accuracy", "F1"]
+            assert list(classification.measure(glue.TASKS[task], *classes)) == ["accuracy", "F1"]
         for task in ("sst2", "qnli", "rte"):
-            assert list(glue.measure(task, *classes)) == ["accuracy"]
-        assert glue.measure("mnli", np.array([2]), np.eye(3)[2:], of="matched") == {
-            "accuracy matched": 1
-        }
-        scores = glue.measure("stsb", np.array([0.0, 1.0, 2.0]), np.array([[0.0], [5.0], [4.0]]))
+            assert list(classification.measure(glue.TASKS[task], *classes)) == ["accuracy"]
+        assert classification.measure(
+            glue.TASKS["mnli"], np.array([2]), np.eye(3)[2:], of="matched"
+        ) == {"accuracy matched": 1}
+        scores = classification.measure(
+            glue.TASKS["stsb"], np.array([0.0, 1.0, 2.0]), np.array([[0.0], [5.0], [4.0]])
+        )
         assert scores == pytest.approx({"Pearson": 4 / np.sqrt(2 * 14), "Spearman": 0.5})
 
 
@@ -80,7 +99,9 @@ def in_words(lines: str, name: str, tmp_path: Path, task: str = "mrpc", **option
     file = tmp_path / name
     file.write_text(lines, encoding="utf-8")
     about = glue.TASKS[task]
-    return records.read(file, lambda row: glue.parse(about, row), columns=about.header, **options)
+    return records.read(
+        file, lambda row: classification.parse(about, row), columns=about.header, **options
+    )
 
 
 class TestRecords:
@@ -161,15 +182,16 @@ class TestRecords:
     def test_format_of_each_task_is_read(self, tiny, task):
         about = glue.TASKS[task]
         found = glue.load(task, tiny / "glue" / about.name)
-        assert set(found.validation) == ({"matched", "mismatched"} if task == "mnli" else {""})
-        for split in (found.train, *found.validation.values()):
+        sets = {"matched", "mismatched"} if task == "mnli" else {""}
+        assert set(found) == {"train", *sets}
+        for split in found.values():
             assert {len(example.texts) for example in split.records} == {len(about.texts)}
             for example in split.records:
                 assert example.label == tiny_assets.answer(about, example.texts[-1])
-        held_out = {e.texts[-1] for split in found.validation.values() for e in split.records}
-        assert not held_out & {example.texts[-1] for example in found.train.records}
+        held_out = {e.texts[-1] for name in sets for e in found[name].records}
+        assert not held_out & {example.texts[-1] for example in found["train"].records}
         if about.labels:
-            assert {e.label for e in found.train.records} == set(range(len(about.labels)))
+            assert {e.label for e in found["train"].records} == set(range(len(about.labels)))
 
 
 class TestBatches:
@@ -209,7 +231,7 @@ def functions(optimizer: str) -> training.Functions:
         config,
         lambda rngs: roberta.Roberta(SHAPE, rngs),
         roberta.abstract_params(SHAPE),
-        lambda model, tokens, labels, rngs: finetune_glue.losses(
+        lambda model, tokens, labels, rngs: finetune_text.losses(
             model(tokens, rngs), labels
         ).mean(),
         head="classifier",
@@ -363,18 +385,20 @@ class TestGlue:
         assert len(names) == 1 or sizes[-1] < sizes[0]  # LoRA's is the smallest
 
         # The exported model in Hugging Face's format gives the same metrics.
-        found = glue.load("cola", tiny / "glue" / "CoLA").validation[""].records
+        found = glue.load("cola", tiny / "glue" / "CoLA")[""].records
         for name in {names[0], names[-1]}:
-            shape, weights = hugging_face.read_roberta(Path("here", name, "model"), 2)
+            shape, weights = hugging_face.read_encoder(Path("here", name, "model"), 2)
             tokenizer = hugging_face.read_tokenizer(Path("here", name, "model"), shape.vocabulary)
-            split = finetune_glue.tokenized(tokenizer, shape, found, 512)
+            split = finetune_text.tokenized(tokenizer, shape, found, 512)
             model = nnx.merge(
                 nnx.split(nnx.eval_shape(lambda s=shape: roberta.Roberta(s, nnx.Rngs(0))))[0],
                 weights,
             )
             logits = np.asarray(jax.jit(lambda tokens, model=model: model(tokens))(split.tokens))
             logged = run_log.read(Path("here", name, "log.jsonl")).metrics()
-            assert glue.measure("cola", split.labels, logits) == pytest.approx(logged, abs=0.03)
+            assert classification.measure(
+                glue.TASKS["cola"], split.labels, logits
+            ) == pytest.approx(logged, abs=0.03)
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -468,10 +492,10 @@ class TestGlue:
         for name in ("bare", "wide"):
             shutil.copytree(tiny / "roberta", name)
         Path("bare/tokenizer.json").unlink()
-        shape = dataclasses.replace(hugging_face.roberta_config(Path("wide")), vocabulary=900)
+        shape = dataclasses.replace(hugging_face.encoder_config(Path("wide")), vocabulary=900)
         if "wide" in arguments:
             params = nnx.to_pure_dict(nnx.state(roberta.Roberta(shape, nnx.Rngs(0)), nnx.Param))
-            hugging_face.save_roberta(Path("wide"), shape, jax.tree.map(np.asarray, params))
+            hugging_face.save_encoder(Path("wide"), shape, jax.tree.map(np.asarray, params))
         shutil.copytree(tiny / "glue" / "RTE", "bad")
         lines = Path("bad/train.tsv").read_text().splitlines()
         lines[2] = lines[2].rpartition("\t")[0] + "\tmaybe"
@@ -498,24 +522,27 @@ class TestGlue:
         config = finetune_glue.Config(
             task="rte", model=tiny / "roberta", data=tmp_path / "bad", skip_malformed=True
         )
-        inputs = finetune_glue.read(config)
+        inputs = finetune_text.read(config)
         assert len(inputs.train.labels) == 640
         printed = " ".join(capsys.readouterr().out.split())
         assert "skipped 1 records" in printed
         assert "line 642: 2 cells for 4 columns" in printed
 
     def test_long_pairs_are_truncated_to_the_positions(self, tiny):
-        shape, _ = hugging_face.read_roberta(tiny / "roberta", 2)
+        shape, _ = hugging_face.read_encoder(tiny / "roberta", 2)
         tokenizer = hugging_face.read_tokenizer(tiny / "roberta", shape.vocabulary)
-        examples = [glue.Example(("one two " * 50, "three " * 50), 1), glue.Example(("a", "b"), 0)]
-        long = finetune_glue.tokenized(tokenizer, shape, examples, 512)
+        examples = [
+            classification.Example(("one two " * 50, "three " * 50), 1),
+            classification.Example(("a", "b"), 0),
+        ]
+        long = finetune_text.tokenized(tokenizer, shape, examples, 512)
         assert long.tokens.shape == (2, shape.longest)
         assert long.tokens[0, 0] == 0
         assert long.tokens[0, -1] == 2
         first = long.tokens[1]
         assert list(first[first != 1])[0::2][:1] == [0]
         assert np.sum(first == 2) == 3  # <s> a </s></s> b </s>
-        assert finetune_glue.tokenized(tokenizer, shape, examples, 12).tokens.shape == (2, 16)
+        assert finetune_text.tokenized(tokenizer, shape, examples, 12).tokens.shape == (2, 16)
 
     def test_defaults_are_galores_published_settings(self):
         (config,) = finetune_glue.Config().runs()

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from examples.common import hugging_face, llama, pretrained, roberta
+from examples.common import bert, hugging_face, llama, pretrained, roberta
 from tests.helpers import reference_models as reference
 from tests.helpers.cases import slow
 
@@ -21,10 +21,16 @@ STORED = Path(__file__).parents[1] / "data" / "logits.npz"
 LABELS = 3
 LLAMA = reference.random_tensors(reference.llama_shapes(reference.LLAMA_CONFIG), seed=1)
 ROBERTA = reference.random_tensors(
-    reference.roberta_shapes(reference.ROBERTA_CONFIG, LABELS), seed=2
+    reference.encoder_shapes(reference.ROBERTA_CONFIG, LABELS), seed=2
 )
+BERT = reference.random_tensors(reference.encoder_shapes(reference.BERT_CONFIG, LABELS), seed=4)
 TOKENS = np.random.default_rng(3).integers(4, 30, size=(2, 9)).astype(np.int32)
 SENTENCES = np.where(np.arange(9) < np.array([[9], [6]]), TOKENS, 3)  # the second one is padded
+PAIRS = reference.pairs(SENTENCES)
+ENCODERS = {  # config, tensors, tokens, logits in NumPy
+    "roberta": (reference.ROBERTA_CONFIG, ROBERTA, SENTENCES, reference.roberta_logits),
+    "bert": (reference.BERT_CONFIG, BERT, PAIRS, reference.bert_logits),
+}
 # Float32 against float64: a few hundred roundings of 6e-8 in logits of up to 5.
 ROUNDING = 2e-5
 
@@ -50,8 +56,10 @@ def llama_logits(config, params, tokens=TOKENS):
     return jax.jit(lambda params: nnx.merge(structure, params)(tokens))(params)
 
 
-def roberta_logits(config, params, tokens=SENTENCES, dropout=None):
-    structure = nnx.split(nnx.eval_shape(lambda: roberta.Roberta(config, nnx.Rngs(0))))[0]
+def encoder_logits(config, params, tokens=SENTENCES, dropout=None):
+    if isinstance(config, bert.BertConfig):
+        config = replace(config, separator=reference.BERT_SEPARATOR)
+    structure = nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))[0]
 
     @jax.jit
     def logits(params):
@@ -76,15 +84,15 @@ class TestLogits:
         np.testing.assert_allclose(scanned, llama_logits(config, params), atol=ROUNDING)
         jax.tree.map(np.testing.assert_array_equal, hugging_face.unstacked(stacked), params)
 
-    def test_roberta_equals_numpy(self, roberta_folder):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
-        expected = [
-            reference.roberta_logits(ROBERTA, reference.ROBERTA_CONFIG, row) for row in SENTENCES
-        ]
-        assert np.abs(expected).max() > 1
-        np.testing.assert_allclose(roberta_logits(config, params), expected, atol=ROUNDING)
+    @pytest.mark.parametrize("kind", ENCODERS)
+    def test_encoder_equals_numpy(self, kind, tmp_path):
+        shape, tensors, tokens, numpy_logits = ENCODERS[kind]
+        config, params = hugging_face.read_encoder(write(tmp_path, tensors, shape), LABELS)
+        expected = [numpy_logits(tensors, shape, row) for row in tokens]
+        assert np.abs(expected).max() > 0.9
+        np.testing.assert_allclose(encoder_logits(config, params, tokens), expected, atol=ROUNDING)
 
-    @pytest.mark.parametrize("kind", ["llama", *slow("roberta")])
+    @pytest.mark.parametrize("kind", ["llama", *slow("roberta"), "bert"])
     def test_logits_equal_stored_logits(self, kind, tmp_path):
         """Stored tensors and logits of the NumPy models, see data/README.md."""
         stored = np.load(STORED)
@@ -95,37 +103,51 @@ class TestLogits:
         if kind == "llama":
             logits = llama_logits(*hugging_face.read_llama(folder), stored["llama_tokens"])
         else:
-            read = hugging_face.read_roberta(folder, LABELS)
-            logits = roberta_logits(*read, stored["roberta_tokens"])
+            read = hugging_face.read_encoder(folder, LABELS)
+            logits = encoder_logits(*read, stored[f"{kind}_tokens"])
         np.testing.assert_allclose(logits, stored[f"{kind}_logits"], atol=ROUNDING)
 
-    @pytest.mark.parametrize("kind", ["llama", "roberta"])
+    @pytest.mark.parametrize("kind", ["llama", *ENCODERS])
     def test_logits_equal_transformers(self, kind, tmp_path):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
-        if kind == "llama":
-            model = transformers.LlamaForCausalLM(
-                transformers.LlamaConfig(**reference.LLAMA_CONFIG)
-            )
-        else:
-            model = transformers.RobertaForSequenceClassification(
-                transformers.RobertaConfig(**reference.ROBERTA_CONFIG, num_labels=LABELS)
-            )
+        configs = {"llama": reference.LLAMA_CONFIG} | {k: v[0] for k, v in ENCODERS.items()}
+        config = transformers.AutoConfig.for_model(**configs[kind], num_labels=LABELS)
+        classes = {"llama": transformers.AutoModelForCausalLM}
+        model = classes.get(kind, transformers.AutoModelForSequenceClassification)
+        model = model.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         model.eval().save_pretrained(tmp_path, safe_serialization=True)
         if kind == "llama":
-            with torch.no_grad():
-                expected = model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+            given = {"input_ids": TOKENS}
             logits = llama_logits(*hugging_face.read_llama(tmp_path))
         else:
-            tokens = torch.tensor(SENTENCES, dtype=torch.long)
-            with torch.no_grad():
-                expected = model(tokens, attention_mask=tokens != 3).logits.numpy()
-            logits = roberta_logits(*hugging_face.read_roberta(tmp_path, LABELS))
+            tokens = ENCODERS[kind][2]
+            given = {"input_ids": tokens, "attention_mask": tokens != 3}
+            if kind == "bert":
+                # The tokenizer's types: 1 after the first separator, at the third token.
+                given["token_type_ids"] = (np.arange(9) > 2) & (tokens != 3)
+            logits = encoder_logits(*hugging_face.read_encoder(tmp_path, LABELS), tokens)
+        given = {k: torch.tensor(v, dtype=torch.long) for k, v in given.items()}
+        with torch.no_grad():
+            expected = model(**given).logits.numpy()
         np.testing.assert_allclose(logits, expected, atol=2 * ROUNDING)
+
+
+class TestBert:
+    def test_parameters_of_bert_base(self):
+        leaves = jax.tree.leaves(roberta.abstract_params(bert.BertConfig()))
+        assert sum(leaf.size for leaf in leaves) == 109_483_778  # BertForSequenceClassification
+        assert bert.BertConfig().longest == 512
+
+    def test_padding_does_not_change_logits(self, tmp_path):
+        read = hugging_face.read_encoder(write(tmp_path, BERT, reference.BERT_CONFIG), LABELS)
+        short = encoder_logits(*read, PAIRS[1:, :6])
+        # Sums of the same terms in another order.
+        np.testing.assert_allclose(short, encoder_logits(*read, PAIRS)[1:], atol=ROUNDING)
 
 
 class TestRoberta:
@@ -141,22 +163,22 @@ class TestRoberta:
         np.testing.assert_array_equal(roberta.position_ids(tokens, 3), [[4, 5, 3, 3], [3, 4, 3, 5]])
 
     def test_padding_does_not_change_logits(self, roberta_folder):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
-        short = roberta_logits(config, params, SENTENCES[1:, :6])
+        config, params = hugging_face.read_encoder(roberta_folder, LABELS)
+        short = encoder_logits(config, params, SENTENCES[1:, :6])
         # Sums of the same terms in another order.
-        np.testing.assert_allclose(short, roberta_logits(config, params)[1:], atol=ROUNDING)
+        np.testing.assert_allclose(short, encoder_logits(config, params)[1:], atol=ROUNDING)
 
     @pytest.mark.slow
     def test_dropout_needs_rngs_and_a_rate(self, roberta_folder):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
+        config, params = hugging_face.read_encoder(roberta_folder, LABELS)
         none = dict.fromkeys(("dropout", "attention_dropout", "classifier_dropout"), 0.0)
-        plain = roberta_logits(config, params)
+        plain = encoder_logits(config, params)
         for name in none:
             one = replace(config, **none | {name: 0.5})
-            first, again, other = (roberta_logits(one, params, dropout=seed) for seed in (0, 0, 1))
+            first, again, other = (encoder_logits(one, params, dropout=seed) for seed in (0, 0, 1))
             np.testing.assert_array_equal(first, again)
             assert np.abs(first - other).max() > 1e-2
-        off = roberta_logits(replace(config, **none), params, dropout=0)
+        off = encoder_logits(replace(config, **none), params, dropout=0)
         np.testing.assert_allclose(off, plain, atol=ROUNDING)
 
 
@@ -200,15 +222,36 @@ class TestFiles:
                 np.testing.assert_array_equal(tensor, LLAMA[key])
             assert hugging_face.llama_config(tmp_path / name) == config
 
-    def test_saved_roberta_equals_the_original(self, roberta_folder, tmp_path):
-        config, params = hugging_face.read_roberta(roberta_folder, LABELS)
-        hugging_face.save_roberta(tmp_path / "again", config, params)
+    @pytest.mark.parametrize("kind", ENCODERS)
+    def test_saved_encoder_equals_the_original(self, kind, tmp_path):
+        shape, tensors, *_ = ENCODERS[kind]
+        (tmp_path / "one").mkdir()
+        config, params = hugging_face.read_encoder(write(tmp_path / "one", tensors, shape), LABELS)
+        hugging_face.save_encoder(tmp_path / "again", config, params, ["a", "b", "c"])
         saved = load_file(tmp_path / "again" / "model.safetensors")
-        assert saved.keys() == ROBERTA.keys()
+        assert saved.keys() == tensors.keys()
         for key, tensor in saved.items():
-            np.testing.assert_array_equal(tensor, ROBERTA[key])
-        again, _ = hugging_face.read_roberta(tmp_path / "again", LABELS)
+            np.testing.assert_array_equal(tensor, tensors[key])
+        again, _ = hugging_face.read_encoder(tmp_path / "again", LABELS)
         assert again == config
+        names = json.loads((tmp_path / "again/config.json").read_text())["id2label"]
+        assert names == {"0": "a", "1": "b", "2": "c"}
+
+    def test_encoder_without_prefix_and_head_is_read(self, tmp_path):
+        """A checkpoint of Sentence Transformers has the tensors of the encoder alone."""
+        alone = {k.removeprefix("bert."): v for k, v in BERT.items() if k.startswith("bert.")}
+        alone["embeddings.position_ids"] = np.arange(14)[None]
+        config, params = hugging_face.read_encoder(
+            write(tmp_path, alone, reference.BERT_CONFIG), LABELS
+        )
+        assert type(config) is bert.BertConfig
+        assert sorted(pretrained.missing(params)) == [
+            "classifier/head/bias",
+            "classifier/head/kernel",
+        ]
+        np.testing.assert_array_equal(
+            params["classifier"]["dense"]["kernel"], BERT["bert.pooler.dense.weight"].T
+        )
 
     def test_error_lists_all_wrong_tensors(self, tmp_path):
         tensors = dict(LLAMA)
@@ -235,7 +278,7 @@ class TestFiles:
             for name in ("lm_head.bias", "roberta.pooler.dense.bias", "roberta.x.position_ids")
         }
         folder = write(tmp_path, tensors, reference.ROBERTA_CONFIG)
-        _, params = hugging_face.read_roberta(folder, LABELS)
+        _, params = hugging_face.read_encoder(folder, LABELS)
         assert sorted(pretrained.missing(params)) == [
             f"classifier/{part}/{leaf}" for part in ("dense", "head") for leaf in ("bias", "kernel")
         ]
@@ -245,7 +288,7 @@ class TestFiles:
         with pytest.raises(
             ValueError, match=r"classifier.out_proj.weight is \(3, 24\), not \(2, 24\)"
         ):
-            hugging_face.read_roberta(roberta_folder, 2)
+            hugging_face.read_encoder(roberta_folder, 2)
 
     def test_incomplete_download_is_refused(self, llama_folder, tmp_path):
         file = llama_folder / "model.safetensors"

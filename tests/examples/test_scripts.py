@@ -18,6 +18,8 @@ SCRIPTS = [
     "pretraining.sharded",
     "pretraining.seven_billion",
     "pretraining.generate",
+    "finetuning.fetch_text",
+    "finetuning.finetune_text",
     "finetuning.finetune_glue",
     "finetuning.finetune_function_calling",
     "finetuning.tiny_assets",

@@ -1,4 +1,4 @@
-"""Llama and RoBERTa in NumPy and float64, on tensors as Hugging Face names and lays them out.
+"""Llama, RoBERTa and BERT in NumPy and float64, on tensors as Hugging Face names and lays them out.
 
 Written from the papers and from what `config.json` means, one sentence and one head at a time; they
 share nothing with the examples, which they check, the table of names included.
@@ -8,12 +8,14 @@ share nothing with the examples, which they check, the table of names included.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import erf, expit
 
 
 Tensors = dict[str, np.ndarray]
+BERT_SEPARATOR = 5  # index of [SEP] in the small models
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -60,42 +62,69 @@ def llama_logits(t: Tensors, config: dict, tokens: np.ndarray) -> np.ndarray:
     return rms(x, t["model.norm.weight"], epsilon) @ t["lm_head.weight"].T
 
 
+def linear(t: Tensors, name: str, x: np.ndarray) -> np.ndarray:
+    return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+
+def norm(t: Tensors, name: str, x: np.ndarray, epsilon: float) -> np.ndarray:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = np.mean(centred**2, axis=-1, keepdims=True)
+    return centred / np.sqrt(variance + epsilon) * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+
+def encoder_layers(t: Tensors, config: dict, kind: str, x: np.ndarray) -> np.ndarray:
+    """The embeddings (length, hidden) of one sentence after all layers."""
+    heads, epsilon = config["num_attention_heads"], config["layer_norm_eps"]
+    width = config["hidden_size"] // heads
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{kind}.encoder.layer.{i}"
+        q, k, v = (linear(t, f"{layer}.attention.self.{n}", x) for n in ("query", "key", "value"))
+        mixed = np.zeros_like(q)
+        for h in range(heads):
+            mine = slice(h * width, (h + 1) * width)
+            for at in range(len(x)):
+                weights = softmax(k[:, mine] @ q[at, mine] / np.sqrt(width))
+                mixed[at, mine] = weights @ v[:, mine]
+        mixed = linear(t, f"{layer}.attention.output.dense", mixed)
+        x = norm(t, f"{layer}.attention.output.LayerNorm", x + mixed, epsilon)
+        y = linear(t, f"{layer}.intermediate.dense", x)
+        y = linear(t, f"{layer}.output.dense", y * (1 + erf(y / np.sqrt(2))) / 2)
+        x = norm(t, f"{layer}.output.LayerNorm", x + y, epsilon)
+    return x
+
+
+def embedded(
+    t: Tensors, config: dict, kind: str, tokens: np.ndarray, positions: np.ndarray, types: Any
+) -> np.ndarray:
+    """The normalised embeddings of one sentence."""
+    base = f"{kind}.embeddings"
+    x = t[f"{base}.word_embeddings.weight"][tokens]
+    x = x + t[f"{base}.position_embeddings.weight"][positions]
+    x = x + t[f"{base}.token_type_embeddings.weight"][types]
+    return norm(t, f"{base}.LayerNorm", x, config["layer_norm_eps"])
+
+
 def roberta_logits(t: Tensors, config: dict, tokens: np.ndarray) -> np.ndarray:
     """Logits (labels,) of one sentence, whose padding counts for nothing."""
     t = {name: tensor.astype(np.float64) for name, tensor in t.items()}
     tokens = tokens[tokens != config["pad_token_id"]]
-
-    def linear(name, x):
-        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
-
-    def norm(name, x):
-        centred = x - x.mean(axis=-1, keepdims=True)
-        variance = np.mean(centred**2, axis=-1, keepdims=True)
-        normal = centred / np.sqrt(variance + config["layer_norm_eps"])
-        return normal * t[f"{name}.weight"] + t[f"{name}.bias"]
-
-    heads = config["num_attention_heads"]
-    width = config["hidden_size"] // heads
-    base = "roberta.embeddings"
     positions = config["pad_token_id"] + 1 + np.arange(len(tokens))
-    x = t[f"{base}.word_embeddings.weight"][tokens]
-    x = x + t[f"{base}.position_embeddings.weight"][positions]
-    x = norm(f"{base}.LayerNorm", x + t[f"{base}.token_type_embeddings.weight"][0])
-    for i in range(config["num_hidden_layers"]):
-        layer = f"roberta.encoder.layer.{i}"
-        q, k, v = (linear(f"{layer}.attention.self.{n}", x) for n in ("query", "key", "value"))
-        mixed = np.zeros_like(q)
-        for h in range(heads):
-            mine = slice(h * width, (h + 1) * width)
-            for at in range(len(tokens)):
-                weights = softmax(k[:, mine] @ q[at, mine] / np.sqrt(width))
-                mixed[at, mine] = weights @ v[:, mine]
-        mixed = linear(f"{layer}.attention.output.dense", mixed)
-        x = norm(f"{layer}.attention.output.LayerNorm", x + mixed)
-        y = linear(f"{layer}.intermediate.dense", x)
-        y = linear(f"{layer}.output.dense", y * (1 + erf(y / np.sqrt(2))) / 2)
-        x = norm(f"{layer}.output.LayerNorm", x + y)
-    return linear("classifier.out_proj", np.tanh(linear("classifier.dense", x[0])))
+    x = embedded(t, config, "roberta", tokens, positions, 0)
+    x = encoder_layers(t, config, "roberta", x)
+    return linear(t, "classifier.out_proj", np.tanh(linear(t, "classifier.dense", x[0])))
+
+
+def bert_logits(
+    t: Tensors, config: dict, tokens: np.ndarray, separator: int = BERT_SEPARATOR
+) -> np.ndarray:
+    """Logits (labels,) of one sentence or pair; each text ends with the separator."""
+    t = {name: tensor.astype(np.float64) for name, tensor in t.items()}
+    tokens = tokens[tokens != config["pad_token_id"]]
+    first = list(tokens).index(separator) + 1 if separator in tokens else len(tokens)
+    types = np.array([0] * first + [1] * (len(tokens) - first))
+    x = embedded(t, config, "bert", tokens, np.arange(len(tokens)), types)
+    x = encoder_layers(t, config, "bert", x)
+    return linear(t, "classifier", np.tanh(linear(t, "bert.pooler.dense", x[0])))
 
 
 LLAMA_CONFIG = {
@@ -125,6 +154,7 @@ ROBERTA_CONFIG = {
     "layer_norm_eps": 1e-2,
     "hidden_act": "gelu",
 }
+BERT_CONFIG = ROBERTA_CONFIG | {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 3}
 
 
 def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -154,26 +184,32 @@ def llama_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def roberta_shapes(config: dict, labels: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of Transformers' RobertaForSequenceClassification."""
-    m, n = config["hidden_size"], config["intermediate_size"]
-    linears = {"classifier.dense": (m, m), "classifier.out_proj": (labels, m)}
-    norms = ["roberta.embeddings.LayerNorm"]
+def encoder_shapes(config: dict, labels: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of Transformers' RobertaForSequenceClassification or BertFor….
+
+    The config's `model_type` decides which.
+    """
+    m, n, kind = config["hidden_size"], config["intermediate_size"], config["model_type"]
+    if kind == "roberta":
+        linears = {"classifier.dense": (m, m), "classifier.out_proj": (labels, m)}
+    else:
+        linears = {"bert.pooler.dense": (m, m), "classifier": (labels, m)}
+    base = f"{kind}.embeddings"
+    norms = [f"{base}.LayerNorm"]
     for i in range(config["num_hidden_layers"]):
-        layer = f"roberta.encoder.layer.{i}"
+        layer = f"{kind}.encoder.layer.{i}"
         linears |= {f"{layer}.attention.self.{x}": (m, m) for x in ("query", "key", "value")}
         linears[f"{layer}.attention.output.dense"] = (m, m)
         linears[f"{layer}.intermediate.dense"] = (n, m)
         linears[f"{layer}.output.dense"] = (m, n)
         norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
-    base = "roberta.embeddings"
     return {
         f"{base}.word_embeddings.weight": (config["vocab_size"], m),
         f"{base}.position_embeddings.weight": (config["max_position_embeddings"], m),
-        f"{base}.token_type_embeddings.weight": (1, m),
+        f"{base}.token_type_embeddings.weight": (config["type_vocab_size"], m),
         **{f"{name}.weight": shape for name, shape in linears.items()},
         **{f"{name}.bias": shape[:1] for name, shape in linears.items()},
-        **{f"{name}.{kind}": (m,) for name in norms for kind in ("weight", "bias")},
+        **{f"{name}.{leaf}": (m,) for name in norms for leaf in ("weight", "bias")},
     }
 
 
@@ -186,16 +222,26 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> Tensors:
     }
 
 
+def pairs(tokens: np.ndarray) -> np.ndarray:
+    """The sentences as pairs: separators end at the third token and at the last one."""
+    tokens = tokens.copy()
+    for row in tokens:
+        row[[2, np.sum(row != BERT_CONFIG["pad_token_id"]) - 1]] = BERT_SEPARATOR
+    return tokens
+
+
 def main() -> None:
     """Stores small models, what they are given, and their logits."""
     llama = LLAMA_CONFIG | {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
     roberta = ROBERTA_CONFIG | {"hidden_size": 16, "intermediate_size": 24}
+    bert = BERT_CONFIG | {"hidden_size": 16, "intermediate_size": 24}
     tokens = np.random.default_rng(3).integers(4, 30, size=(2, 9)).astype(np.int32)
     padded = np.where(np.arange(9) < np.array([[9], [6]]), tokens, roberta["pad_token_id"])
     stored = {}
     for kind, config, shapes, given, logits in (
         ("llama", llama, llama_shapes(llama), tokens, llama_logits),
-        ("roberta", roberta, roberta_shapes(roberta, labels=3), padded, roberta_logits),
+        ("roberta", roberta, encoder_shapes(roberta, labels=3), padded, roberta_logits),
+        ("bert", bert, encoder_shapes(bert, labels=3), pairs(padded), bert_logits),
     ):
         tensors = {k: v.astype(np.float16) for k, v in random_tensors(shapes, seed=9).items()}
         stored |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}

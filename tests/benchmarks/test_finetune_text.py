@@ -1,0 +1,153 @@
+"""The study of fine-tuning on texts: schedule, rounds, runs together, results."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from benchmarks.learning import bench_finetune_text as study
+from examples.common import bert, roberta
+from examples.finetuning import finetune_text, training
+
+
+SHAPE = bert.BertConfig(
+    hidden=16,
+    intermediate=24,
+    heads=2,
+    layers=1,
+    vocabulary=20,
+    positions=8,
+    labels=study.OUTPUTS,
+    dropout=0.1,
+)
+
+
+def data() -> study.Data:
+    random = np.random.default_rng(0)
+    tokens = random.integers(4, 20, size=(60, 6)).astype(np.uint16)
+    split = lambda rows: study.Split(tokens[rows], tokens[rows, 1].astype(np.int32) % 3)
+    return study.Data(split(slice(0, 40)), split(slice(40, 50)), split(slice(50, 60)), 3)
+
+
+def test_rate_follows_the_schedule_of_the_examples():
+    config = finetune_text.Config(lr=3e-3, steps=50)
+    expected = optax.scale_by_schedule(config.schedule())
+    params = {"w": jnp.ones(())}
+    state = training.TrainState(params, (None, study.at_rate().init(params)))
+    state = study.with_rates(state, [3e-3], 50).opt_state[-1]
+    state, reference = jax.tree.map(lambda x: x[0], state), expected.init(params)
+    for _ in range(50):
+        one, state = study.at_rate().update(params, state)
+        other, reference = expected.update(params, reference)
+        # Two orders of the same float32 operations; relative to the peak.
+        np.testing.assert_allclose(one["w"], other["w"], atol=1e-6 * 3e-3)
+
+
+def test_rounds_of_a_search():
+    rates = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    first = study.rounds(rates)
+    assert first == [(rate, 0) for rate in rates]
+    validation = dict(zip(rates, (0.1, 0.7, 0.9, 0.8, float("nan"), 0.2), strict=True))
+    found = [
+        {"rate": rate, "seed": 0, "validation": [0.0, np.nan_to_num(validation[rate])]}
+        for rate in rates
+    ]
+    second = study.rounds(rates, found)
+    assert second == [(rate, seed) for rate in (3.0, 4.0, 2.0) for seed in (1, 2)]
+    for rate, seed in second:
+        found.append({"rate": rate, "seed": seed, "validation": [0.9 if rate == 2 else 0.5]})
+    assert {run["rate"] for run in study.complete(found)} == {2.0, 3.0, 4.0}
+    assert study.best_rates(study.complete(found))[0] == 2.0
+
+
+def test_methods_are_settings_of_the_example():
+    for name, method in study.METHODS.items():
+        config = study.config_of(name)
+        assert len(set(method.rates)) == study.TOGETHER
+        assert list(method.rates) == sorted(method.rates)
+        rank = next((int(word) for word in name.split("-") if word.isdigit()), config.rank)
+        assert config.rank == rank
+        assert config.freeze_embeddings == name.endswith("frozen")
+    assert study.config_of("window-4").fisher == "window"
+
+
+def test_finished_searches_are_not_left(tmp_path):
+    out = tmp_path / "results.jsonl"
+    args = lambda **options: type(
+        "Args",
+        (),
+        {
+            "out": out,
+            "tasks": list(study.TASKS),
+            "methods": list(study.METHODS),
+            "batches": [16, 32, 128],
+            "starts": ["pretrained", "random"],
+            **options,
+        },
+    )
+    assert study.left(args()) == study.searches()
+    assert len(set(study.searches())) == len(study.searches())
+    search = study.searches()[0]
+    runs = [
+        {"rate": rate, "seed": seed, "validation": [0.5 + rate / 100], "accuracy": accuracy,
+         "macro_f1": 0.5}
+        for rate, accuracies in ((1.0, (0.1, 0.2, 0.3)), (2.0, (0.7, 0.8, 0.9)), (3.0, (0.5,)))
+        for seed, accuracy in enumerate(accuracies)
+    ]  # fmt: skip
+    study.append(out, {"environment": {}})
+    for task in study.TASKS:
+        assert search in study.left(args())
+        study.append(out, search._asdict() | {"task": task, "runs": runs})
+    assert study.left(args()) == study.searches()[1:]
+    assert [x.batch_size for x in study.left(args(batches=[16]))] == [16] * len(study.MAIN)
+    summary = study.summary(study.read(out), search, "r52")
+    assert (summary.rate, summary.at_edge) == (2.0, False)
+    assert summary.accuracy == pytest.approx(80)
+    assert summary.deviation == pytest.approx(10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "natural_galore-4", "lora-4"])
+def test_runs_together_equal_runs_alone(name):
+    config = study.config_of(name, batch_size=8)
+    config = study.replace(config, dtype="float32", refresh_every=4)
+    weights = nnx.to_pure_dict(nnx.state(SHAPE.build(nnx.Rngs(0)), nnx.Param))
+    weights["classifier"]["head"] = roberta.abstract_params(SHAPE)["classifier"]["head"]
+    program = study.programs(config, SHAPE, weights)
+    runs = [(1e-3, 0), (1e-2, 0), (1e-2, 1)]
+    together = study.train(program, data(), runs, batch_size=8, epochs=2)
+    for run, found in zip(runs, together, strict=True):
+        (alone,) = study.train(program, data(), [run], batch_size=8, epochs=2)
+        assert found["rate"], found["seed"] == run
+        # Sums in another order, over ten steps; losses are 4.2.
+        np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-4)
+    assert len({json.dumps(x["losses"]) for x in together}) == 3
+
+
+@pytest.mark.slow
+def test_search_of_prepared_texts(tmp_path, monkeypatch, capsys):
+    from examples.finetuning import fetch_text
+    from tests.examples.test_finetune_text import pairs, save_encoder
+
+    save_encoder(tmp_path / "texts/encoder")
+    for split, count in (("train", 160), ("test", 40)):
+        fetch_text.write(tmp_path / "texts/r52" / f"{split}.jsonl", pairs(count, seed=count))
+    study.prepare(tmp_path / "texts", tmp_path / "study", length=10)
+    loaded = study.load(tmp_path / "study", "r52")
+    assert loaded.train.tokens.shape == (144, 10)
+    assert (len(loaded.validation.labels), len(loaded.test.labels)) == (16, 40)
+    arguments = ["--tasks", "r52", "--methods", "adamw", "--batches", "32"]
+    arguments += ["--starts", "pretrained", "--epochs", "2"]
+    arguments += ["--data", str(tmp_path / "study"), "--out", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    study.main()
+    (found,) = study.read(Path(tmp_path / "out.jsonl"))
+    assert len(found["runs"]) == 2 * study.TOGETHER
+    assert "adamw r52 accuracy" in capsys.readouterr().out
+    monkeypatch.setattr(study, "run", None)  # everything is done
+    study.main()
