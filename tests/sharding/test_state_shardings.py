@@ -263,9 +263,9 @@ def test_collectives_are_small(layout, kind):
     assert all(jax.tree.leaves(after))
 
 
-@pytest.mark.parametrize("zero_axis", [None, "tensor"])
+@pytest.mark.parametrize("zero_axis", [None, *slow("tensor")])
 @pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(["core", "default"], [*OPTIMIZERS]))
 @pytest.mark.parametrize("layout", LARGE)
 def test_state_is_divided_over_all_axes_of_its_weight(layout, name, bits, zero_axis):
     """At most a tenth more than the state / devices, and less than AdamW's."""
