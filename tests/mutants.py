@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "subspace/refresh",
         "core on the old basis",
-        "else to_core(G, *bases)",
-        "else to_core(G, *olds)",
+        "jnp.where(due, to_core(G, *bases), old.R)",
+        "jnp.where(due, to_core(G, *olds), old.R)",
     ),
     Mutant("subspace/refresh", "C transposed", "matmul(new.mT, P) for", "matmul(P.mT, new) for"),
     Mutant(
@@ -145,14 +145,14 @@ MUTANTS = [
     Mutant(
         "subspace/projection",
         "nonfinite cores reach inner",
-        "R=zero_where_not(x.finite, x.R)",
-        "R=x.R",
+        "store(zero_where_not(x.finite, x.R), ",
+        "store(x.R, ",
     ),
     Mutant(
         "subspace/projection",
         "answers to nonfinite gradients not masked",
-        "    U = zero_where_not(finite, U)\n",
-        "",
+        "align(zero_where_not(finite, U), ",
+        "align(U, ",
     ),
     Mutant(
         "subspace/projection",
@@ -226,8 +226,32 @@ MUTANTS = [
     Mutant(
         "sharding/partitioning",
         "basis sharded as the other side",
-        '"basis": [rows, None]',
-        '"basis": [cols, None]',
+        'sides = {"m": merged_entry(spec, spec.rows, entries)}',
+        'sides = {"m": merged_entry(spec, spec.cols, entries)}',
+    ),
+    Mutant(
+        "sharding/partitioning",
+        "state replicated along the other side's axes",
+        "    return add_axes(partition, names, shape, leaf.mesh, len(spec.batch), alone)\n",
+        "    return partition\n",
+    ),
+    Mutant(
+        "sharding/partitioning",
+        "cores multiplied as they are stored",
+        "    return x if aligned == stored else _constrain(x, aligned, leaf)\n",
+        "    return x\n",
+    ),
+    Mutant(
+        "sharding/boxed_state",
+        "names that may not divide kept",
+        "    sizes = {name: math.gcd(size, devices) for",
+        "    sizes = {name: 1 for",
+    ),
+    Mutant(
+        "subspace/refresh",
+        "matrices refreshed with another instance's under vmap",
+        "        usable &= due\n",
+        "",
     ),
     Mutant(
         "quantization/dynamic_8bit",
@@ -263,6 +287,7 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
         "subspace/test_engine",
         "lowrank_grads/test_refresh",
         "sharding/test_state_shardings",
+        "integration/test_vmap",
     ],
     "subspace/refresh_loop": ["subspace/test_refresh_loop", "integration/test_trajectory"],
     "subspace/transport": [
@@ -301,6 +326,7 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
     ],
     "selection/select": ["selection/test_select"],
     "sharding/partitioning": ["sharding/test_state_shardings", "sharding/test_shard_map"],
+    "sharding/boxed_state": ["sharding/test_boxed_state"],
     "quantization/dynamic_8bit": ["quantization/test_quantized"],
     "quantization/quantized": ["quantization/test_quantized", "quantization/test_quantized_roles"],
     "quantization/stochastic_rounding": ["quantization/test_stochastic_rounding"],
