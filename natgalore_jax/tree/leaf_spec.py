@@ -68,6 +68,11 @@ class LeafSpec:
         return dataclasses.replace(self, path=(), index=0)
 
     @functools.cached_property
+    def matrix(self) -> "LeafSpec":
+        """The view of one of the matrices, already an m x n array."""
+        return LeafSpec((), (self.m, self.n), (), (0,), (1,), self.rank, both=self.both)
+
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the axes that `batch`, `rows` and `cols` index."""
         return self.split or self.shape
