@@ -1,5 +1,6 @@
 """map_due_matrices gives the step of each due matrix its own gradient, place and state, once."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -23,10 +24,14 @@ SHAPES = {  # of a leaf, and its axes: batch, rows, columns
 
 
 def leaves_of(names, shape, kind="kind"):
-    """Leaves with random gradients and states, and their places in the order in turn."""
-    sizes, *axes = SHAPES[shape]
+    """Leaves with random gradients and states, and their places in the order in turn.
+
+    `shape` is one of SHAPES, or a list with one of them for each name.
+    """
     made, first = [], 7
-    for i, name in enumerate(names):
+    shapes = [shape] * len(names) if isinstance(shape, str) else shape
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=False)):
+        sizes, *axes = SHAPES[shape]
         rng = np.random.default_rng(i)
         path = tuple(DictKey(key) for key in name.split("/"))
         spec = LeafSpec(path, sizes, *axes, rank=2, index=first)
@@ -71,9 +76,10 @@ ALIKE = ["layers/0/up", "layers/1/up", "layers/10/up"]
 
 
 @pytest.mark.parametrize("names", [ALIKE, ["a", "b", "c"], [f"x/{i}" for i in range(11)]], ids=len)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "mixed"])
 def test_each_due_matrix_is_refreshed_with_its_own_arguments(names, shape):
-    leaves = leaves_of(names, shape)
+    shapes = ["stack", "matrix", "transposed"] * 4 if shape == "mixed" else [shape] * len(names)
+    leaves = leaves_of(names, shapes)
     run = jax.jit(
         lambda due: map_due_matrices(
             step,
@@ -97,7 +103,6 @@ def test_each_due_matrix_is_refreshed_with_its_own_arguments(names, shape):
 
 
 def test_equal_matrices_share_one_program():
-
     def programs(leaves):
         traced = []
 
@@ -109,9 +114,10 @@ def test_equal_matrices_share_one_program():
         return len(traced)
 
     assert programs(leaves_of(ALIKE, "stack")) == 1
-    assert programs([*leaves_of(["0"], "stack"), *leaves_of(["1"], "matrix")]) == 1
-    assert programs([*leaves_of(["0"], "matrix"), *leaves_of(["1"], "transposed")]) == 1
-    assert programs(leaves_of(["0"], "stack") + leaves_of(["1"], "experts last")) == 2  # n = 4
+    assert programs(leaves_of([*"abcd"], [*SHAPES])) == 1
+    other_shape = leaves_of(["1"], "stack")[0]
+    other_shape = other_shape._replace(spec=dataclasses.replace(other_shape.spec, rank=1))
+    assert programs([*leaves_of(["0"], "stack"), other_shape]) == 2
     assert programs(leaves_of(["0"], "stack") + leaves_of(["1"], "stack", "another kind")) == 2
     other_type = leaves_of(["1"], "stack")[0]
     other_type = other_type._replace(G=other_type.G.astype(jnp.bfloat16))

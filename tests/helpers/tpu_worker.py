@@ -1,0 +1,111 @@
+"""Compiles cases for TPUs in a process of its own and prints what the programs contain, as JSON.
+
+python -m tests.helpers.tpu_worker CASE ...
+"""
+
+import functools
+import json
+import re
+import sys
+from typing import Any
+
+from benchmarks.common import tpu_compiler
+
+
+if __name__ == "__main__":
+    tpu_compiler.use_tpu_compiler()
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import SingleDeviceSharding
+
+import natgalore_jax as natgalore
+from benchmarks.memory.bench_tpu import Step, bytes_of_shards, mesh_of, training_step, update_step
+from examples.common import llama
+from natgalore_jax.reporting.memory_report import nbytes_on_tpu
+
+
+RANK, M, N = 16, 128, 640
+SHAPES = {"up": (2, M, N), "gate": (2, M, N), "down": (2, N, M), "norm": (M,)}
+# Fewer optimisations: the same collectives and precisions in a fraction of the time.
+OPTIONS = {"exec_time_optimization_effort": -1.0}
+SETTINGS = {"refresh_every": 10, "weight_decay": 0.1}
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "galore": lambda: natgalore.galore(1e-3, RANK, **SETTINGS),
+    "natural_galore": lambda: natgalore.natural_galore(1e-3, RANK, **SETTINGS),
+    "core": lambda: natgalore.natural_galore(1e-3, RANK, fisher="core", residual=None, **SETTINGS),
+    "window": lambda: natgalore.natural_galore(
+        1e-3, RANK, fisher="window", residual=None, **SETTINGS
+    ),
+    "quantized": lambda: natgalore.quantized(natgalore.galore(1e-3, RANK, **SETTINGS)),
+    "offload": lambda: natgalore.offload(natgalore.galore(1e-3, RANK, **SETTINGS)),
+    "cores": lambda: natgalore.galore(1e-3, RANK, stagger=False, **SETTINGS),
+}
+# Of arrays on one chip: tiles of (8, 128), shorter ones, vectors, and axes in every order.
+PADDED = [
+    *((r, 2736) for r in (1, 3, 4, 8, 16, 100)),
+    *((2048, r) for r in (4, 100)),
+    *((100, 100), (24, 100, 100), (3, 5, 7), (24, 342, 256), (2, 3, 130, 70), (5,), (2736,), ()),
+]
+
+
+def shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+
+
+def facts(step: Step) -> dict[str, Any]:
+    """What a program contains and needs."""
+    program = step.compile(options=OPTIONS)
+    text = program.text
+    return {
+        "precisions": sorted(set(re.findall(r"operand_precision=\{(\w+,\w+)\}", text))),
+        "float64": bool(re.search(r"\b(f64|c128)\[", text)),
+        "host": sorted(
+            set(re.findall(r" (send|recv|infeed|outfeed)\(", text))
+            | ({"host memory"} if "S(5)" in text else set())
+        ),
+            set(re.findall(r'custom_call_target="(\w*(?:Qr|Eigh|svd)\w*)"', text))
+        ),
+        "unaliased": program.unaliased,
+        "arguments": program.arguments,
+        "shards": sum(map(bytes_of_shards, step.arguments)),
+        "hot": [
+            [x.kind, list(shape), x.times] for x in program.hot_collectives() for shape in x.shapes
+        ],
+        "moved": program.moved()["step"],
+    }
+
+
+def update(name: str, topology: str) -> dict[str, Any]:
+    return facts(update_step(OPTIMIZERS[name](), shapes(), mesh_of(topology)))
+
+
+def training(name: str, topology: str) -> dict[str, Any]:
+    mesh = mesh_of(topology)
+    config = llama.CONFIGS["tiny"]
+    tx = OPTIMIZERS[name]()
+    return facts(training_step(tx, name == "cores", config, mesh, mesh.size, 128))
+
+
+def padding(topology: str) -> list[tuple[str, int, int]]:
+    """Shapes with their bytes by the compiler and by `nbytes_on_tpu`."""
+    sharding = SingleDeviceSharding(tpu_compiler.devices_of(topology)[0])
+    rows = []
+    for shape in PADDED:
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+            x = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            program = tpu_compiler.compile_for_tpu(lambda x: x, x, donate_argnums=0)
+            rows.append((f"{x.dtype}{shape}", program.arguments, nbytes_on_tpu(x)))
+    return rows
+
+
+def run(case: str) -> Any:
+    kind, *arguments = case.split("/")
+    functions = {"update": update, "training": training, "padding": padding}
+    return functools.partial(functions[kind], *arguments)()
+
+
+if __name__ == "__main__":
+    print(json.dumps({case: run(case) for case in sys.argv[1:]}))
