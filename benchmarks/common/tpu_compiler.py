@@ -110,15 +110,16 @@ def compile_for_tpu(
     """Compiles `f` for the devices in the shardings of `args`.
 
     Args:
-      f: a function, jitted or not.
+      f: a function, or a jitted one.
       *args: trees of `jax.ShapeDtypeStruct` with shardings on devices of :func:`devices_of`.
       options: of the compiler, such as `{"exec_time_optimization_effort": -1.0}`.
-      **jit: arguments of `jax.jit`.
+      **jit: arguments of `jax.jit` for a function that is not jitted.
 
     Raises:
       OutOfMemory: if the program does not fit in a device's memory.
     """
-    lowered = jax.jit(f, **jit).trace(*args).lower(lowering_platforms=("tpu",))
+    jitted = f if hasattr(f, "trace") else jax.jit(f, **jit)
+    lowered = jitted.trace(*args).lower(lowering_platforms=("tpu",))
     start = time.process_time()
     try:
         compiled = lowered.compile(compiler_options=options)

@@ -16,8 +16,10 @@ from jax.sharding import SingleDeviceSharding
 
 import natgalore_jax as natgalore
 from benchmarks.common import tpu_compiler
-from benchmarks.memory.bench_tpu import Step, bytes_of_shards, mesh_of, training_step, update_step
+from benchmarks.common.tpu_compiler import Program
+from benchmarks.memory.bench_tpu import mesh_of, training_step, update_step
 from examples.common import llama
+from examples.pretraining import llama_sharding, sharded
 from natgalore_jax.reporting.memory_report import nbytes_on_tpu
 
 
@@ -50,9 +52,8 @@ def shapes() -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
 
 
-def facts(step: Step) -> dict[str, Any]:
+def facts(program: Program) -> dict[str, Any]:
     """What a program contains and needs."""
-    program = step.compile(options=OPTIONS)
     text = program.text
     return {
         "precisions": sorted(set(re.findall(r"operand_precision=\{(\w+,\w+)\}", text))),
@@ -63,7 +64,6 @@ def facts(step: Step) -> dict[str, Any]:
         ),
         "unaliased": program.unaliased,
         "arguments": program.arguments,
-        "shards": sum(map(bytes_of_shards, step.arguments)),
         "hot": [
             [x.kind, list(shape), x.times] for x in program.hot_collectives() for shape in x.shapes
         ],
@@ -72,14 +72,27 @@ def facts(step: Step) -> dict[str, Any]:
 
 
 def update(name: str, topology: str) -> dict[str, Any]:
-    return facts(update_step(OPTIMIZERS[name](), shapes(), mesh_of(topology)))
+    step = update_step(OPTIMIZERS[name](), shapes(), mesh_of(topology))
+    return facts(step.compile(options=OPTIONS))
 
 
 def training(name: str, topology: str) -> dict[str, Any]:
     mesh = mesh_of(topology)
     config = llama.CONFIGS["tiny"]
-    tx = OPTIMIZERS[name]()
-    return facts(training_step(tx, name == "cores", config, mesh, mesh.size, 128))
+    step = training_step(OPTIMIZERS[name](), name == "cores", config, mesh, mesh.size, 128)
+    return facts(step.compile(options=OPTIONS))
+
+
+def example(topology: str) -> dict[str, Any]:
+    """The training step of `make train ACCELERATOR=tpu ARGS="--dtype bfloat16 --scan"`."""
+    mesh = mesh_of(topology)
+    llama_sharding.make_mesh = lambda shape: mesh
+    config = sharded.Config(dtype="bfloat16", scan=True, vocabulary=256)
+    functions = sharded.make_functions(config)
+    state = jax.eval_shape(functions.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    step = functions.train_step
+    return facts(tpu_compiler.compile_for_tpu(step, state, tokens, options=OPTIONS))
 
 
 def padding(topology: str) -> list[tuple[str, int, int]]:
@@ -96,7 +109,7 @@ def padding(topology: str) -> list[tuple[str, int, int]]:
 
 def run(case: str) -> Any:
     kind, *arguments = case.split("/")
-    functions = {"update": update, "training": training, "padding": padding}
+    functions = {"update": update, "training": training, "example": example, "padding": padding}
     return functools.partial(functions[kind], *arguments)()
 
 
