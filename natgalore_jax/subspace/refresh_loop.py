@@ -1,9 +1,8 @@
 """Maps a function over the due matrices, one at a time, with one program for equal matrices.
 
 The program that refreshes a matrix is long: on TPUs it takes seconds to compile. A model has many
-leaves whose matrices have one shape m x n, in a stack or not, as m x n or n x m. Such leaves share
-one program: a loop over the matrices of all of them, which slices one out, refreshes it and writes
-it back.
+leaves with matrices of one shape, in stacks or not. Such leaves share one program: a loop over the
+matrices of all of them, which slices one out, refreshes it and writes it back.
 """
 
 import functools
@@ -120,10 +119,8 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _take(spec: LeafSpec, G: Array, i: Int[Array, ""], state: Any) -> tuple[Array, Any]:
-    """The gradient of the i-th matrix, as a matrix, and its state."""
-    # The compiler would exchange slice and transposition, and transpose all of G.
-    part = lax.optimization_barrier(spec.cut(G, i))
-    return spec.as_matrix(part), spec.take_all(state, i)
+    """The gradient and the state of the i-th matrix."""
+    return spec.cut(G, i), spec.take_all(state, i)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
