@@ -7,7 +7,8 @@ Llama with recomputed layers under FSDP over all chips, with donated weights and
     python -m benchmarks.memory.bench_tpu --topologies v5e:4x4 --models 7b --rank 1024 \
         --batch 16 --seq-len 2048                                              one question
     python -m benchmarks.memory.bench_tpu --out benchmarks/results/tpu.json    the table
-    python -m benchmarks.memory.bench_tpu --shapes FILE --topologies v5e:2x4   the update alone
+    python -m benchmarks.memory.bench_tpu --update --models 350m               the update alone
+    python -m benchmarks.memory.bench_tpu --shapes FILE --topologies v5e:2x4   of any shapes
     python -m benchmarks.memory.bench_tpu --pieces                             compile seconds
 
 Bytes are those of one chip. Moved bytes are what a chip receives; `refresh` counts each loop of a
@@ -37,7 +38,7 @@ from benchmarks.common.methods import CORES, METHODS, RANKS, REFERENCE
 from benchmarks.common.tpu_compiler import GIB, OutOfMemory, Program, compile_for_tpu
 from examples.common import llama
 from examples.pretraining import llama_sharding
-from natgalore_jax.planning.model_shapes import read_shapes
+from natgalore_jax.planning import model_shapes
 from natgalore_jax.util import linalg
 from natgalore_jax.util.text_tables import human_bytes, table
 
@@ -233,7 +234,8 @@ def main() -> None:
     words = lambda text: text.split(",")
     parser.add_argument("--topologies", type=words, default=TOPOLOGIES)
     parser.add_argument("--models", type=words, default=("350m", "1b", "7b"))
-    parser.add_argument("--shapes", nargs="+", help="files of shapes: the update alone")
+    parser.add_argument("--update", action="store_true", help="the update without the model")
+    parser.add_argument("--shapes", nargs="+", help="files of shapes: implies --update")
     parser.add_argument("--methods", type=words, default=COMPARED, help=f"of {', '.join(METHODS)}")
     parser.add_argument("--rank", type=int, help="default: the paper's")
     parser.add_argument("--batch", type=int, help="sequences per step; default: one per chip")
@@ -260,7 +262,7 @@ def main() -> None:
             print(f"{name:45} {program.seconds:6.1f} s, code {code}", flush=True)
             save()
         return
-    shapes = read_shapes(args.shapes, args.param_dtype) if args.shapes else None
+    shapes = model_shapes.read_shapes(args.shapes, args.param_dtype) if args.shapes else None
     for topology in args.topologies:
         mesh = mesh_of(topology)
         batch = args.batch or mesh.size
@@ -270,7 +272,7 @@ def main() -> None:
                 "topology": topology,
                 "model": model,
                 "rank": rank,
-                "tokens": batch * args.seq_len,
+                "tokens": 0 if args.update or args.shapes else batch * args.seq_len,
                 "param_dtype": args.param_dtype,
             }
             found = [run for run in results["runs"] if key.items() <= run.items()]
@@ -281,8 +283,9 @@ def main() -> None:
                 if method in run["methods"]:
                     continue
                 tx = METHODS[method](rank, 200, 0.1)
-                if shapes is not None:
-                    step = update_step(tx, shapes, mesh)
+                if args.update or args.shapes:
+                    params = shapes or model_shapes.llama(model, args.param_dtype)
+                    step = update_step(tx, params, mesh)
                 else:
                     dtype = jnp.dtype(args.param_dtype)
                     config = dataclasses.replace(llama.CONFIGS[model], param_dtype=dtype)
@@ -293,7 +296,7 @@ def main() -> None:
             available = tpu_compiler.MEMORY[topology.split(":")[0]] / GIB
             print(
                 f"\n{topology}, {mesh.size} chips of {available:.2f} GiB: {model}, rank {rank}, "
-                f"{batch * args.seq_len:,} tokens a step\n"
+                + (f"{key['tokens']:,} tokens a step\n" if key["tokens"] else "update alone\n")
             )
             print(table(cells(run["methods"]), len(cells(run["methods"])[0]) - 2))
             if not all(row["fits"] for row in run["methods"].values()):
