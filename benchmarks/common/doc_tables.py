@@ -68,7 +68,8 @@ def regenerated(page: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    docs = sorted((ROOT / "docs").glob("*.md"))
+    return [ROOT / "README.md", *docs, ROOT / "examples/tpu.md"]
 
 
 @cache
@@ -137,6 +138,50 @@ def trace() -> Iterator[Row]:
             ratio(before[name], before["adamw"]),
             ratio(seconds, now["adamw"]),
         )
+
+
+@table(
+    "tpu",
+    *("training step", "chips", "optimizer", "fits", "peak, GiB", "weights + state, GiB"),
+    *("temporaries, GiB", "received per step, GiB", "compile, s"),
+)
+def tpu() -> Iterator[Row]:
+    for run in read("tpu")["runs"]:
+        if run["tokens"]:
+            for name, row in run["methods"].items():
+                yield (f"Llama {run['model']}", run["topology"], code(name), *tpu_cells(row))
+
+
+def tpu_cells(row: dict[str, Any]) -> Row:
+    gib = lambda *kinds: f"{sum(row[kind] for kind in kinds) / 2**30:.2f}"
+    if "peak" not in row:
+        return ("no", "", gib("weights", "state"), "", "", "")
+    return (
+        "yes" if row["fits"] else "no",
+        gib("peak"),
+        gib("weights", "state"),
+        gib("temporaries"),
+        gib("moved"),
+        f"{row['compile_seconds']:.0f}",
+    )
+
+
+@table(
+    "tpu-update",
+    *("update, Llama 350m on v5e:2x4", "compile before, s", "now", "code before, MB", "now"),
+    *("temporaries before, MB", "now"),
+)
+def tpu_update() -> Iterator[Row]:
+    before, now = (read(name)["runs"][0]["methods"] for name in ("tpu-update-before", "tpu-update"))
+    for name, row in now.items():
+        cells = []
+        for kind, unit, digits in (
+            ("compile_seconds", 1, 1),
+            ("code", 1e6, 1),
+            ("temporaries", 1e6, 0),
+        ):
+            cells += [f"{x[kind] / unit:.{digits}f}" for x in (before[name], row)]
+        yield (code(name), *cells)
 
 
 @table("crossings", "trace of one projected leaf", *("calls", "functions", "modules", "crossings"))

@@ -12,6 +12,10 @@ KINDS = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
 COLLECTIVE = rf"%([\w.\-]+) = (.*?) ({KINDS})(?:-done)?\((?:%([\w.\-]+))?"
 STARTED = rf"%([\w.\-]+) = .*? (?:{KINDS})-start\("
 TRIPS = r'known_trip_count"?:\{"n":"(\d+)"'
+# XLA:TPU notes no trip counts: they are read from a loop's condition, i < constant.
+CONSTANT = r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)"
+BELOW = r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT"
+CONDITION = r"condition=%?([\w.\-]+)"
 CALLED = r"(calls|to_apply|body|(?:true|false|branch|called)_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
 
 
@@ -57,6 +61,7 @@ def collectives(program: str) -> list[Collective]:
     own, calls, groups = defaultdict(list), defaultdict(list), {}
     devices = re.search(r"num_partitions=(\d+)", program)
     everyone = int(devices[1]) if devices else 1
+    limits = trip_counts(program)
     here = entry = ""
     for line in program.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
@@ -74,11 +79,12 @@ def collectives(program: str) -> list[Collective]:
                 for (dtype, _), shape in zip(arrays, shapes, strict=True)
             )
             own[here].append(Collective(match[3], shapes, size, groups.get(match[4], group)))
-        trips = re.search(TRIPS, line)
+        noted, condition = re.search(TRIPS, line), re.search(CONDITION, line)
+        trips = int(noted[1]) if noted else limits.get(condition[1]) if condition else None
         for how, names in re.findall(CALLED, line):
             sure = how in ("calls", "to_apply", "called_computations")
             sure |= how == "body" and trips is not None
-            times = int(trips[1]) if how == "body" and trips else 1
+            times = trips if how == "body" and trips is not None else 1
             calls[here] += [(name, sure, times) for name in re.findall(r"[\w.\-]+", names)]
 
     @cache
@@ -90,6 +96,29 @@ def collectives(program: str) -> list[Collective]:
         ]
 
     return inside(entry)
+
+
+def trip_counts(program: str) -> dict[str, int]:
+    """The constant trip counts of loops that count up from 0, by the name of their condition.
+
+    Example:
+        >>> trip_counts('''%below (i: (s32[])) -> pred[] {
+        ...   %four = s32[] constant(4)
+        ...   %i = s32[] get-tuple-element(%arg), index=0
+        ...   ROOT %lt = pred[] compare(%i, %four), direction=LT
+        ... }''')
+        {'below': 4}
+    """
+    found: dict[str, int] = {}
+    here, constants = "", {}
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            here, constants = head[1], {}
+        elif constant := re.search(CONSTANT, line):
+            constants[constant[1]] = int(constant[2])
+        elif (below := re.search(BELOW, line)) and below[1] in constants:
+            found[here] = constants[below[1]]
+    return found
 
 
 def group_size(line: str) -> int | None:

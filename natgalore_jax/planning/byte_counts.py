@@ -74,6 +74,7 @@ def byte_count_of(
     low_rank_gradients: bool = False,
     step: Callable[..., Any] | None = None,
     batch: tuple[Any, ...] = (),
+    size: Callable[[Any], int] = nbytes,
 ) -> ByteCount:
     """Counts the bytes of training from shapes: nothing is allocated.
 
@@ -85,6 +86,7 @@ def byte_count_of(
       step: a training step `(params, opt_state, *batch)`. It is compiled, and its temporaries,
         which include the gradients, replace the count of gradients.
       batch: further arguments of `step`, as arrays or shapes.
+      size: bytes of one array; `nbytes_on_tpu` counts padding.
 
     Example:
       >>> import natgalore_jax as natgalore
@@ -93,7 +95,7 @@ def byte_count_of(
       {'weights': 32768, 'gradients': 16384, 'state': 36884}
     """
     state, bases, reasons = state_of(tx, params)
-    state_bytes = bytes_by_leaf(state, params)
+    state_bytes = bytes_by_leaf(state, params, size)
     rows, gradients = [], []
     for path, w in jax.tree_util.tree_leaves_with_path(unbox(params)):
         name, (P, *_) = path_name(path), bases.get(path, (None,))
@@ -105,13 +107,13 @@ def byte_count_of(
                 shape=tuple(w.shape),
                 rank=None if P is None else P.spec.rank,
                 why="" if P is not None else reasons.get(name, "not given to natgalore"),
-                weights=nbytes(w),
-                gradients=nbytes(G),
+                weights=size(w),
+                gradients=size(G),
                 state=state_bytes[name],
             )
         )
-    dtypes = {"weights": _by_dtype(params), "gradients": _by_dtype(gradients)}
-    dtypes["state"] = _by_dtype(state)
+    dtypes = {"weights": _by_dtype(params, size), "gradients": _by_dtype(gradients, size)}
+    dtypes["state"] = _by_dtype(state, size)
     if step is not None:
         del dtypes["gradients"]
         dtypes["temporaries"] = {"of the step": temporaries(step, params, state, *batch)}
@@ -152,9 +154,9 @@ def _gradient(w: Any, P: Basis | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(P.spec.core_shape, core_dtype(P.value, w))
 
 
-def _by_dtype(tree: PyTree | Iterable[Any]) -> dict[str, int]:
+def _by_dtype(tree: PyTree | Iterable[Any], size: Callable[[Any], int] = nbytes) -> dict[str, int]:
     """Bytes of arrays by dtype name, largest first."""
     counts: collections.Counter[str] = collections.Counter()
     for x in jax.tree.leaves(tree):
-        counts[str(x.dtype)] += nbytes(x)
+        counts[str(x.dtype)] += size(x)
     return {name: count for name, count in counts.most_common() if count}

@@ -95,6 +95,9 @@ def parser() -> Parser:
         default=8,
         help="ranks are multiples of it, or the full short side (default: %(default)s)",
     )
+    command.add_argument(
+        "--tpu", action="store_true", help="count the padding of arrays in a TPU's memory"
+    )
     return top
 
 
@@ -126,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             low_rank_gradients=not args.whole_gradients,
             reserve=args.reserve,
             multiple=args.multiple,
+            tpu=args.tpu,
             recipe=RECIPES[args.recipe],
             side=args.side,
         )

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 
 from ..optimizers import galore
 from ..quantization.quantized import quantized
+from ..reporting.memory_report import nbytes, nbytes_on_tpu
 from ..selection.select import Rank, check_rank
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec
@@ -44,6 +45,7 @@ def plan(
     step: Callable[[optax.GradientTransformation], Callable[..., Any]] | None = None,
     batch: tuple[Any, ...] = (),
     multiple: int = 8,
+    tpu: bool = False,
     recipe: Callable[..., optax.GradientTransformation] = galore,
     **settings: Any,
 ) -> Plan:
@@ -73,6 +75,8 @@ def plan(
         its temporaries, which include the gradients, replace the count of gradients.
       batch: further arguments of the training step, as arrays or shapes.
       multiple: chosen ranks are multiples of it, or the full short side.
+      tpu: whether to count the padding of arrays in a TPU's memory, which stores tiles of 8 x 128.
+        Ranks that are multiples of 8 and sides that are multiples of 128 need none.
       recipe: :func:`galore`, :func:`natural_galore`, or a function with their arguments.
       **settings: arguments of the recipe: `side`, `basis`, `refresh_every`, ...
 
@@ -123,8 +127,9 @@ def plan(
     def count(i: int) -> ByteCount:
         tx = optimizer(candidates[i])
         program = None if step is None else step(tx)
-        return byte_count_of(tx, params, low_rank_gradients, program, batch)
+        return byte_count_of(tx, params, low_rank_gradients, program, batch, size)
 
+    size = nbytes_on_tpu if tpu else nbytes
     available = math.inf if budget is None else budget - reserve
     chosen = largest_that_fits(len(candidates), lambda i: count(i).total <= available)
     rank, bytes_of = candidates[chosen], count(chosen)
@@ -132,7 +137,7 @@ def plan(
     if bytes_of.total > available:
         can_be_low = low_rank_gradients or _residual(recipe, settings) is None
         of_roles = functools.partial(optimizer, rank)
-        savings = _savings(of_roles, params, low_rank_gradients, can_be_low)
+        savings = _savings(of_roles, params, low_rank_gradients, can_be_low, size)
     return Plan(
         settings={"rank": rank, **settings},
         roles=roles,
@@ -140,7 +145,7 @@ def plan(
         rows=[_with_energy(row, spectra) for row in bytes_of.rows],
         dtypes=bytes_of.dtypes | ({"reserved": {"as requested": reserve}} if reserve else {}),
         budget=budget,
-        adamw=byte_count_of(optax.adamw(1.0), params).total,
+        adamw=byte_count_of(optax.adamw(1.0), params, size=size).total,
         savings=savings,
         recipe=recipe,
     )
@@ -195,15 +200,17 @@ def _savings(
     params: PyTree,
     low_rank_gradients: bool,
     can_be_low: bool,
+    size: Callable[[Any], int],
 ) -> dict[str, int]:
     """Changes that save bytes of weights, gradients or state, with the bytes each saves."""
-    now = byte_count_of(optimizer(), params, low_rank_gradients)
+    count = functools.partial(byte_count_of, size=size)
+    now = count(optimizer(), params, low_rank_gradients)
     narrow = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16) if _is_wide(w) else w
     changes = {
-        "bits=8": lambda: byte_count_of(optimizer(roles=ROLES), params, low_rank_gradients).total,
-        "low_rank_gradients=True": lambda: byte_count_of(optimizer(), params, can_be_low).total,
+        "bits=8": lambda: count(optimizer(roles=ROLES), params, low_rank_gradients).total,
+        "low_rank_gradients=True": lambda: count(optimizer(), params, can_be_low).total,
         "weights in bfloat16": lambda: (
-            byte_count_of(optimizer(), jax.tree.map(narrow, params), low_rank_gradients).total
+            count(optimizer(), jax.tree.map(narrow, params), low_rank_gradients).total
         ),
         "the state in the host's memory, by natgalore.offload": lambda: (
             now.total - now.bytes["state"]

@@ -1,24 +1,25 @@
-"""Maps a function over the due matrices, one at a time, with one program for equal leaves.
+"""Maps a function over the due matrices, one at a time, with one program for equal matrices.
 
-The program that refreshes a matrix is long. An unrolled model has hundreds of leaves that differ
-only by the numbers in their names. Such leaves share one program: a loop over the matrices of all
-of them, which slices one out, refreshes it and writes it back.
+The program that refreshes a matrix is long: on TPUs it takes seconds to compile. A model has many
+leaves with matrices of one shape, in stacks or not. Such leaves share one program: a loop over the
+matrices of all of them, which slices one out, refreshes it and writes it back.
 """
 
 import functools
-import re
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from ..sharding.distributed import batch_partition, over_shards
-from ..sharding.partitioning import LeafPartition
+from ..sharding.partitioning import LeafPartition, axis_entries, merged_entry
+from ..sharding.shard_map import varying_axes
 from ..tree.leaf_spec import LeafSpec
-from ..util.control_flow import for_any, run_if_due, select_value, when
+from ..util.control_flow import for_any, run_each, run_if_due, select_value, when
 
 
 class Leaf(NamedTuple):
@@ -43,8 +44,8 @@ class Leaf(NamedTuple):
     state: Any
 
 
-# For one matrix: (spec, kind, G as `LeafSpec.cut` slices it, place in the order, due, state) ->
-# state. `due` is false only under `vmap`, where another instance's matrix is due.
+# For one matrix: (spec, kind, G as `spec.cut` slices it, place in the order, due, state) -> state.
+# `due` is false only under `vmap`, where another instance's matrix is due.
 Step = Callable[[LeafSpec, Any, Array, Array, Array, Any], Any]
 
 
@@ -69,40 +70,51 @@ def map_due_matrices(step: Step, leaves: list[Leaf]) -> list[Any]:
 
 
 def _group_key(leaf: Leaf) -> Hashable:
-    """Equal for leaves that can share one program.
+    """Equal for leaves whose matrices can share one program.
 
-    The name counts, up to numbers: under `jit` on Auto axes partitions are unknown, and the layers
-    of one weight are likely to share theirs.
+    Under `jit` on Auto axes partitions are unknown. Leaves that then differ in their partition cost
+    a refresh the move of one matrix.
     """
-    if batch_partition(leaf.spec, leaf.partition):
-        return leaf.spec  # refreshed where its matrices are, by itself
-    pattern = re.sub(r"\d+", "#", leaf.spec.name)
-    types = tuple(jax.typeof(x) for x in (leaf.G, *jax.tree.leaves(leaf.state)))
-    return pattern, leaf.spec.unnamed, leaf.kind, types, leaf.partition
+    spec = leaf.spec
+    if batch_partition(spec, leaf.partition):
+        return spec  # refreshed where its matrices are, by itself
+    entries = axis_entries(spec, leaf.partition.partition)
+    sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
+    arrays, structure = jax.tree.flatten(leaf.state)
+    shapes = [x.shape[len(spec.batch) :] for x in arrays]
+    types = [(x.dtype, jax.typeof(x).memory_space, varying_axes(x)) for x in (leaf.G, *arrays)]
+    return spec.matrix, leaf.kind, structure, *shapes, *types, leaf.partition.mesh, *sides
 
 
 def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
-    spec, kind = leaves[0].spec.unnamed, leaves[0].kind
     if len(leaves) == 1:
         (leaf,) = leaves
-        over_leaf = functools.partial(_over_leaf, step, kind)
+        over_leaf = functools.partial(_over_leaf, step, leaf.kind)
         inputs = (leaf.due, leaf.order)
-        return [over_shards(over_leaf, spec, leaf.partition, leaf.G, inputs, *states)]
+        return [over_shards(over_leaf, leaf.spec.unnamed, leaf.partition, leaf.G, inputs, *states)]
+    matrix, kind = leaves[0].spec.matrix, leaves[0].kind
     order = jnp.concatenate([leaf.order.reshape(-1) for leaf in leaves])
     due = jnp.concatenate([leaf.due.reshape(-1) for leaf in leaves])
+    sizes = [leaf.spec.matrices for leaf in leaves]
+    leaf_of = jnp.asarray(np.repeat(np.arange(len(leaves), dtype=np.int32), sizes))
+    first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
 
     def at(e, states):
-        which, i = e // spec.matrices, e % spec.matrices
-        here = [which == j for j in range(len(leaves))]
+        here = [leaf_of[e] == j for j in range(len(leaves))]
+        # Of the leaf that has matrix e; the slices of the others are not used.
+        i = [jnp.clip(e - start, 0, size - 1) for start, size in zip(first, sizes, strict=True)]
         cuts = [
-            functools.partial(_take, spec, leaf.G, i, state)
-            for leaf, state in zip(leaves, states, strict=True)
+            functools.partial(_take, leaf.spec.unnamed, leaf.G, i, state)
+            for leaf, i, state in zip(leaves, i, states, strict=True)
         ]
         none = jax.tree.map(jnp.zeros_like, jax.eval_shape(cuts[0]))
         part, old = select_value(here, cuts, none)
-        new = step(spec, kind, part, order[e], due[e], old)
-        puts = [functools.partial(_put_if, spec, is_here, i, new) for is_here in here]
-        return run_if_due(here, puts, states)
+        new = step(matrix, kind, part, order[e], due[e], old)
+        puts = [
+            functools.partial(_put_if, leaf.spec.unnamed, is_here, i, new)
+            for leaf, is_here, i in zip(leaves, here, i, strict=True)
+        ]
+        return run_each(here, puts, states)
 
     return _where(due, at, states)
 

@@ -75,6 +75,19 @@ class LeafSpec:
         return dataclasses.replace(self, path=(), index=0, partition=None)
 
     @functools.cached_property
+    def matrix(self) -> "LeafSpec":
+        """The view of one matrix, as `cut` returns it."""
+        place = {axis: i for i, axis in enumerate(self._matrix_axes)}
+        rows, cols = (tuple(place[axis] for axis in side) for side in (self.rows, self.cols))
+        shape = tuple(self.sizes[axis] for axis in self._matrix_axes)
+        return LeafSpec((), shape, (), rows, cols, self.rank, both=self.both)
+
+    @functools.cached_property
+    def _matrix_axes(self) -> tuple[int, ...]:
+        """The axes of one matrix, in the leaf's order."""
+        return tuple(axis for axis in range(len(self.sizes)) if axis not in self.batch)
+
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the axes that `batch`, `rows` and `cols` index."""
         return self.split or self.shape
@@ -134,12 +147,11 @@ class LeafSpec:
         starts = [index.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
         sizes = [1 if axis in self.batch else n for axis, n in enumerate(self.sizes)]
         part = lax.dynamic_slice(x, starts, sizes)
-        return part.reshape([n for axis, n in enumerate(self.sizes) if axis not in self.batch])
+        return part.reshape([self.sizes[axis] for axis in self._matrix_axes])
 
     def as_matrix(self, part: Float[Array, "..."]) -> Float[Array, "m n"]:
         """The result of `cut` as a matrix, the projected side first."""
-        remaining = [axis for axis in range(len(self.sizes)) if axis not in self.batch]
-        axes = [remaining.index(axis) for axis in (*self.rows, *self.cols)]
+        axes = [self._matrix_axes.index(axis) for axis in (*self.rows, *self.cols)]
         return part.transpose(axes).reshape(self.m, self.n)
 
     def take(self, x: Array, i: Int[Array, ""]) -> Array:

@@ -58,12 +58,17 @@ def run_if_due(
     dozen of hundreds if one leaf is due.
     """
 
-    def run(states):
-        if len(states) <= BRANCHES:
-            return [f(state) for f, state in zip(functions, states, strict=True)]
-        return [new for part in _parts(due, functions, states) for new in run_if_due(*part)]
-
+    run = functools.partial(run_each, due, functions)
     return when(functools.reduce(operator.or_, due), run, states)
+
+
+def run_each(
+    due: Sequence[Bool[Array, ""]], functions: Sequence[Callable[[Any], Any]], states: list[Any]
+) -> list[Any]:
+    """`run_if_due` where one is known to be due: without the condition at the root of the tree."""
+    if len(states) <= BRANCHES:
+        return [f(state) for f, state in zip(functions, states, strict=True)]
+    return [new for part in _parts(due, functions, states) for new in run_if_due(*part)]
 
 
 def select_value(
@@ -72,19 +77,18 @@ def select_value(
     """`value()` of the one that is selected, or `other`, by a tree of conditions.
 
     With `lax.switch` every branch takes the operands of all branches, so the program's size would
-    be quadratic in their number.
+    be quadratic in their number. A few values need no condition: on TPUs a loop's carry has the
+    default layout, and a value that is sliced from an array in another layout would need a copy of
+    the array.
     """
-
-    def run(other):
-        if len(selected) <= BRANCHES:
-            for condition, value in zip(selected, values, strict=True):
-                other = jax.tree.map(functools.partial(jnp.where, condition), value(), other)
-            return other
-        for part in _parts(selected, values):
-            other = select_value(*part, other)
+    if len(selected) <= BRANCHES:
+        for condition, value in zip(selected, values, strict=True):
+            other = jax.tree.map(functools.partial(jnp.where, condition), value(), other)
         return other
-
-    return when(functools.reduce(operator.or_, selected), run, other)
+    for part in _parts(selected, values):
+        any_here = functools.reduce(operator.or_, part[0])
+        other = when(any_here, functools.partial(select_value, *part), other)
+    return other
 
 
 def _parts(*lists: Sequence[Any]) -> list[list[Sequence[Any]]]:

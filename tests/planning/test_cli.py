@@ -23,7 +23,7 @@ def test_command_options(tmp_path, capsys):
     path = tmp_path / "shapes.json"
     path.write_text('{"up/kernel": [64, 256]}')
     words = "--budget 70KiB --reserve 1KiB --dtype float32 --bits 32 --whole-gradients"
-    words += " --recipe natural_galore --side long --multiple 32"
+    words += " --recipe natural_galore --side long --multiple 32 --tpu"
     assert main(["plan", "--shapes", str(path), *words.split()]) == 1
     planned = natgalore.plan(
         {"up": {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)}},
@@ -34,6 +34,7 @@ def test_command_options(tmp_path, capsys):
         recipe=natgalore.natural_galore,
         side="long",
         multiple=32,
+        tpu=True,
     )
     assert capsys.readouterr().out == f"{planned}\n"
     assert main(["plan", "--shapes", str(path), "--rank", "0.25"]) == 0

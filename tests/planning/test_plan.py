@@ -446,3 +446,19 @@ def test_plan_of_a_tree_without_matrices():
 def test_invalid_arguments(settings, match):
     with pytest.raises(ValueError, match=match):
         natgalore.plan(tree(), **settings)
+
+
+def test_padding_on_tpus_is_counted():
+    """One axis of 128, one of 8: 100 columns of a basis are 104, and 100 of n are 128."""
+    params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}}
+    counted = lambda rank, tpu: natgalore.plan(params, rank=rank, bits=32, tpu=tpu).bytes
+    for rank in (16, 100, 128):
+        exact, padded = counted(rank, False), counted(rank, True)
+        assert padded["weights"] == exact["weights"]
+        assert padded["gradients"] * rank == exact["gradients"] * -(-rank // 8) * 8
+        scalars = 5 * (512 - 4)  # counts and a version, in a tile each
+        arrays = (256 + 2 * 1024) * 4
+        assert padded["state"] - exact["state"] == scalars + arrays * (-rank % 8)
+    planned = natgalore.plan(params, rank=100, bits=32, tpu=True)
+    assert sum(row.state for row in planned.rows) <= planned.bytes["state"]
+    assert planned.adamw == 4 * 4 * 256 * 1024 + 512

@@ -1,5 +1,6 @@
 """map_due_matrices gives the step of each due matrix its own gradient, place and state, once."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -17,15 +18,20 @@ NOWHERE = ParamPartitions(None, {})
 SHAPES = {  # of a leaf, and its axes: batch, rows, columns
     "matrix": ((3, 5), (), (0,), (1,)),
     "stack": ((2, 3, 5), (0,), (1,), (2,)),
+    "transposed": ((5, 3), (), (1,), (0,)),
     "experts last": ((3, 2, 5, 2), (1, 3), (0,), (2,)),
 }
 
 
 def leaves_of(names, shape, kind="kind"):
-    """Leaves with random gradients and states, and their places in the order in turn."""
-    sizes, *axes = SHAPES[shape]
+    """Leaves with random gradients and states, and their places in the order in turn.
+
+    `shape` is one of SHAPES, or a list with one of them for each name.
+    """
     made, first = [], 7
-    for i, name in enumerate(names):
+    shapes = [shape] * len(names) if isinstance(shape, str) else shape
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=False)):
+        sizes, *axes = SHAPES[shape]
         rng = np.random.default_rng(i)
         path = tuple(DictKey(key) for key in name.split("/"))
         spec = LeafSpec(path, sizes, *axes, rank=2, index=first)
@@ -70,9 +76,10 @@ ALIKE = ["layers/0/up", "layers/1/up", "layers/10/up"]
 
 
 @pytest.mark.parametrize("names", [ALIKE, ["a", "b", "c"], [f"x/{i}" for i in range(11)]], ids=len)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "mixed"])
 def test_each_due_matrix_is_refreshed_with_its_own_arguments(names, shape):
-    leaves = leaves_of(names, shape)
+    shapes = ["stack", "matrix", "transposed"] * 4 if shape == "mixed" else [shape] * len(names)
+    leaves = leaves_of(names, shapes)
     run = jax.jit(
         lambda due: map_due_matrices(
             step,
@@ -95,9 +102,7 @@ def test_each_due_matrix_is_refreshed_with_its_own_arguments(names, shape):
             jax.tree.map(np.testing.assert_array_equal, state, expected(leaf, now))
 
 
-def test_equal_leaves_share_one_program():
-    """Alike: their names differ in numbers alone, and nothing else of them does."""
-
+def test_equal_matrices_share_one_program():
     def programs(leaves):
         traced = []
 
@@ -109,8 +114,11 @@ def test_equal_leaves_share_one_program():
         return len(traced)
 
     assert programs(leaves_of(ALIKE, "stack")) == 1
-    assert programs(leaves_of(["layers/0/up", "layers/0/down"], "stack")) == 2
-    assert programs(leaves_of(["0"], "stack") + leaves_of(["1"], "matrix")) == 2
+    assert programs(leaves_of(["0", "1"], ["stack", "matrix"])) == 1
+    assert programs(leaves_of([*"abcd"], [*SHAPES])) == 2  # "transposed" is laid out in another way
+    other_shape = leaves_of(["1"], "stack")[0]
+    other_shape = other_shape._replace(spec=dataclasses.replace(other_shape.spec, rank=1))
+    assert programs([*leaves_of(["0"], "stack"), other_shape]) == 2
     assert programs(leaves_of(["0"], "stack") + leaves_of(["1"], "stack", "another kind")) == 2
     other_type = leaves_of(["1"], "stack")[0]
     other_type = other_type._replace(G=other_type.G.astype(jnp.bfloat16))

@@ -15,6 +15,7 @@ from natgalore_jax.util.linalg import (
     newton_schulz,
     newton_schulz_scales,
     orthonormalise,
+    panel_qr,
     polar,
     power_of_two,
     product,
@@ -103,7 +104,11 @@ def sketches():
 
 
 @pytest.mark.parametrize("sketch", sketches())
-@pytest.mark.parametrize("factorise", [cholesky_qr, householder_qr])
+@pytest.mark.parametrize(
+    "factorise",
+    [cholesky_qr, householder_qr, functools.partial(panel_qr, width=2)],  # 12 panels, 2 blocks
+    ids=["cholesky", "householder", "panels"],
+)
 def test_qr_factor_matches_numpy(factorise, sketch):
     Y = sketches()[sketch]
     Q = np.asarray(factorise(jnp.asarray(Y, jnp.float32)), np.float64)

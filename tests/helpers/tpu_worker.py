@@ -1,0 +1,118 @@
+"""Compiles cases for TPUs in a process of its own and prints what the programs contain, as JSON.
+
+python -m tests.helpers.tpu_worker CASE ...
+"""
+
+import functools
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import SingleDeviceSharding
+
+import natgalore_jax as natgalore
+from benchmarks.common import tpu_compiler
+from benchmarks.common.tpu_compiler import Program
+from benchmarks.memory.bench_tpu import mesh_of, training_step, update_step
+from examples.common import llama
+from examples.pretraining import llama_sharding, sharded
+from natgalore_jax.reporting.memory_report import nbytes_on_tpu
+
+
+RANK, M, N = 16, 128, 640
+SHAPES = {"up": (2, M, N), "gate": (2, M, N), "down": (2, N, M), "norm": (M,)}
+# Fewer optimisations: the same collectives and precisions in a fraction of the time.
+OPTIONS = {"exec_time_optimization_effort": -1.0}
+SETTINGS = {"refresh_every": 10, "weight_decay": 0.1}
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "galore": lambda: natgalore.galore(1e-3, RANK, **SETTINGS),
+    "natural_galore": lambda: natgalore.natural_galore(1e-3, RANK, **SETTINGS),
+    "core": lambda: natgalore.natural_galore(1e-3, RANK, fisher="core", residual=None, **SETTINGS),
+    "window": lambda: natgalore.natural_galore(
+        1e-3, RANK, fisher="window", residual=None, **SETTINGS
+    ),
+    "quantized": lambda: natgalore.quantized(natgalore.galore(1e-3, RANK, **SETTINGS)),
+    "offload": lambda: natgalore.offload(natgalore.galore(1e-3, RANK, **SETTINGS)),
+    "cores": lambda: natgalore.galore(1e-3, RANK, stagger=False, **SETTINGS),
+}
+# Of arrays on one chip: tiles of (8, 128), shorter ones, vectors, and axes in every order.
+PADDED = [
+    *((r, 2736) for r in (1, 3, 4, 8, 16, 100)),
+    *((2048, r) for r in (4, 100)),
+    *((100, 100), (24, 100, 100), (3, 5, 7), (24, 342, 256), (2, 3, 130, 70), (5,), (2736,), ()),
+]
+
+
+def shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+
+
+def facts(program: Program) -> dict[str, Any]:
+    """What a program contains and needs."""
+    text = program.text
+    return {
+        "precisions": sorted(set(re.findall(r"operand_precision=\{(\w+,\w+)\}", text))),
+        "float64": bool(re.search(r"\b(f64|c128)\[", text)),
+        "host": sorted(
+            set(re.findall(r" (send|recv|infeed|outfeed)\(", text))
+            | ({"host memory"} if "S(5)" in text else set())
+        ),
+        "unaliased": program.unaliased,
+        "arguments": program.arguments,
+        "hot": [
+            [x.kind, list(shape), x.times] for x in program.hot_collectives() for shape in x.shapes
+        ],
+        "moved": program.moved()["step"],
+    }
+
+
+def update(name: str, topology: str) -> dict[str, Any]:
+    step = update_step(OPTIMIZERS[name](), shapes(), mesh_of(topology))
+    return facts(step.compile(options=OPTIONS))
+
+
+def training(name: str, topology: str) -> dict[str, Any]:
+    mesh = mesh_of(topology)
+    config = llama.CONFIGS["tiny"]
+    step = training_step(OPTIMIZERS[name](), name == "cores", config, mesh, mesh.size, 128)
+    return facts(step.compile(options=OPTIONS))
+
+
+def example(topology: str) -> dict[str, Any]:
+    """The training step of `make train ACCELERATOR=tpu ARGS="--dtype bfloat16 --scan"`."""
+    mesh = mesh_of(topology)
+    llama_sharding.make_mesh = lambda shape: mesh
+    config = sharded.Config(dtype="bfloat16", scan=True, vocabulary=256)
+    functions = sharded.make_functions(config)
+    state = jax.eval_shape(functions.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
+    step = functions.train_step
+    return facts(tpu_compiler.compile_for_tpu(step, state, tokens, options=OPTIONS))
+
+
+def padding(topology: str) -> list[tuple[str, int, int]]:
+    """Shapes with their bytes by the compiler and by `nbytes_on_tpu`."""
+    sharding = SingleDeviceSharding(tpu_compiler.devices_of(topology)[0])
+    rows = []
+    for shape in PADDED:
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+            x = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            program = tpu_compiler.compile_for_tpu(lambda x: x, x, donate_argnums=0)
+            rows.append((f"{x.dtype}{shape}", program.arguments, nbytes_on_tpu(x)))
+    return rows
+
+
+def run(case: str) -> Any:
+    kind, *arguments = case.split("/")
+    functions = {"update": update, "training": training, "example": example, "padding": padding}
+    return functools.partial(functions[kind], *arguments)()
+
+
+if __name__ == "__main__":
+    tpu_compiler.use_tpu_compiler()
+    print(json.dumps({case: run(case) for case in sys.argv[1:]}))

@@ -1,0 +1,89 @@
+"""What XLA:TPU makes of the library: compiled ahead of time, on a machine without a TPU.
+
+`test_tpu.py` reads the programs that the compiler is given; these are the programs that it returns.
+They need libtpu (`pip install "natgalore_jax[tpu-compile]"`), in processes of their own.
+"""
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.common.tpu_compiler import ENVIRONMENT
+from tests.helpers.cases import quick
+from tests.helpers.tpu_worker import OPTIMIZERS, RANK, SHAPES, M, N
+
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+ROOT = Path(__file__).parents[2]
+V5E = "v5e:2x4"
+QUICK = (f"update/galore/{V5E}", f"update/natural_galore/{V5E}", f"padding/{V5E}")
+UPDATES = [
+    *(f"update/{name}/{V5E}" for name in OPTIMIZERS if name not in ("adamw", "cores")),
+    *(f"update/natural_galore/{name}" for name in ("v5e:4x4", "v5p:2x2x1", "v6e:2x4")),
+]
+STEPS = [
+    *(f"training/{name}/{V5E}" for name in ("galore", "natural_galore", "cores")),
+    f"example/{V5E}",
+]
+
+
+@functools.cache
+def compiled(*cases):
+    environment = os.environ | ENVIRONMENT | {"PYTHONWARNINGS": "error"}
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-m", "tests.helpers.tpu_worker", *cases]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return json.loads(done.stdout)
+
+
+def facts_of(case):
+    return compiled(*QUICK)[case] if case in QUICK else compiled(case)[case]
+
+
+@pytest.mark.parametrize("case", quick(QUICK[:2], UPDATES))
+def test_update_compiles_for_tpus(case):
+    facts = facts_of(case)
+    assert not facts["float64"]
+    assert facts["host"] == (["host memory"] if "offload" in case else [])
+    # Three passes for products with gradients and cores, six for bases; no choice for bfloat16.
+    assert facts["precisions"] == ["high,high", "highest,highest"]
+    # Weights and state are updated in place: only the table of results has memory of its own.
+    assert facts["unaliased"] <= 1024
+
+
+def test_bytes_moved_are_those_of_the_sharding_page():
+    """Of `galore` under FSDP over 8 chips: R summed and U gathered, or P gathered twice.
+
+    `divided` shards the m side of up and gate and the n side of down. XLA:TPU sums R on all chips.
+    """
+    received = 7 / 8 * 4 * SHAPES["up"][0]  # of one number per layer
+    expected = received * (2 * 3 * RANK * N + 2 * M * RANK)
+    facts = facts_of(QUICK[0])
+    # Beside them, the finite masks and largest entries of the cores: a percent at this small size.
+    assert expected <= facts["moved"] <= 1.02 * expected
+    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) < M * N
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STEPS)
+def test_training_step_compiles_for_tpus(case):
+    facts = facts_of(case)
+    assert not facts["float64"]
+    assert facts["host"] == []
+    assert facts["unaliased"] <= 2048  # and the loss, padded
+
+
+def test_padding_is_that_of_the_compiler():
+    for shape, by_compiler, counted in compiled(*QUICK)[f"padding/{V5E}"]:
+        assert by_compiler == counted, shape
