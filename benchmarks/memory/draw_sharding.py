@@ -37,7 +37,8 @@ def draw(ax: Axes, name: str, shape: tuple[int, ...], sharding: NamedSharding, c
             ax.add_patch(Rectangle(place, strip, height, color=colors[device], lw=0))
         ax.add_patch(Rectangle((left, top), width, height, fill=False, lw=1.2))
         label = "all" if len(devices) == len(colors) else " ".join(map(str, sorted(devices)))
-        ax.text(left + width / 2, top + height / 2, label, ha="center", va="center", fontsize=8)
+        size = 8 if height >= 6 else 4.5
+        ax.text(left + width / 2, top + height / 2, label, ha="center", va="center", fontsize=size)
     ax.set(xlim=(-1, max(cols, NARROW) + 1), ylim=(M + 1, -1), aspect="equal")
     ax.axis("off")
     spec = ", ".join(str(entry) for entry in (*sharding.spec, None, None)[: len(shape)])
