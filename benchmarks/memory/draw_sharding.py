@@ -77,7 +77,7 @@ def main() -> None:
         draw(ax, name, shape, sharding, colors)
     figure.suptitle(
         f"one weight on a mesh of {' x '.join(f'{k} {v}' for k, v in MESH.items())}: "
-        "numbers and colours are the devices that hold a part, stripes are copies",
+        "numbers and colours are the devices that hold a part",
         fontsize=10,
     )
     figure.savefig(args.out, dpi=150)
