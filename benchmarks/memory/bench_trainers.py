@@ -4,12 +4,13 @@ Trains a toy model on eight simulated devices with each trainer's own train step
 with AdamW and with the recipe of examples/trainers/, as a user would add it. Each run is a process
 of its own; a run that is already in --out is not repeated.
 
-    PYTHONPATH=.:NANODO python benchmarks/memory/bench_trainers.py --out benchmarks/results/trainers.json
+    PYTHONPATH=.:NANODO python benchmarks/memory/bench_trainers.py --out runs/trainers.json
 
-needs, in an environment of its own (Python 3.12):
+needs, in an environment of its own (Python 3.12), beside what these packages import:
 
     pip install jax==0.11.1 flax optax orbax-checkpoint equinox clu ml_collections
-    pip install --no-deps maxtext==0.2.5 marin-levanter==0.2.227.dev40316220070 (and what they import)
+    pip install --no-deps maxtext==0.2.5
+    pip install --no-deps marin-levanter==0.2.227.dev40316220070 marin-haliax
     git clone https://github.com/google-deepmind/nanodo NANODO    (10aefde)
 
 The Linen layouts of MaxText need commit e591f30 of AI-Hypercomputer/maxtext: MAXTEXT_LINEN is the

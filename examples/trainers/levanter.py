@@ -1,6 +1,6 @@
 """Natural GaLore in Levanter: a registered OptimizerConfig; no change of the trainer.
 
-    optimizer:                       # in the trainer's YAML, after `import examples.trainers.levanter`
+    optimizer:          # in the trainer's YAML, once this module is imported
       type: natural_galore
       learning_rate: 2.5e-3
       rank: 128
