@@ -162,6 +162,26 @@ def test_tunix_shards_the_state_of_its_optimizer():
     assert on_device <= 1.1 * sum(x.nbytes for x in arrays) / 8
 
 
+def test_tunix_trains_with_a_sharded_state():
+    trainers = pytest.importorskip("tunix.sft.peft_trainer", reason="Tunix is not installed")
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+    with mesh, nnx.use_eager_sharding(False):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", "tp"))
+        model = nnx.Linear(64, 64, kernel_init=init, use_bias=False, rngs=nnx.Rngs(0))
+        trainer = trainers.PeftTrainer(
+            model,
+            natgalore.natural_galore(1e-2, rank=16, refresh_every=2),
+            trainers.TrainingConfig(eval_every_n_steps=100, max_steps=3),
+        ).with_loss_fn(lambda model, x: jnp.square(model(x) - x).mean())
+        trainer.with_gen_model_input_fn(lambda x: {"x": x})
+        x = np.random.default_rng(0).normal(size=(3, 16, 64)).astype(np.float32)
+        trainer.train(list(x))
+    arrays = jax.tree.leaves(nnx.state(trainer.optimizer, nnx.optimizer.OptState))
+    on_device = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+    assert on_device <= 1.1 * sum(x.nbytes for x in arrays) / 8
+    assert max(float(jnp.abs(x).max()) for x in arrays) > 0
+
+
 class TestPPO:
     def test_a_step_of_the_pole(self):
         """Gymnasium's CartPole-v1 from this state, pushed to the right, in float64."""

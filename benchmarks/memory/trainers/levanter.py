@@ -31,13 +31,9 @@ from .case import (
 )
 
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "FSDP 8": {"mesh": MeshConfig(axes={"data": 8, "model": 1})},
-    "FSDP 4 x TP 2": {"mesh": MeshConfig(axes={"data": 4, "model": 2})},
-    "FSDP 8, Explicit axes": {
-        "mesh": MeshConfig(axes={"data": 8, "model": 1}),
-        "use_explicit_mesh_axes": True,
-    },
+LAYOUTS = {
+    "FSDP 8": MeshConfig(axes={"data": 8, "model": 1}),
+    "FSDP 4 x TP 2": MeshConfig(axes={"data": 4, "model": 2}),
 }
 OPTIMIZERS = {
     "adamw": AdamConfig(),
@@ -55,9 +51,10 @@ MODEL = LlamaConfig(
 
 
 def run(optimizer: str, layout: str, checkpoint: bool) -> dict[str, Any]:
-    def trainer_on(settings: dict[str, Any]) -> Trainer:
+    def trainer_on(layout: str) -> Trainer:
         config = TrainerConfig(
             id="toy",
+            mesh=LAYOUTS[layout],
             train_batch_size=BATCH,
             num_train_steps=STEPS,
             require_accelerator=False,
@@ -65,7 +62,6 @@ def run(optimizer: str, layout: str, checkpoint: bool) -> dict[str, Any]:
             log_jaxprs=False,
             log_xla_hlo=False,
             load_checkpoint=False,
-            **settings,
         )
         loss = lambda model, example, *, key=None: model.compute_next_token_loss(example, key=key)
         return Trainer(config, OPTIMIZERS[optimizer].build(STEPS), loss)
@@ -75,7 +71,7 @@ def run(optimizer: str, layout: str, checkpoint: bool) -> dict[str, Any]:
         return trainer.initial_state(jax.random.PRNGKey(0), model_init=build)
 
     tokens_axes = (Axis("batch", BATCH), Axis("position", LENGTH))
-    with trainer_on(LAYOUTS[layout]) as trainer, compile_seconds() as seconds:
+    with trainer_on(layout) as trainer, compile_seconds() as seconds:
         state = initial_state(trainer)
         at_init = bytes_of(state.opt_state)
         losses = []
@@ -90,7 +86,7 @@ def run(optimizer: str, layout: str, checkpoint: bool) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             checkpoints.save_checkpoint(state.opt_state, STEPS, folder)
             for name, other in (("same", layout), ("other", "FSDP 4 x TP 2")):
-                with trainer_on(LAYOUTS[other]) as trainer:
+                with trainer_on(other) as trainer:
                     fresh = initial_state(trainer).opt_state
                     mapping, mesh = trainer.parameter_axis_mapping, trainer.device_mesh
                     restored = checkpoints.load_checkpoint(
