@@ -91,6 +91,41 @@ ratio = lambda x, reference: f"{x / reference:.2f}"
 device = lambda name: read(name)["environment"]["device"].split(" ")[1]
 
 
+# --- Other people's trainers: benchmarks/memory/bench_trainers.py ---------------------------------
+
+
+TRAINERS = {"maxtext": "MaxText", "levanter": "Levanter", "nanodo": "nanodo", "ours": "`sharded`"}
+
+
+def trainer_runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Trainer, layout and runs by optimizer."""
+    for name, trainer in TRAINERS.items():
+        yield from ((trainer, layout, runs) for layout, runs in read("trainers")[name].items())
+
+
+@table("trainers", "trainer", "layout", "AdamW", "before", "Natural GaLore", "to AdamW")
+def trainers() -> Iterator[Row]:
+    def on_device(run: dict[str, Any] | None) -> str:
+        if run is None:
+            return ""
+        return megabytes(run["device_bytes"], 3) if "device_bytes" in run else "does not run"
+
+    for trainer, layout, runs in trainer_runs():
+        adamw, before, ours = (
+            runs.get(name) for name in ("adamw", "natural_galore before", "natural_galore")
+        )
+        share = ratio(ours["device_bytes"], adamw["device_bytes"]) if adamw else ""
+        yield trainer, layout, on_device(adamw), on_device(before), on_device(ours), share
+
+
+@table("trainers-compile", "trainer", "layout", "AdamW", "Natural GaLore", "to AdamW")
+def trainers_compile() -> Iterator[Row]:
+    for trainer, layout, runs in trainer_runs():
+        if "adamw" in runs:
+            times = [runs[name]["process_seconds"] for name in ("adamw", "natural_galore")]
+            yield trainer, layout, *(f"{x:.0f} s" for x in times), ratio(times[1], times[0])
+
+
 # --- The update alone: benchmarks/speed/bench_step.py ---------------------------------------------
 
 

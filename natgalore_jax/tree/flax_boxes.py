@@ -98,7 +98,10 @@ def axis_entries_of(box: Any) -> tuple[Any, ...] | None:
     # Attributes of an NNX Variable may be deprecated, or those of its array.
     metadata = _metadata(box)
     for field in FIELDS:
-        names = getattr(box, field, None) if metadata is None else metadata.get(field)
+        if metadata is not None:
+            names = metadata.get(field)
+        else:
+            names = _axes(box) if field == "axes" else getattr(box, field, None)
         if not isinstance(names, tuple | PartitionSpec) or not rank:
             continue
         entries = [getattr(name, "name", name) for name in names]
@@ -123,10 +126,11 @@ def box_like(box: Any, x: Any, entries: Sequence[Any]) -> Any:
     metadata = _metadata(box)
     if metadata is not None:
         (field, *_) = (name for name in FIELDS if metadata.get(name) is not None)
-        dropped = ("param_scan_axis", "partition_name")
+        # NNX prefers the deprecated names of a field to `out_sharding`.
+        dropped = ("param_scan_axis", "partition_name", *FIELDS)
         metadata = {k: v for k, v in metadata.items() if k not in dropped}
         return type(box).from_metadata(x, metadata | {field: tuple(entries)})
-    if hasattr(box, "axes"):
+    if _axes(box) is not None:
         axis = type(box.axes[0])
         names = [f"axis_{i}" if name is None else name for i, name in enumerate(entries)]
         return type(box)(x, tuple(map(axis, names, x.shape)))
@@ -147,14 +151,20 @@ def is_box(x: Any) -> bool:
     children = _children(x)
     if len(children) != 1 or not _is_single(children[0][1]):
         return False
-    return children[0][0] == VALUE or _has_axes(x)
+    return children[0][0] == VALUE or _axes(x) is not None
 
 
-def _has_axes(x: Any) -> bool:
+def _axes(x: Any) -> tuple[Any, ...] | None:
+    """The axes of a Haliax array: Axis nodes, in newer versions names.
+
+    In those `axes` is computed, and raises for an array of another rank.
+    """
+    names = getattr(x, "axis_names", None)
+    if isinstance(names, tuple):
+        return names
     axes = getattr(x, "axes", None)
-    return isinstance(axes, tuple) and all(
-        hasattr(axis, "name") and hasattr(axis, "size") for axis in axes
-    )
+    is_axis = lambda axis: hasattr(axis, "name") and hasattr(axis, "size")
+    return axes if isinstance(axes, tuple) and all(map(is_axis, axes)) else None
 
 
 def _is_single(x: Any) -> bool:

@@ -24,6 +24,7 @@ SCRIPTS = [
     "finetuning.finetune_function_calling",
     "finetuning.tiny_assets",
 ]
+OF_TRAINERS = {"examples.trainers.easydel": "eformer", "examples.trainers.levanter": "levanter"}
 MODULES = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in (ROOT / "examples").rglob("*.py")
@@ -59,6 +60,8 @@ def test_script_starts_from_any_folder(name, as_module, tmp_path):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings_name_existing_files_and_doctests_pass(name):
+    if name in OF_TRAINERS:
+        pytest.importorskip(OF_TRAINERS[name], reason="the trainer is not installed")
     module = importlib.import_module(name)
     for path in re.findall(r"\bexamples/[\w/]+\.\w+", module.__doc__):
         assert (ROOT / path).is_file(), path

@@ -187,6 +187,19 @@ def test_nnx_optimizer_divides_its_state(key):
         assert float(jnp.abs(value).max()) > 0
 
 
+@pytest.mark.filterwarnings("ignore:'sharding_names' is deprecated")
+def test_nnx_optimizer_reads_no_other_names_of_the_weight(key):
+    """MaxText's params have their names twice, and `nnx.Optimizer` prefers the deprecated ones."""
+    param = in_nnx(jnp.ones((64, 128)), ("embed", "mlp"))
+    both = {**param.get_metadata(), "sharding_names": ("embed", "mlp")}
+    param = nnx.Param.from_metadata(param[...], both)
+    with spmd.logical_axis_rules(RULES):
+        state = natgalore.galore(1e-2, 16).init({"kernel": param})
+        state = nnx.training.optimizer.to_opt_state(state)
+        specs = nnx.get_partition_spec(state)
+    assert specs[0].inner_state[1].mu["kernel"].value.get_value() == P(None, ("tensor", "fsdp"))
+
+
 @pytest.mark.parametrize("scan_axis", [0, 1])
 def test_nnx_scan_axis_is_named_apart(scan_axis):
     """The state has the name of the layers in its own boxes, so trainers must not insert it."""
@@ -264,6 +277,36 @@ class NamedArray:
         return self
 
 
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class NewNamedArray:
+    """Of newer versions: names of axes, whose sizes are those of an array of the same rank."""
+
+    array: Any
+    axis_names: tuple[str, ...]
+
+    def __init__(self, array, axes):
+        object.__setattr__(self, "array", array)
+        object.__setattr__(self, "axis_names", tuple(axis.name for axis in axes))
+        assert self.axes == tuple(axes)
+
+    @property
+    def axes(self):
+        if jnp.ndim(self.array) != len(self.axis_names):
+            raise ValueError("another rank")
+        return tuple(map(Axis, self.axis_names, self.array.shape))
+
+    def tree_flatten(self):
+        return (self.array,), self.axis_names
+
+    @classmethod
+    def tree_unflatten(cls, names, children):
+        self = object.__new__(cls)
+        object.__setattr__(self, "array", children[0])
+        object.__setattr__(self, "axis_names", names)
+        return self
+
+
 class Mapping:
     """Stands for the module haliax.partitioning."""
 
@@ -275,28 +318,40 @@ class Mapping:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "basis", "mu"),
+    ("kind", "mapping", "basis", "mu"),
     [
-        ({"embed": "fsdp"}, ("axis_0", "embed", "axis_2"), ("axis_0", "axis_1", "embed")),
         (
+            NamedArray,
+            {"embed": "fsdp"},
+            ("axis_0", "embed", "axis_2"),
+            ("axis_0", "axis_1", "embed"),
+        ),
+        (
+            NewNamedArray,
             {"embed": "fsdp", "mlp": "tensor"},
             ("axis_0", "embed", "mlp"),
             ("axis_0", "embed", "mlp"),
         ),
         (
+            NamedArray,
             {"embed": ["fsdp", "tensor"]},
             ("axis_0", "embed", "axis_2"),
             ("axis_0", "axis_1", "embed"),
         ),
-        ({"layers": "fsdp"}, ("layers", "axis_1", "axis_2"), ("layers", "axis_1", "axis_2")),
+        (
+            NamedArray,
+            {"layers": "fsdp"},
+            ("layers", "axis_1", "axis_2"),
+            ("layers", "axis_1", "axis_2"),
+        ),
     ],
 )
-def test_named_arrays(monkeypatch, mapping, basis, mu):
+def test_named_arrays(monkeypatch, kind, mapping, basis, mu):
     """Each axis of a state array has the name whose mesh axes divide it, and its own size."""
     monkeypatch.setitem(boxed_state.sys.modules, "haliax.partitioning", Mapping(**mapping))
     axes = (Axis("layers", 4), Axis("embed", 64), Axis("mlp", 128))
     G = jax.random.normal(jax.random.key(0), (4, 64, 128))
-    params = {"up": NamedArray(G, axes), "scale": jnp.ones(3)}
+    params = {"up": kind(G, axes), "scale": jnp.ones(3)}
     tx = natgalore.galore(1e-2, 16)
     with jax.set_mesh(mesh()):
         state = tx.init(params)
