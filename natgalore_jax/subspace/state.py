@@ -69,6 +69,8 @@ class SubspaceState(NamedTuple):
         (*batch) of a projected leaf and for each other leaf.
       inner_state: the state of the inner transformation, with Cores at projected leaves.
       version: FORMAT_VERSION, int32.
+      residual_momentum: with `residual_momentum`, a tree like the params with a Core, M of
+        (*batch, m, n), at each projected leaf and None elsewhere; None without.
     """
 
     count: Int[Array, ""]
@@ -78,10 +80,16 @@ class SubspaceState(NamedTuple):
     skipped: PyTree
     inner_state: PyTree
     version: Int[Array, ""]
+    residual_momentum: PyTree = None
 
 
 register_state(
-    SubspaceState, count="scalar", refreshed="scalar", skipped="scalar", version="scalar"
+    SubspaceState,
+    count="scalar",
+    refreshed="scalar",
+    skipped="scalar",
+    version="scalar",
+    residual_momentum="full",
 )
 TAKES_CODES.add(SubspaceState)
 
