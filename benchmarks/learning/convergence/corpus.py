@@ -6,7 +6,9 @@ compared. A byte-pair encoding is trained on a part of the corpus; tokens are ca
 """
 
 import hashlib
+import io
 import json
+import lzma
 import sysconfig
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -148,6 +150,26 @@ def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -
     np.savez(part, train=corpus.train, validation=corpus.validation, about=json.dumps(about))
     part.rename(cached)
     return corpus
+
+
+def pack(corpus: Corpus, path: Path, tokens: int | None = None) -> None:
+    """Writes a corpus, or its first tokens, compressed, for a machine without its texts."""
+    train = corpus.train[:tokens]
+    buffer = io.BytesIO()
+    about = corpus.about | {"train_tokens": len(train)}
+    np.savez(buffer, train=train, validation=corpus.validation, about=json.dumps(about))
+    # One dictionary for the whole corpus: many files occur in several versions.
+    filters = [
+        {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**28, "lc": 0, "lp": 1, "pb": 1}
+    ]
+    path.write_bytes(lzma.compress(buffer.getvalue(), filters=filters))
+
+
+def unpacked(path: Path) -> Corpus:
+    """The corpus that :func:`pack` wrote."""
+    with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as arrays:
+        about = json.loads(str(arrays["about"]))
+        return Corpus(arrays["train"], arrays["validation"], about)
 
 
 END = "<end>"  # token after each text
