@@ -101,10 +101,10 @@ def quantized(
           not encoded.
       stochastic: which of the roles "linear", "full" and "square" are rounded stochastically, to
         one of the two nearest values with the right mean. Second moments should be: they move by
-        0.1 % in a step, less than the code resolves, so rounding to nearest keeps them constant relative to
-        the largest of their block. After one gradient of 100 times the usual size, steps were 1.3
-        times too long for 3000 steps, and right within 1 % with stochastic rounding. Momentum moves
-        by 10 % and has less noise with rounding to nearest.
+        0.1 % in a step, less than the code resolves, so rounding to nearest keeps them constant
+        relative to the largest of their block. After one gradient of 100 times the usual size,
+        steps were 1.3 times too long for 3000 steps, and right within 1 % with stochastic rounding.
+        Momentum moves by 10 % and has less noise with rounding to nearest.
       seed: of the stochastic rounding.
 
     Returns:

@@ -464,14 +464,14 @@ class NaturalGaLore:
 # --- The dynamic code of 8 bits (arXiv:2110.02861) ----------------------------------------------
 
 
-def dynamic_code(bits):
-    """The values of seven decades below 1, ascending, with 0 before them and scaled to end in 1.
+def dynamic_code(bits, decades=7):
+    """The values of some decades below 1, ascending, with 0 before them and scaled to end in 1.
 
-    The lowest decade has 2^(bits - 7) equal cells between a tenth and the whole of it, and each one
-    above twice as many; the values are their middles.
+    The lowest decade has 2^(bits - decades) equal cells between a tenth and the whole of it, and
+    each one above twice as many; the values are their middles.
     """
     values = [0.0]
-    for decade in range(-6, 1):
+    for decade in range(1 - decades, 1):
         edges = np.linspace(0.1, 1, 2 ** (bits - 1 + decade) + 1)
         values.extend(10.0**decade * (edges[:-1] + edges[1:]) / 2)
     return np.array(values) / values[-1]

@@ -37,6 +37,8 @@ OPTIMIZERS = {
     "reset, long": {"transport": "reset", "side": "long", "fisher": "core", "residual": None},
     "whitened": {"fisher": "core", "residual": "whitened"},
     "isotropic": {"residual": "isotropic"},
+    "momentum": {"residual_momentum": 0.9},
+    "two-sided momentum": {"side": "both", "residual_momentum": 0.9},
 }
 CORE = OPTIMIZERS["core"]
 
