@@ -56,6 +56,7 @@ def make(
     rank: int,
     every: int,
     exponent: float = 1.0,
+    /,
     *,
     bits: int = 32,
     momentum_bits: int | None = None,
