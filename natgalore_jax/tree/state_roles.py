@@ -21,8 +21,8 @@ from .leaf_spec import Basis, Core, LeafSpec
 
 Role = str
 
-# The axes of one matrix's part of an array, by its role. m and r are the leaf's; k is n, or r on
-# both sides; s is any size, n the leaf's. A field of the state of a user's transformation has one of DECLARED.
+# The axes of one matrix's part of an array, by its role. m, n and r are the leaf's; k is n, or r
+# on both sides; s is any size. A field of the state of a user's transformation has one of DECLARED.
 AXES: dict[Role, tuple[str, ...]] = {
     "basis": ("m", "r"),
     "key": (),

@@ -160,7 +160,7 @@ def pack(corpus: Corpus, path: Path, tokens: int | None = None) -> None:
     np.savez(buffer, train=train, validation=corpus.validation, about=json.dumps(about))
     # One dictionary for the whole corpus: many files occur in several versions.
     filters = [
-        {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**28, "lc": 0, "lp": 1, "pb": 1}
+        {"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 2**27, "lc": 0, "lp": 1, "pb": 1}
     ]
     path.write_bytes(lzma.compress(buffer.getvalue(), filters=filters))
 
