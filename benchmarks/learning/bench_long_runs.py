@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,7 +195,7 @@ def work(args: argparse.Namespace) -> None:
     """One worker: takes runs until the time is over."""
     jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
     text = corpus.unpacked(args.tokens)
-    begun, taken = time.time(), args.out / "taken"
+    taken = args.out / "taken"
     slower = float(args.workers)  # processes of one GPU share it
     while True:
         left = args.until - time.time()
@@ -209,27 +210,34 @@ def work(args: argparse.Namespace) -> None:
             print(f"no run fits into {left:.0f} s", flush=True)
             return
         began = time.time()
-        program = compiled(job.method, job.setting)
-        records = []
-        for record in train(program, job.setting, text, job.rate, job.seed):
-            records.append(record)
-        losses = " ".join(f"{results.loss_of(x):.3f}" for x in records[3::4])
-        took = time.time() - began
-        print(f"{tuple(job)}: {losses} in {took:.0f} s, at {began - begun:.0f}", flush=True)
-        line = {
-            "setting": job.setting.recorded,
-            "data": text.about,
-            "environment": environment(),
-            "method": job.method,
-            "rate": job.rate,
-            "seed": job.seed,
-            "state_bytes": program.state_bytes,
-            "matrix_state_bytes": program.matrix_state_bytes,
-            "records": records,
-        }
+        try:
+            line = result(job, text)
+        except Exception:  # of one run; the others go on
+            print(f"{tuple(job)} failed", flush=True)
+            traceback.print_exc()
+            continue
+        losses = " ".join(f"{results.loss_of(x):.3f}" for x in line["records"][3::4])
+        print(f"{tuple(job)}: {losses} in {time.time() - began:.0f} s", flush=True)
         part = args.out / f"{job.name}.part"
         results.append(part, line)
         part.rename(part.with_suffix(".jsonl"))
+
+
+def result(job: Job, text: corpus.Corpus) -> dict[str, Any]:
+    """The line of a run in the results file."""
+    program = compiled(job.method, job.setting)
+    records = list(train(program, job.setting, text, job.rate, job.seed))
+    return {
+        "setting": job.setting.recorded,
+        "data": text.about,
+        "environment": environment(),
+        "method": job.method,
+        "rate": job.rate,
+        "seed": job.seed,
+        "state_bytes": program.state_bytes,
+        "matrix_state_bytes": program.matrix_state_bytes,
+        "records": records,
+    }
 
 
 def supervise(args: argparse.Namespace) -> None:
@@ -245,13 +253,10 @@ def supervise(args: argparse.Namespace) -> None:
             command = [sys.executable, *sys.argv, "--until", str(args.until)]
             processes.append(subprocess.Popen(command, env=os.environ | settings))
     codes = [process.wait() for process in processes]
-    finished = sorted(args.out.glob("*.jsonl"))
-    everything = args.out / "all.jsonl"
-    everything.unlink(missing_ok=True)
-    for path in finished:
-        if path != everything:
-            for line in results.lines(path):
-                results.append(everything, line)
+    lines = [line for path in sorted(args.out.glob("*.jsonl")) for line in results.lines(path)]
+    args.collect.unlink(missing_ok=True)
+    for line in lines:
+        results.append(args.collect, line)
     print(f"{len(remaining(args))} runs remain; workers ended with {codes}", flush=True)
 
 
@@ -266,6 +271,9 @@ def arguments() -> argparse.Namespace:
         type=lambda x: [*map(Path, x.split(","))],
         default=[Path("benchmarks/results/long-runs.jsonl")],
         help="files of results, separated by commas",
+    )
+    parser.add_argument(
+        "--collect", type=Path, default="runs/long-runs.jsonl", help="all results of --out"
     )
     parser.add_argument("--cache", type=Path, default="runs/cache", help="of compiled programs")
     parser.add_argument("--gpus", type=lambda x: x.split(","), default=["0"])
