@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
         "--dataset",
         choices=corpus.DATASETS,
         default="python",
-        help="the Python files of what is installed, of fetched wheels, or C4",
+        help="Python files, installed or of fetched wheels; descriptions of packages; or C4",
     )
     parser.add_argument("--tokens", type=Path, help="read these tokens, of corpus.pack, instead")
     parser.add_argument(

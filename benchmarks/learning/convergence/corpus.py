@@ -1,4 +1,4 @@
-"""Text to tokens: installed Python sources, Python sources of downloaded wheels, or C4.
+"""Text to tokens: Python sources, installed or in wheels; descriptions of packages; or C4.
 
 Installed sources are those of the standard library and all packages. Duplicate files are removed.
 Installations differ, so each corpus has a digest, and results of different corpora are not
@@ -83,6 +83,28 @@ def distinct(texts: Iterable[bytes]) -> list[bytes]:
     return [found[digest] for digest in sorted(found)]
 
 
+def descriptions(cache: Path, limit: int | None) -> Iterable[bytes]:
+    """The English descriptions of Debian's packages, in apt's files in the folder `debian`.
+
+    Prose: 64,000 texts, 27 MB.
+    """
+    folder = cache / "debian"
+    if not any(folder.glob("*Translation-en*")):
+        raise ValueError(
+            "there is no text in debian: apt-get -o Dir::State::Lists=LISTS -o "
+            "Acquire::Languages=en update; then for each file of LISTS: "
+            f"/usr/lib/apt/apt-helper cat-file FILE >> {folder}/Translation-en"
+        )
+    found = []
+    for path in sorted(folder.glob("*Translation-en*")):
+        for entry in path.read_text().split("\n\n"):
+            _, _, text = entry.partition("\nDescription-en: ")
+            # Lines start with a space; one with a dot alone is empty.
+            lines = [line.strip() for line in text.splitlines()]
+            found.append("\n".join("" if line == "." else line for line in lines).encode())
+    return distinct(found)[:limit]
+
+
 def c4(cache: Path, limit: int | None) -> Iterable[bytes]:
     """The first texts of C4's English part, streamed."""
     del cache
@@ -95,7 +117,7 @@ def c4(cache: Path, limit: int | None) -> Iterable[bytes]:
         yield row["text"].encode()
 
 
-DATASETS = {"python": installed, "wheels": fetched, "c4": c4}
+DATASETS = {"python": installed, "wheels": fetched, "debian": descriptions, "c4": c4}
 
 
 def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -> Corpus:
