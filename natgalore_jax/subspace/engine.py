@@ -60,7 +60,15 @@ from .projection import (
 )
 from .refresh import MatrixState, Refresh
 from .residual import RESIDUALS, Momentum, Residual
-from .state import FORMAT_VERSION, Settings, SubspaceState, check_cores, check_fits, flatten
+from .state import (
+    FORMAT_VERSION,
+    ResidualMomentumState,
+    Settings,
+    SubspaceState,
+    check_cores,
+    check_fits,
+    flatten,
+)
 from .transport import check_roles
 from .weight_decay import inspect, refuse_evaluation, update_with_decay
 
@@ -144,6 +152,8 @@ class Engine:
             check_learning_rate(inner, proxies, sized=self.residual in RESIDUALS)
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
+        if self.residual_momentum is not None:
+            inner_state = ResidualMomentumState(jax.tree.map(momentum, params, specs), inner_state)
         state = SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
@@ -154,9 +164,6 @@ class Engine:
             skipped=jax.tree.map(counter, params, specs),
             inner_state=inner_state,
             version=jnp.full([], FORMAT_VERSION, jnp.int32),
-            residual_momentum=None
-            if self.residual_momentum is None
-            else jax.tree.map(momentum, params, specs),
         )
         return box_state(_placed(state, partitions), named)
 
@@ -185,7 +192,7 @@ class Engine:
         boxes = _params_at_cores(updates, params)
         updates, params, leaves = unbox(updates), unbox(params), unbox(boxes)
         check_fits(state)
-        self._check_momentum(state)
+        state, momentum = self._without_momentum(state)
         check_cores(updates, state.basis, self.refresh)
         check_reduced(updates, state.skipped)
         gradients, treedef = jax.tree.flatten(updates, is_leaf=is_core)
@@ -218,7 +225,6 @@ class Engine:
         # 4. Lift.
         weights = treedef.flatten_up_to(leaves if params is None else params)
         answers = treedef.flatten_up_to(answer)
-        momenta = cores(state.residual_momentum)
         new_momenta = []
         lifted = {
             # Masked again: inner's momentum moves leaves whose gradient is not finite.
@@ -232,10 +238,9 @@ class Engine:
             states,
             bases,
             decay,
-            [M.value for M in momenta] or [None] * len(places),
+            [M.value for M in cores(momentum)] or [None] * len(places),
             strict=True,
         ):
-            momentum = None if M is None else Momentum(dequantize(M), self.residual_momentum)
             lifted[i], new = with_auto_axes(
                 functools.partial(
                     from_subspace,
@@ -254,7 +259,7 @@ class Engine:
                 P,
                 None if self.residual is None else (gradients[i], x.R),
                 self.residual_scale,
-                momentum,
+                None if M is None else Momentum(dequantize(M), self.residual_momentum),
                 None if a is None else (a, weights[i]),
             )
             new_momenta.append(requantize(new, M))
@@ -263,23 +268,33 @@ class Engine:
         skipped = [
             _count(n, ~finite[i]) for i, n in enumerate(treedef.flatten_up_to(state.skipped))
         ]
+        if momentum is not None:
+            momentum = replace_cores(momentum, new_momenta)
+            inner_state = ResidualMomentumState(momentum, inner_state)
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             skipped=treedef.unflatten(skipped),
             inner_state=inner_state,
-            residual_momentum=replace_cores(state.residual_momentum, new_momenta),
         )
         updates = treedef.unflatten([lifted[i] for i in range(len(gradients))])
         return rebox(updates, boxes), new_state
 
-    def _check_momentum(self, state: SubspaceState) -> None:
-        """Raises if the state has a momentum of the residual that the projection lacks, or not."""
-        given, wanted = state.residual_momentum is not None, self.residual_momentum is not None
-        if given != wanted:
+    def _without_momentum(self, state: SubspaceState) -> tuple[SubspaceState, PyTree]:
+        """The state with inner's own state, and the momentum of the residual, or None.
+
+        Raises:
+          ValueError: if the state has a momentum that the projection lacks, or the reverse.
+        """
+        given = isinstance(state.inner_state, ResidualMomentumState)
+        if given != (self.residual_momentum is not None):
             raise ValueError(
                 f"the state is from a run {'with' if given else 'without'} `residual_momentum`, "
                 f"and this projection has {self.residual_momentum}: `tx.init` makes its state."
             )
+        if not given:
+            return state, None
+        momentum, inner_state = state.inner_state
+        return state._replace(inner_state=inner_state), momentum
 
     def run_inner(
         self,

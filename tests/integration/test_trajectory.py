@@ -401,7 +401,7 @@ def bases(state):
 
 def momenta(state):
     """M of every matrix, in the order of the oracle's matrices."""
-    stacks = core_arrays(subspace(state).residual_momentum)
+    stacks = core_arrays(subspace(state).inner_state.momentum)
     return [M for x in stacks for M in np.asarray(x).reshape(-1, *x.shape[-2:])]
 
 

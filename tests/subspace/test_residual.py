@@ -169,7 +169,7 @@ class TestMomentum:
         for before, state in itertools.pairwise(states):
             P, old = (x.basis["out"]["kernel"].value for x in (state, before))
             changes += bool(np.any(old != P))
-            momentum = state.residual_momentum["out"]["kernel"].value
+            momentum = state.inner_state.momentum["out"]["kernel"].value
             assert momentum.shape == (M, N)  # as its matrix view, the short side first
             # Products of 12 numbers in float32.
             np.testing.assert_allclose(matmul(P.mT, momentum), 0.0, atol=1e-5)
@@ -181,7 +181,7 @@ class TestMomentum:
         kernel = gradients[1]["layers"]["up"]["kernel"]
         gradients[1]["layers"]["up"]["kernel"] = kernel.at[1, 2, 3].set(jnp.inf)
         (_, before), (updates, after) = run(tx, gradients)
-        old, new = (x.residual_momentum["layers"]["up"]["kernel"].value for x in (before, after))
+        old, new = (x.inner_state.momentum["layers"]["up"]["kernel"].value for x in (before, after))
         moved = updates["layers"]["up"]["kernel"]
         assert [bool(x.any()) for x in moved] == [True, False, True]
         np.testing.assert_allclose(new[1], 0.9 * old[1], rtol=1e-5, atol=1e-6)
@@ -199,7 +199,7 @@ class TestMomentum:
         (first, _), (_, exact) = run(tx, gradients, params)
         (same, _), (_, state) = run(coded, gradients, params)
         assert_close(same, first, rtol=1e-5, atol=1e-7)  # zeros are exact in codes
-        at = lambda state: state[0].residual_momentum["up"]["kernel"].value
+        at = lambda state: state[0].inner_state.momentum["up"]["kernel"].value
         codes, momentum = at(state.inner_state), at(exact)
         assert codes.codes.dtype == {8: jnp.int8, 4: jnp.int4}[bits]
         # Half the widest gap, twice: of the first step's rounding, 0.95 times, and of the second's.
