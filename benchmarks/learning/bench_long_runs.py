@@ -75,13 +75,16 @@ class Job(NamedTuple):
     @property
     def seconds(self) -> float:
         """Estimated time of the run alone on one H200, with a compilation."""
-        step_ms = {"toy": 2, "11m": 6, "33m": 12}[self.size] + self.batch * SIZES[
-            self.size
-        ].hidden * 4e-4
-        return 40 + self.steps * step_ms / 1e3
+        setting, model = self.setting, SIZES[self.size]
+        layer = model.hidden * (4 * model.hidden + 3 * model.intermediate)
+        weights = model.layers * layer + 2 * model.hidden * setting.vocabulary
+        launching = {"adamw_b2_95": 0.2e-3, "muon": 1.4e-3}.get(self.method.partition(":")[0], 8e-4)
+        flops = 6 * weights * setting.batch * setting.length
+        return 40 + self.steps * (model.layers * launching + flops / 1.5e14)
 
 
 MOMENTUM = "natural_galore:residual_momentum=0.95"
+BEFORE = "natural_galore:before=0.95+residual_scale=0.2"
 IN_8_BITS = "+bits=8"
 IN_4_BITS = "+bits=8+momentum_bits=4"
 GENTLE = {  # Fisher stages
@@ -95,25 +98,58 @@ GENTLE = {  # Fisher stages
 }
 
 
-def small_model(method: str, rate: float, **settings: Any) -> Job:
+def small(method: str, rate: float, **settings: Any) -> Job:
+    """6M weights on 115M tokens: 20 tokens per weight."""
+    return Job(method, rate, "6m", 7000, settings=tuple(settings.items()))
+
+
+def middle(method: str, rate: float, **settings: Any) -> Job:
     """11M weights on 225M tokens: 20 tokens per weight."""
     return Job(method, rate, "11m", 13_700, settings=tuple(settings.items()))
 
 
 def runs() -> Iterator[Job]:
-    """All runs, the most telling first."""
-    # 33M weights, 4 tokens per weight; 11M weights, 20 tokens per weight.
+    """All runs, the most telling of each size first."""
+    # 6M weights, 20 tokens per weight: with and without momentum, of the residual or before.
+    yield small("natural_galore", 2.5e-3)
+    yield small(MOMENTUM, 2.5e-3)
+    yield small(BEFORE, 2.5e-3)
+    yield small("muon", 1e-2)
+    yield small("adamw_b2_95", 2e-3)
+    yield small(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
+    yield small(BEFORE + IN_8_BITS + "+rank=16", 2.5e-3)
+    yield small("muon", 2e-2)
+    yield small("muon:bits=8", 1e-2)
+    yield small("adamw_b2_95", 1e-3)
+    yield small(MOMENTUM, 5e-3)
+    yield small(BEFORE, 5e-3)
+    yield small(MOMENTUM, 1.25e-3)
+    yield small("natural_galore", 1.25e-3)
+    yield small("muon", 5e-3)
+    yield small(BEFORE, 1.25e-3)
+    yield small(MOMENTUM + IN_4_BITS + "+rank=16", 2.5e-3)
+    yield small("natural_galore:bits=8", 2.5e-3)
+    yield small("soap", 2e-3)
+    yield small("adamw_b2_95", 4e-3)
+    for scale in (0.1, 0.4):
+        yield small(MOMENTUM + f"+residual_scale={scale}", 2.5e-3)
+    yield small(MOMENTUM + "+b1=0.95", 2.5e-3)
+    yield small("cosmos:rank=16", 5e-4)
+    yield small("muon:bits=8+momentum_bits=4", 1e-2)
+    for stage in GENTLE.values():
+        yield small(MOMENTUM + stage, 2.5e-3)
+    # 33M weights, 4 tokens per weight.
     yield Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3)
+    yield Job(BEFORE + IN_8_BITS + "+rank=32", 2.5e-3)
     yield Job("muon", 1e-2)
-    yield Job(MOMENTUM + IN_8_BITS, 2.5e-3)
+    yield Job("natural_galore", 2.5e-3)
+    yield Job(MOMENTUM, 2.5e-3)
     yield Job("muon:bits=8", 1e-2)
-    yield small_model(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
-    yield small_model("muon", 1e-2)
-    yield small_model("adamw_b2_95", 2e-3)
     yield Job("adamw_b2_95", 1e-3)
+    yield Job(BEFORE, 2.5e-3)
     yield Job(MOMENTUM + IN_4_BITS + "+rank=32", 2.5e-3)
     yield Job("natural_galore:bits=8", 2.5e-3)
-    # Stages of the Fisher, beside the momentum, 1 token per weight.
+    # The same, 1 token per weight: stages of the Fisher beside the momentum.
     for stage in ("", *GENTLE.values()):
         yield Job(MOMENTUM + stage, 2.5e-3, steps=2000)
     # Steps of 4,096 tokens.
@@ -126,23 +162,18 @@ def runs() -> Iterator[Job]:
         for decay_tokens in (None, 16_384):
             settings = (("decay_tokens", decay_tokens),) if decay_tokens else ()
             yield Job(method, rate, steps=4000, batch=16, settings=settings)
-    # Details of the momentum at 11M weights and 20 tokens per weight.
-    yield small_model(MOMENTUM + IN_4_BITS + "+rank=16", 2.5e-3)
-    yield small_model(MOMENTUM + IN_8_BITS, 2.5e-3)
-    yield small_model("soap", 2e-3)
-    yield small_model("muon:bits=8", 1e-2)
-    yield small_model("natural_galore:bits=8", 2.5e-3)
-    yield small_model(MOMENTUM + IN_8_BITS + "+rank=16", 5e-3)
-    yield small_model("muon", 2e-2)
-    yield small_model("adamw_b2_95", 1e-3)
-    yield small_model("cosmos:rank=16", 5e-4)
-    yield Job("natural_galore:before=0.95+residual_scale=0.2+rank=32", 2.5e-3)
-    yield Job(MOMENTUM + IN_8_BITS + "+rank=32+b1=0.95", 2.5e-3)
-    yield Job(MOMENTUM + IN_8_BITS + "+rank=32", 5e-3)
-    yield Job("cosmos:rank=32", 5e-4)
-    for scale in (0.1, 0.4):
-        yield Job(MOMENTUM + IN_8_BITS + f"+rank=32+residual_scale={scale}", 2.5e-3)
-    # Weight decay and schedules to zero, 20 tokens per weight.
+    # 11M weights, 20 tokens per weight.
+    yield middle(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
+    yield middle(BEFORE + IN_8_BITS + "+rank=16", 2.5e-3)
+    for rate in (1e-2, 2e-2):
+        yield middle("muon", rate)
+    for rate in (2e-3, 1e-3):
+        yield middle("adamw_b2_95", rate)
+    yield middle(MOMENTUM + IN_8_BITS, 2.5e-3)
+    yield middle("natural_galore:bits=8", 2.5e-3)
+    yield middle("muon:bits=8", 1e-2)
+    yield middle("soap", 2e-3)
+    # Weight decay and schedules to zero.
     for last in (0.1, 0.0):
         settings = {} if last == 0.1 else {"last_rate": last}
         for method, rate, decays in (
@@ -153,17 +184,17 @@ def runs() -> Iterator[Job]:
             for decay in ((0.0,) if settings else ()) + decays:
                 colon = "+" if ":" in method else ":"
                 name = f"{method}{colon}weight_decay={decay}" if decay else method
-                yield small_model(name, rate, **settings)
+                yield small(name, rate, **settings)
     # More seeds of the claims.
     for seed in (1, 2):
         for job in (
+            small(MOMENTUM, 2.5e-3),
+            small(BEFORE, 2.5e-3),
+            small("muon", 1e-2),
+            small("adamw_b2_95", 2e-3),
+            small("natural_galore", 2.5e-3),
             Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3),
             Job("muon", 1e-2),
-            Job(MOMENTUM, 2.5e-3, steps=2000),
-            Job(MOMENTUM + GENTLE["power 1/4, damping 1"], 2.5e-3, steps=2000),
-            small_model(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3),
-            small_model("muon", 1e-2),
-            small_model("adamw_b2_95", 2e-3),
         ):
             yield job._replace(seed=seed)
 
@@ -188,7 +219,7 @@ def remaining(args: argparse.Namespace, text: corpus.Corpus | None = None) -> li
             for method, rate, seed, setting, data in found
         )
 
-    return [job for job in RUNS if not is_done(job)]
+    return [job for job in RUNS if job.size in args.sizes and not is_done(job)]
 
 
 def work(args: argparse.Namespace) -> None:
@@ -196,10 +227,10 @@ def work(args: argparse.Namespace) -> None:
     jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
     text = corpus.unpacked(args.tokens)
     taken = args.out / "taken"
-    slower = float(args.workers)  # processes of one GPU share it
+    pace = args.workers * args.pace  # processes of one GPU share it
     while True:
         left = args.until - time.time()
-        fitting = (job for job in remaining(args, text) if slower * job.seconds * args.pace < left)
+        fitting = (job for job in remaining(args, text) if job.seconds * pace < left)
         for job in fitting:
             try:
                 (taken / job.name).mkdir()
@@ -216,6 +247,7 @@ def work(args: argparse.Namespace) -> None:
             print(f"{tuple(job)} failed", flush=True)
             traceback.print_exc()
             continue
+        pace = 1.1 * (time.time() - began) / job.seconds
         losses = " ".join(f"{results.loss_of(x):.3f}" for x in line["records"][3::4])
         print(f"{tuple(job)}: {losses} in {time.time() - began:.0f} s", flush=True)
         part = args.out / f"{job.name}.part"
@@ -279,7 +311,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gpus", type=lambda x: x.split(","), default=["0"])
     parser.add_argument("--workers", type=int, default=2, help="processes of one GPU")
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--pace", type=float, default=1.0, help="factor of the estimated times")
+    parser.add_argument(
+        "--pace", type=float, default=1.0, help="factor of the estimated times of first runs"
+    )
+    parser.add_argument(
+        "--sizes", type=lambda x: x.split(","), default=[*SIZES], help="of the models"
+    )
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="print the remaining runs")
     return parser.parse_args()

@@ -27,6 +27,7 @@ from .corpus import Corpus
 
 SIZES = {
     "toy": llama.LlamaConfig(64, 176, heads=4, layers=2),
+    "6m": llama.LlamaConfig(192, 512, heads=3, layers=6),
     "11m": llama.LlamaConfig(256, 688, heads=4, layers=8),
     "33m": llama.CONFIGS["60m"],  # with a vocabulary of 8,192 instead of 32,000
     "60m": llama.CONFIGS["60m"],
