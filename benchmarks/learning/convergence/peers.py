@@ -330,10 +330,10 @@ def cosmos(
         A = P' (P'ᵀ M / (1 − β₁ᵗ) / (√(V / (1 − β₂ᵗ)) + ε)),    B = polar(M − P' P'ᵀ M)
         X = A + γ √(mn) B / ‖B‖,    W ← W − η √(mn) X / ‖X‖
 
-    The first P holds the leading left singular vectors of the first gradient. As in the authors'
-    code the update has a root mean square of η, their η times a constant.
+    The first P holds the leading left singular vectors of the first gradient. The update has a root
+    mean square of η. γ is the paper's; the defaults of b1 and b2 are this comparison's.
 
-    Reference: Liu et al., arXiv:2502.17410, algorithm 1; b2 and γ of its experiments.
+    Reference: Liu et al., arXiv:2502.17410, algorithm 1.
     """
 
     def start(key, m, n):
