@@ -219,7 +219,8 @@ def remaining(args: argparse.Namespace, text: corpus.Corpus | None = None) -> li
             for method, rate, seed, setting, data in found
         )
 
-    return [job for job in RUNS if job.size in args.sizes and not is_done(job)]
+    shortened = (job._replace(steps=round(job.steps * args.share)) for job in RUNS)
+    return [job for job in shortened if job.size in args.sizes and not is_done(job)]
 
 
 def work(args: argparse.Namespace) -> None:
@@ -317,6 +318,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=lambda x: x.split(","), default=[*SIZES], help="of the models"
     )
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps of every run")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="print the remaining runs")
     return parser.parse_args()
