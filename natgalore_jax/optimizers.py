@@ -30,6 +30,8 @@ def natural_galore(
     side: str = "short",
     transport: str = "rotate",
     residual: str | Residual | None = "whitened",
+    residual_momentum: Scalar | None = None,
+    residual_scale: Scalar | None = None,
     select: Select = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.95,
@@ -63,6 +65,8 @@ def natural_galore(
         m x m and m x n on every step, small in a batch of many tokens. `"isotropic"` needs no
         product. None, as in GaLore, is required by :func:`natgalore_jax.value_and_grad`. See
         :func:`project`.
+      residual_momentum, residual_scale: see :func:`project`. A momentum of 0.95 keeps a further
+        number per weight, of 4, 1 or half a byte, and pays in long runs and small batches.
       refresh_every: T, steps between refreshes of a basis. 50 ended 0.005 nats below GaLore's 200
         (each of three seeds), and 0.04 below in a run of 500 steps, for about 2 % of the time of
         Llama 350m's steps of 8,192 tokens. T = 1 is much worse.
@@ -111,6 +115,8 @@ def natural_galore(
             side=side,
             transport=transport,
             residual=residual,
+            residual_momentum=residual_momentum,
+            residual_scale=residual_scale,
             select=select,
             stagger=stagger,
             seed=seed,
@@ -130,6 +136,8 @@ def galore(
     side: str = "short",
     transport: str = "rotate",
     residual: str | Residual | None = None,
+    residual_momentum: Scalar | None = None,
+    residual_scale: Scalar | None = None,
     select: Select = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
@@ -161,6 +169,8 @@ def galore(
         side=side,
         transport=transport,
         residual=residual,
+        residual_momentum=residual_momentum,
+        residual_scale=residual_scale,
         select=select,
         b1=b1,
         b2=b2,

@@ -13,7 +13,6 @@ of --out, so an interrupted search resumes and no run is repeated.
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from benchmarks.learning.convergence.training import SIZES, Setting, compiled, t
 
 USUAL = {  # size: vocabulary, steps, batch, length
     "toy": (512, 60, 8, 64),
+    "11m": (8192, 1000, 64, 256),
     "33m": (8192, 1000, 64, 256),
     "60m": (32_000, 1000, 64, 256),
     "130m": (32_000, 2000, 128, 256),
@@ -70,7 +70,16 @@ def arguments() -> argparse.Namespace:
         "--dataset",
         choices=corpus.DATASETS,
         default="python",
-        help="the Python files of what is installed, of fetched wheels, or C4",
+        help="Python files, installed or of fetched wheels; descriptions of packages; or C4",
+    )
+    parser.add_argument("--tokens", type=Path, help="read these tokens, of corpus.pack, instead")
+    parser.add_argument(
+        "--last-rate", type=float, default=0.1, help="last learning rates, as a share of the peak"
+    )
+    parser.add_argument(
+        "--decay-tokens",
+        type=int,
+        help="tokens of a step at which b1, b2, ... hold; elsewhere the same half-lives in tokens",
     )
     parser.add_argument("--texts", type=int, help="maximum number of texts")
     parser.add_argument(
@@ -113,13 +122,15 @@ def setting_of(args: argparse.Namespace) -> Setting:
         rest_rate=args.rest_rate,
         dtype=args.dtype,
         attention="cudnn" if quick else "xla",
+        last_rate=args.last_rate,
+        decay_tokens=args.decay_tokens,
     )
 
 
 def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> None:
     """Runs until the search is complete or the time is over."""
     until = time.time() + 60 * args.minutes
-    about = {"setting": dataclasses.asdict(setting), "data": text.about}
+    about = {"setting": setting.recorded, "data": text.about}
     header: dict[str, Any] = about | {"environment": environment()}
     programs: dict[str, Any] = {}
     while time.time() < until:
@@ -154,7 +165,11 @@ def main():
     setting = setting_of(args)
     if not args.show:
         try:
-            text = corpus.load(args.dataset, setting.vocabulary, args.cache, args.texts)
+            if args.tokens:
+                text = corpus.unpacked(args.tokens)
+                args.dataset = text.about["dataset"]
+            else:
+                text = corpus.load(args.dataset, setting.vocabulary, args.cache, args.texts)
         except ValueError as error:
             sys.exit(f"error: {error}")
         shortest = min(len(text.train), len(text.validation))
@@ -165,7 +180,7 @@ def main():
             search(args, setting, text)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command resumes after the finished runs")
-    asked = dataclasses.asdict(setting) | {"attention": None}  # which depends on the device
+    asked = setting.recorded | {"attention": None}  # which depends on the device
     for about, runs in results.groups(args.out):
         this = about["setting"] | {"attention": None} == asked
         this &= about["data"]["dataset"] == args.dataset

@@ -29,7 +29,12 @@ from .plan_report import Plan
 from .rank_candidates import by_energy, by_fraction, energy_shares, largest_that_fits, rules
 
 
-ROLES = ("linear", "square", "basis")  # bits=8 quantizes these: all arrays of galore's state
+ROLES = (
+    "linear",
+    "square",
+    "basis",
+    "full",
+)  # bits=8 quantizes these: all arrays of galore's state
 
 
 def plan(
@@ -101,8 +106,9 @@ def plan(
     rank = None if rank is None else check_rank(rank)
     energy = None if energy is None else check_number("energy", energy, above=0.0)
     _check_goal(budget, rank, energy, grads)
-    if low_rank_gradients and settings.get("residual") is not None:
-        raise ValueError("`residual` needs full gradients: low_rank_gradients=False.")
+    for name in ("residual", "residual_momentum"):
+        if low_rank_gradients and settings.get(name) is not None:
+            raise ValueError(f"`{name}` needs full gradients: low_rank_gradients=False.")
     if low_rank_gradients and _residual(recipe, settings) is not None:
         settings["residual"] = None
     settings = {"stagger": not low_rank_gradients, **settings}

@@ -1,4 +1,4 @@
-"""Block-wise dynamic 8-bit quantization, as in 8-bit Adam, without a lookup table.
+"""Block-wise dynamic quantization to 8 or 4 bits, as in 8-bit Adam, without a lookup table.
 
 A block of numbers is stored as its scale, the largest magnitude, and an integer q per number. The
 leading bit of q selects a decade below the scale, and the other bits are a linear fraction of that
@@ -12,6 +12,10 @@ stored as the q of their roots in uint8 (E = 7, c = 2551: q from 2 to 255), whic
 they span. A second moment may be 1e-12 of the largest in its block; rounded to 0, it would make
 Adam divide by ε alone. So positive squares are rounded to at least the smallest value, 3e-7 of the
 scale's root.
+
+In 4 bits an array is stored as ±q with E = 2 and three decades, e = 0, 1, 2 (c = 71: |q| from 1 to
+7, with values 0.006, 0.037, 0.087, 0.24, 0.49, 0.75 and 1), and -8 encodes numbers that are not
+finite.
 
 The table of 8-bit Adam has an additional value 1 without a -1, and its next value is 0.7 % below.
 Here the largest number of a block is exact for both signs, and the unused integer, -128 or 1,
@@ -34,7 +38,7 @@ GENERATOR = "threefry2x32"  # equal numbers on every machine and under every sha
 
 
 class Code(NamedTuple):
-    """An 8-bit code.
+    """A code of 8 or 4 bits.
 
     Attributes:
       dtype: the integer dtype.
@@ -56,13 +60,13 @@ class Code(NamedTuple):
     @property
     def smallest(self) -> int:
         """The smallest positive q."""
-        return 2 ** (self.last - 6)
+        return 2 ** max(self.last - 6, 0)
 
     @property
     def decades(self) -> list[tuple[int, float]]:
         """(2ᵉ, 1 / (c 5ᴱ⁻ᵉ)) for each decade: its first q and the unit of its values."""
         c = 18 * self.largest + 9 - 16 * 2**self.last
-        exponents = range(self.last - 6, self.last + 1)
+        exponents = range(max(self.last - 6, 0), self.last + 1)
         return [(2**e, 1 / (c * 5 ** (self.last - e))) for e in exponents]
 
     def value(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -84,12 +88,14 @@ class Code(NamedTuple):
 
 
 LINEAR = Code(jnp.int8, 6, -128, squares=False)
+LINEAR_4BIT = Code(jnp.int4, 2, -8, squares=False)
 SQUARE = Code(jnp.uint8, 7, 1, squares=True)
+CODES = {jnp.dtype(code.dtype): code for code in (LINEAR, LINEAR_4BIT, SQUARE)}
 
 
 def code_of(codes: Any) -> Code:
     """The code of integers, by their dtype."""
-    return SQUARE if codes.dtype == jnp.uint8 else LINEAR
+    return CODES[codes.dtype]
 
 
 @functools.partial(jax.jit, static_argnames=("code", "block"))  # traced once for arrays of one type

@@ -1,9 +1,9 @@
-"""The state of any optimizer in 8 bits: decoded before each update, encoded after it."""
+"""The state of any optimizer in 8 or 4 bits: decoded before each update, encoded after it."""
 
 import functools
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from ..tree.flax_serialization import register_with_flax
 from ..tree.leaf_spec import cores
 from ..tree.state_roles import Undeclared, register_state, roles_of, walk
 from ..util.validation import check_choice, check_int
-from .dynamic_8bit import GENERATOR, LINEAR, SQUARE, Code
+from .dynamic_8bit import GENERATOR, LINEAR, LINEAR_4BIT, SQUARE, Code
 from .quantized_array import (
     TAKES_CODES,
     QuantizedArray,
@@ -31,10 +31,15 @@ from .staged_update import in_stages
 from .symmetric_16bit import quantize_symmetric
 
 
-CODES: dict[str, Code] = {"linear": LINEAR, "square": SQUARE, "basis": LINEAR}
+CODES: dict[str, dict[int, Code]] = {  # of each role, by bits; the first is the default
+    "linear": {8: LINEAR, 4: LINEAR_4BIT},
+    "full": {8: LINEAR, 4: LINEAR_4BIT},
+    "square": {8: SQUARE},
+    "basis": {8: LINEAR},
+}
 SYMMETRIC = ("fisher", "root")
 ROLES = (*CODES, *SYMMETRIC)
-AT_RANDOM = ("linear", "square")
+AT_RANDOM = ("linear", "full", "square")
 
 
 class QuantizedState(NamedTuple):
@@ -55,12 +60,14 @@ register_state(QuantizedState, key="scalar")
 
 def quantized(
     tx: optax.GradientTransformation,
-    roles: Sequence[str] = ("linear", "square"),
+    roles: Sequence[str] | Mapping[str, int] = ("linear", "square", "full"),
     *,
     stochastic: Sequence[str] = ("square",),
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its moments in 8 bits between steps, in blocks of at most 128 numbers and a scale.
+
+    Moments that are linear in gradients may be in 4 bits.
 
     8-bit AdamW is `quantized(optax.adamw(1e-3))`. Under `jax.jit` large arrays are decoded a few at
     a time (`staged_update.py`); a refresh decodes the state of one matrix at a time. The codes are
@@ -77,9 +84,11 @@ def quantized(
         :func:`register_state` declares its roles; a large array without a role is not encoded, with
         a warning at init. `optax.MultiSteps` goes around `quantized`: inside, it would lose small
         gradients in its sum.
-      roles: which arrays are encoded:
+      roles: which arrays are encoded, or a mapping to the bits of each, such as `{"linear": 8,
+        "square": 8, "full": 4}`:
 
-        - `"linear"`: moments that are linear in gradients, as momentum is.
+        - `"linear"`: moments that are linear in gradients, as momentum is. 8 or 4 bits.
+        - `"full"`: the momentum of a projection's residual, one number per weight. 8 or 4 bits.
         - `"square"`: Adam's second moments.
         - `"basis"`: bases of projections, except random ones. Decoded bases are orthonormalised by
           one iteration, for r/n of the cost of a projection, which reduces |PᵀP − I| from 1.3e-2 to
@@ -90,12 +99,12 @@ def quantized(
           `damping=0.1` answers are right to 0.2 %, at the smallest damping, 1e-3, to 7 %. In a
           state of your own both must be symmetric and semidefinite; arrays that are not r x r are
           not encoded.
-      stochastic: which of the roles "linear" and "square" are rounded stochastically, to one of the
-        two nearest values with the right mean. Second moments should be: they move by 0.1 % in a
-        step, less than the code resolves, so rounding to nearest keeps them constant relative to
-        the largest of their block. After one gradient of 100 times the usual size, steps were 1.3
-        times too long for 3000 steps, and right within 1 % with stochastic rounding. Momentum moves
-        by 10 % and has less noise with rounding to nearest.
+      stochastic: which of the roles "linear", "full" and "square" are rounded stochastically, to
+        one of the two nearest values with the right mean. Second moments should be: they move by
+        0.1 % in a step, less than the code resolves, so rounding to nearest keeps them constant
+        relative to the largest of their block. After one gradient of 100 times the usual size,
+        steps were 1.3 times too long for 3000 steps, and right within 1 % with stochastic rounding.
+        Momentum moves by 10 % and has less noise with rounding to nearest.
       seed: of the stochastic rounding.
 
     Returns:
@@ -119,6 +128,9 @@ def quantized(
     for name, given, known in (("roles", roles, ROLES), ("stochastic", stochastic, AT_RANDOM)):
         for role in (given,) if isinstance(given, str) else given:
             check_choice(name, role, known)
+    bits = roles if isinstance(roles, Mapping) else {}
+    for role, number in bits.items():
+        check_choice(f"roles[{role!r}]", number, CODES.get(role, {16: None}))
     seed = check_int("seed", seed, minimum=0)
     tx = optax.with_extra_args_support(tx)
     roles, stochastic = (
@@ -150,8 +162,9 @@ def quantized(
             block = block_of(x)
             if block is None:
                 return x
+            code = CODES[role][bits.get(role, 8)]
             key = _key_of(now, i) if role in stochastic else None
-            return quantize(CODES[role], x, block, key, 0 if spec is None else len(spec.batch))
+            return quantize(code, x, block, key, 0 if spec is None else len(spec.batch))
 
         encoded = jax.tree.map(_boxes_inside, state, walk(state, first), is_leaf=is_box)
         return QuantizedState(box_state(encoded, named_leaves(params)), following)

@@ -1,4 +1,4 @@
-"""Arrays in 8 bits, in a state in place of the arrays they encode."""
+"""Arrays in 8 or 4 bits, in a state in place of the arrays they encode."""
 
 import dataclasses
 from typing import Any
@@ -31,10 +31,10 @@ TAKES_CODES: set[type] = set()
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
-    """An array in 8 bits.
+    """An array in 8 or 4 bits.
 
     Attributes:
-      codes: (*axes, n) int8 or uint8; the dtype determines the code.
+      codes: (*axes, n) int8, uint8 or int4; the dtype determines the code.
       scales: (*axes, blocks), in the dtype of the array.
       key: of the stochastic rounding of the next `encode`; None rounds to nearest. Only present
         during an update.

@@ -11,7 +11,7 @@ from ..util.validation import check_choice
 from .state_shardings import Sharded
 
 
-OFFLOADED_ROLES = {"all": None, "moments": ("linear", *SQUARES), "window": ("window",)}
+OFFLOADED_ROLES = {"all": None, "moments": ("linear", "full", *SQUARES), "window": ("window",)}
 
 
 def offload(

@@ -130,9 +130,8 @@ def role_partition(role: str, spec: LeafSpec, leaf: LeafPartition) -> PartitionS
 def aligned_partition(role: str, spec: LeafSpec, leaf: LeafPartition) -> PartitionSpec:
     """The partition of a state array along the axes that it shares with the leaf."""
     entries = axis_entries(spec, leaf.partition)
-    sides = {"m": merged_entry(spec, spec.rows, entries)}
-    if not spec.both:  # else k is r
-        sides["k"] = merged_entry(spec, spec.cols, entries)
+    rows, cols = (merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols))
+    sides = {"m": rows, "n": cols, "k": None if spec.both else cols}  # of both sides k is r
     batch = [entries[axis] for axis in spec.batch]
     return trim_partition([*batch, *(sides.get(axis) for axis in AXES[role])])
 

@@ -38,8 +38,17 @@ from ..sharding.partitioning import (
 from ..sharding.shard_map import check_reduced, varying_as
 from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores, with_boxes
 from ..tree.flax_serialization import register_with_flax
-from ..tree.leaf_spec import Basis, Core, LeafSpec, allow_no_cores, cores, is_core
+from ..tree.leaf_spec import (
+    Basis,
+    Core,
+    LeafSpec,
+    allow_no_cores,
+    cores,
+    is_core,
+    replace_cores,
+)
 from ..tree.state_roles import walk
+from ..util.validation import Scalar
 from .basis import basis_key
 from .learning_rate_check import RateFree, check_learning_rate
 from .projection import (
@@ -50,8 +59,16 @@ from .projection import (
     working_dtype,
 )
 from .refresh import MatrixState, Refresh
-from .residual import RESIDUALS, Residual
-from .state import FORMAT_VERSION, Settings, SubspaceState, check_cores, check_fits, flatten
+from .residual import RESIDUALS, Momentum, Residual
+from .state import (
+    FORMAT_VERSION,
+    ResidualMomentumState,
+    Settings,
+    SubspaceState,
+    check_cores,
+    check_fits,
+    flatten,
+)
 from .transport import check_roles
 from .weight_decay import inspect, refuse_evaluation, update_with_decay
 
@@ -66,12 +83,16 @@ class Engine:
         refresh: Refresh,
         scale: Any,
         residual: str | Residual | None,
+        residual_momentum: Scalar | None,
+        residual_scale: Scalar,
     ):
         self.inner = optax.with_extra_args_support(inner)
         self.rate_free = isinstance(inner, RateFree)
         self.refresh = refresh
         self.scale = scale
         self.residual = residual
+        self.residual_momentum = residual_momentum
+        self.residual_scale = residual_scale
         self._jitted_inner = jax.jit(self._inner_update, static_argnums=0)
 
     def init(self, params: PyTree, specs: PyTree, reasons: dict[str, str]) -> SubspaceState:
@@ -117,6 +138,13 @@ class Engine:
             zeros = jnp.zeros_like(x, jnp.int32, shape)
             return zeros if spec is None else Core(zeros, spec)
 
+        def momentum(x, spec):
+            if spec is None:
+                return None
+            zeros = jnp.zeros_like(x, working_dtype(x), (*spec.batch_shape, spec.m, spec.n))
+            partition = role_partition("full", spec, partitions.leaf(spec))
+            return Core(partitions.place(zeros, partition), spec)
+
         proxies = jax.tree.map(proxy, params, specs)
         inner_state = allow_no_cores(inner.init(proxies))
         origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
@@ -124,6 +152,8 @@ class Engine:
             check_learning_rate(inner, proxies, sized=self.residual in RESIDUALS)
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
+        if self.residual_momentum is not None:
+            inner_state = ResidualMomentumState(jax.tree.map(momentum, params, specs), inner_state)
         state = SubspaceState(
             count=jnp.zeros([], jnp.int32),
             basis=jax.tree.map(basis, params, specs),
@@ -162,6 +192,7 @@ class Engine:
         boxes = _params_at_cores(updates, params)
         updates, params, leaves = unbox(updates), unbox(params), unbox(boxes)
         check_fits(state)
+        state, momentum = self._without_momentum(state)
         check_cores(updates, state.basis, self.refresh)
         check_reduced(updates, state.skipped)
         gradients, treedef = jax.tree.flatten(updates, is_leaf=is_core)
@@ -194,15 +225,23 @@ class Engine:
         # 4. Lift.
         weights = treedef.flatten_up_to(leaves if params is None else params)
         answers = treedef.flatten_up_to(answer)
+        new_momenta = []
         lifted = {
             # Masked again: inner's momentum moves leaves whose gradient is not finite.
             i: jnp.where(finite[i], answers[i], jnp.zeros_like(answers[i])).astype(weights[i].dtype)
             for i in other
         }
-        for i, spec, partition, x, P, a in zip(
-            places, specs, leaf_partitions, states, bases, decay, strict=True
+        for i, spec, partition, x, P, a, M in zip(
+            places,
+            specs,
+            leaf_partitions,
+            states,
+            bases,
+            decay,
+            [M.value for M in cores(momentum)] or [None] * len(places),
+            strict=True,
         ):
-            lifted[i] = with_auto_axes(
+            lifted[i], new = with_auto_axes(
                 functools.partial(
                     from_subspace,
                     spec.unnamed,
@@ -210,19 +249,28 @@ class Engine:
                     self.residual,
                     jnp.dtype(weights[i].dtype),
                 ),
-                partition.partition,
+                (
+                    partition.partition,
+                    None if M is None else role_partition("full", spec, partition),
+                ),
                 self.scale,
                 answers[i].value,
                 x.finite,
                 P,
                 None if self.residual is None else (gradients[i], x.R),
+                self.residual_scale,
+                None if M is None else Momentum(dequantize(M), self.residual_momentum),
                 None if a is None else (a, weights[i]),
             )
+            new_momenta.append(requantize(new, M))
 
         # 5. Unflatten.
         skipped = [
             _count(n, ~finite[i]) for i, n in enumerate(treedef.flatten_up_to(state.skipped))
         ]
+        if momentum is not None:
+            momentum = replace_cores(momentum, new_momenta)
+            inner_state = ResidualMomentumState(momentum, inner_state)
         new_state = state._replace(
             count=optax.safe_increment(state.count),
             skipped=treedef.unflatten(skipped),
@@ -230,6 +278,23 @@ class Engine:
         )
         updates = treedef.unflatten([lifted[i] for i in range(len(gradients))])
         return rebox(updates, boxes), new_state
+
+    def _without_momentum(self, state: SubspaceState) -> tuple[SubspaceState, PyTree]:
+        """The state with inner's own state, and the momentum of the residual, or None.
+
+        Raises:
+          ValueError: if the state has a momentum that the projection lacks, or the reverse.
+        """
+        given = isinstance(state.inner_state, ResidualMomentumState)
+        if given != (self.residual_momentum is not None):
+            raise ValueError(
+                f"the state is from a run {'with' if given else 'without'} `residual_momentum`, "
+                f"and this projection has {self.residual_momentum}: `tx.init` makes its state."
+            )
+        if not given:
+            return state, None
+        momentum, inner_state = state.inner_state
+        return state._replace(inner_state=inner_state), momentum
 
     def run_inner(
         self,

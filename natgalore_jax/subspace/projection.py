@@ -21,7 +21,7 @@ from ..tree.leaf_spec import LeafSpec, is_core
 from ..util.linalg import max_abs, polar
 from .basis import expand, from_core, to_core
 from .refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
-from .residual import Residual, with_residual
+from .residual import Momentum, Residual, with_residual
 
 
 class Projected(NamedTuple):
@@ -168,9 +168,13 @@ def from_subspace(
     finite: Bool[Array, "*batch"],
     bases: tuple[Array, ...],
     gradient: tuple[Float[Array, "..."], Float[Array, "*batch r k"]] | None,
+    residual_scale: Any,
+    momentum: Momentum | None,
     decay: tuple[Float[Array, ""], Float[Array, "..."]] | None,
-) -> Float[Array, "..."]:
+) -> tuple[Float[Array, "..."], Float[Array, "*batch m n"] | None]:
     """The update of a leaf, in its shape and in `dtype`; zero for matrices that are not finite.
+
+    Beside it the new momentum of the residual; None without.
 
     Args:
       spec: of the leaf.
@@ -183,10 +187,13 @@ def from_subspace(
         momentum moves such a matrix all the same, hence this second mask.
       bases: P, or P and Q.
       gradient: G and R, if there is a residual.
+      residual_scale: γ of the residual.
+      momentum: of the residual, if it has one.
       decay: a of inner's decoupled decay and the weight W, if inner decays this leaf.
     """
     U = align(zero_where_not(finite, U), "linear", spec, partition)
     bases = aligned_bases(spec, partition, bases)
+    M = None
     if gradient is None:
         full = from_core(dtype if decay is None else U.dtype, scale * U, *bases)
     else:
@@ -194,10 +201,15 @@ def from_subspace(
         R = align(R, "linear", spec, partition)
         G = zero_where_not(finite, spec.to_view(G).astype(U.dtype))
         whole_polar = functools.partial(on_whole_matrices, polar, spec, partition)
-        U, S = with_residual(residual, G, R, U, *bases, polar=whole_polar)
+        if momentum is not None:
+            momentum = momentum._replace(M=align(momentum.M, "full", spec, partition))
+        U, S, M = with_residual(
+            residual, G, R, U, *bases, scale=residual_scale, momentum=momentum, polar=whole_polar
+        )
+        M = None if M is None else store(M, "full", spec, partition)
         # Rounded once, after the sum.
         full = from_core(U.dtype, scale * U, *bases) + scale * zero_where_not(finite, S)
     if decay is not None:
         a, W = decay
         full = full + zero_where_not(finite, a * spec.to_view(W).astype(U.dtype))
-    return spec.from_view(full).astype(dtype)
+    return spec.from_view(full).astype(dtype), M

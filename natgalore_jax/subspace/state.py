@@ -67,7 +67,8 @@ class SubspaceState(NamedTuple):
         matrix with 0 still has its random basis; its first usable gradient refreshes it.
       skipped: a tree like the params, int32: the number of non-finite gradients, for each matrix
         (*batch) of a projected leaf and for each other leaf.
-      inner_state: the state of the inner transformation, with Cores at projected leaves.
+      inner_state: the state of the inner transformation, with Cores at projected leaves; with
+        `residual_momentum`, a :class:`ResidualMomentumState` that contains it.
       version: FORMAT_VERSION, int32.
     """
 
@@ -80,9 +81,23 @@ class SubspaceState(NamedTuple):
     version: Int[Array, ""]
 
 
+class ResidualMomentumState(NamedTuple):
+    """The state of a projection with `residual_momentum`, as its `inner_state`.
+
+    Attributes:
+      momentum: a tree like the params with a Core, M of (*batch, m, n), at each projected leaf and
+        None elsewhere.
+      inner_state: the state of the inner transformation.
+    """
+
+    momentum: PyTree
+    inner_state: PyTree
+
+
 register_state(
     SubspaceState, count="scalar", refreshed="scalar", skipped="scalar", version="scalar"
 )
+register_state(ResidualMomentumState, momentum="full")
 TAKES_CODES.add(SubspaceState)
 
 

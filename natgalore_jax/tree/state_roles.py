@@ -21,8 +21,8 @@ from .leaf_spec import Basis, Core, LeafSpec
 
 Role = str
 
-# The axes of one matrix's part of an array, by its role. m and r are the leaf's; k is n, or r on
-# both sides; s is any size. A field of the state of a user's transformation has one of DECLARED.
+# The axes of one matrix's part of an array, by its role. m, n and r are the leaf's; k is n, or r
+# on both sides; s is any size. A field of the state of a user's transformation has one of DECLARED.
 AXES: dict[Role, tuple[str, ...]] = {
     "basis": ("m", "r"),
     "key": (),
@@ -34,6 +34,7 @@ AXES: dict[Role, tuple[str, ...]] = {
     "gram": ("s", "s"),
     "fisher": ("r", "r"),
     "root": ("r", "r"),
+    "full": ("m", "n"),
     "scalar": (),
 }
 DECLARED = tuple(role for role in AXES if role not in ("basis", "key"))
@@ -62,6 +63,7 @@ def register_state(state_type: type, **roles: str) -> None:
         - `"fisher"`, (*batch, r, r): a mean of R Rᵀ.
         - `"root"`: derived from the Fisher. It is set to zero, and the transformation must
           recompute it. With :func:`quantized` it must be symmetric and semidefinite.
+        - `"full"`, (*batch, m, n): of the whole matrix, independent of the basis.
         - `"scalar"`: independent of the basis.
 
         Transport `"reset"` sets all fields but squares to zero, so `init` must start them at zero.
@@ -178,7 +180,7 @@ def fits(x: Any, role: Any, spec: LeafSpec) -> bool:
 
 def axis_size(axis: str, spec: LeafSpec) -> int | None:
     """The size of one of the axes of AXES; None for s."""
-    return {"m": spec.m, "r": spec.rank, "k": spec.core_shape[-1]}.get(axis)
+    return {"m": spec.m, "n": spec.n, "r": spec.rank, "k": spec.core_shape[-1]}.get(axis)
 
 
 def owner(path: tuple, names: Mapping[tuple, Any]) -> tuple | None:

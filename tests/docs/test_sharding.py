@@ -55,6 +55,8 @@ def same_step_on_one_device(scope):
     ("words", "role", "side"),
     [
         ("basis P", "basis", "left"),
+        ("momentum of the residual", "full", "left"),
+        ("momentum of the residual", "full", "both"),
         ("core, moments", "linear", "left"),
         ("core, moments", "square", "left"),
         ('cores and moments of `side="both"`', "linear", "both"),

@@ -35,6 +35,10 @@ OPTIMIZERS = {
     "window": natural_galore(fisher="window"),
     "random bases, both sides": natural_galore(fisher=None, basis="random", side="both"),
     "residual": natural_galore(residual="whitened"),
+    "momentum": natural_galore(residual="whitened", residual_momentum=0.9),
+    "momentum in 4 bits": natgalore.quantized(
+        natural_galore(residual="whitened", residual_momentum=0.9), {"full": 4}
+    ),
     "clipped, injected": optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.inject_hyperparams(natgalore.natural_galore, static_args=STATIC)(

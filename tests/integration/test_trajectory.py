@@ -21,7 +21,7 @@ import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand, svd
 from natgalore_jax.subspace.refresh import due
 from natgalore_jax.subspace.state import SubspaceState
-from natgalore_jax.tree.leaf_spec import Basis
+from natgalore_jax.tree.leaf_spec import Basis, core_arrays
 from tests.helpers.compiling import AS_FOR_USERS
 from tests.oracle import oracles
 
@@ -153,12 +153,13 @@ def damped(left, R, U):
     return left * (np if isinstance(left, np.ndarray) else jnp).linalg.norm(U) / (1 + abs(R).sum())
 
 
-# The library's residual, and the oracle's.
+# The library's residual, the oracle's, and arguments of both.
 RESIDUALS = {
-    "none": (None, None),
-    "isotropic": ("isotropic", oracles.isotropic),
-    "whitened": ("whitened", oracles.whitened),
-    "own": (damped, damped),
+    "none": (None, None, {}),
+    "isotropic": ("isotropic", oracles.isotropic, {}),
+    "whitened": ("whitened", oracles.whitened, {"residual_scale": 0.7}),
+    "momentum": ("whitened", oracles.whitened, {"residual_momentum": 0.8, "residual_scale": 0.2}),
+    "own": (damped, damped, {}),
 }
 
 TREES = {
@@ -398,6 +399,12 @@ def bases(state):
     return [list(both) for both in zip(left, right, strict=True)] if right else [[p] for p in left]
 
 
+def momenta(state):
+    """M of every matrix, in the order of the oracle's matrices."""
+    stacks = core_arrays(subspace(state).inner_state.momentum)
+    return [M for x in stacks for M in np.asarray(x).reshape(-1, *x.shape[-2:])]
+
+
 def skipped(state):
     """Counts of non-finite gradients of each matrix and of each other leaf."""
     matrices, others = [], []
@@ -449,7 +456,8 @@ def settings(case, **changes):
 def library(case, **changes):
     kwargs = {"stagger": case.calendar == "staggered", **settings(case, **changes)}
     basis, _ = BASES[case.basis]
-    kwargs |= {"basis": basis, "residual": RESIDUALS[case.residual][0]}
+    residual, _, arguments = RESIDUALS[case.residual]
+    kwargs |= {"basis": basis, "residual": residual, **arguments}
     return SPELLINGS[case.spelling](FISHERS[case.fisher][0](), **kwargs)
 
 
@@ -464,7 +472,7 @@ def oracle(case, weights, start, **changes):
     return oracles.NaturalGaLore(
         matrices, others, start, due=calendar, fisher=FISHERS[case.fisher][1],
         basis=BASES[case.basis][1](), residual=RESIDUALS[case.residual][1],
-        **kwargs.pop("adam"), **kwargs,
+        **RESIDUALS[case.residual][2], **kwargs.pop("adam"), **kwargs,
     )  # fmt: skip
 
 
@@ -491,6 +499,9 @@ def compare(case, weights, gradients, atol, **changes):
             "P or Q": (after, flat([x.bases for x in reference.matrices])),
             "matrix": (matrices, [x.weight for x in reference.matrices]),
             "other leaf": (others, [x.weight for x in reference.others]),
+            "momentum": (momenta(state), [x.momentum for x in reference.matrices])
+            if RESIDUALS[case.residual][2].get("residual_momentum")
+            else ([], []),
             "skips of matrix": (skipped(state)[0], [x.skipped for x in reference.matrices]),
             "skips of other leaf": (skipped(state)[1], [x.skipped for x in reference.others]),
         }
@@ -507,7 +518,7 @@ FLOAT64 = {fisher: 1e-9 if fisher.startswith("window") else 1e-12 for fisher in 
 
 def float64(case):
     """The tolerance; a whitened residual scales up small directions, and their rounding, by 485."""
-    return max(FLOAT64[case.fisher], 1e-11 * (case.residual == "whitened"))
+    return max(FLOAT64[case.fisher], 1e-11 * (case.residual in ("whitened", "momentum")))
 
 
 @pytest.mark.parametrize("case", cheapest_cover(), ids=str)

@@ -211,27 +211,29 @@ class CoreFisher:
 # --- Residual: what the projection leaves out ---------------------------------------------------
 
 
-def isotropic(left, core, u):
+def isotropic(left, core, u, g=None):
     """Each column of what is left over the root of its mean square, a little damped.
 
-    The core of both sides has no columns of the gradient: then it is the matrix as a whole.
+    The core of both sides has no columns of the gradient: then it is the matrix as a whole. The
+    damping is in units of `g`, by default of the gradient whose residual and core these are.
     """
     (m, n), (r, k) = left.shape, core.shape
     axis, numbers = (0, m - r) if k == n else (None, m * n - r * k)
     square = (left**2).sum(axis)
-    whole = square + (core**2).sum(axis)  # of the gradient, by Pythagoras
+    whole = square + (core**2).sum(axis) if g is None else (g**2).sum(axis)  # by Pythagoras
     variance = (square + 1e-3 * whole) / max(numbers, 1)
     return left / np.sqrt(np.where(whole > 0, variance, 1.0))
 
 
-def whitened(left, core, u):
+def whitened(left, core, u, g=None):
     """What is left with other singular values: what five turns of Muon's quintic make of them."""
     (m, n), (r, k) = left.shape, core.shape
     numbers, directions = m * n - r * k, min(m if k < n else m - r, n)
     if directions == 0:
         return np.zeros_like(left)
     left_vectors, values, right_vectors = np.linalg.svd(left, full_matrices=False)
-    size = np.sqrt((left**2).sum() * 1.001 + 1e-3 * (core**2).sum())  # |T|² + 1e-3 |G|²
+    whole = (left**2).sum() + (core**2).sum() if g is None else (g**2).sum()
+    size = np.sqrt((left**2).sum() + 1e-3 * whole)  # of T and G
     values = values / (size or 1.0)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
@@ -294,6 +296,7 @@ class Matrix:
     adam: Adam
     fisher: WindowFisher | CoreFisher | None
     skipped: int = 0
+    momentum: np.ndarray | float = 0.0  # of the residual
     cold: bool = True  # no basis from a gradient yet: the first usable one brings it, at any step
 
 
@@ -323,6 +326,9 @@ class NaturalGaLore:
       side: which side of a matrix is projected: "short", "long", "left", "right" or "both".
       transport: "rotate", "keep" or "reset".
       residual: makes what is added for what is left out, `(G − P R, R, U) -> S`; None is nothing.
+      residual_momentum: β of Nesterov's momentum of G − P R, or None. `residual` then also takes
+        (1 − β) G, in whose units it damps.
+      residual_scale: what S is multiplied by.
       adam: the kind of Adam.
       decay_after: whether weights decay after they have moved, as in the torch programs.
     """
@@ -341,6 +347,8 @@ class NaturalGaLore:
         side: str = "short",
         transport: str = "rotate",
         residual: Callable | None = None,
+        residual_momentum: float | None = None,
+        residual_scale: float = 1.0,
         adam: type[Adam] = Adam,
         decay_after: bool = False,
         scale: float = 1.0,
@@ -356,6 +364,7 @@ class NaturalGaLore:
         self.due, self.refresh_every, self.transport = due, refresh_every, transport
         self.new_basis = BASES.get(basis, basis)
         self.side, self.decay_after, self.residual = side, decay_after, residual
+        self.beta, self.residual_scale = residual_momentum, residual_scale
         self.count = 0
         starts = bases if side == "both" else [[p] for p in bases]
         self.matrices = [
@@ -409,9 +418,26 @@ class NaturalGaLore:
         u = core if matrix.fisher is None else matrix.fisher.precondition(core, self.count)
         u = matrix.adam.step(u, self.count) * finite
         lifted = self.lift(matrix, u)
-        if self.residual is not None and finite:
-            lifted = lifted + self.residual(g - self.lift(matrix, core), core, u)
+        if self.residual is not None:
+            left = g - self.lift(matrix, core)
+            damp = {}
+            if self.beta is not None:
+                left = self.nesterov(matrix, left)
+                damp = {"g": (1 - self.beta) * g}
+            s = self.residual(left, core, u, **damp)
+            lifted = lifted + self.residual_scale * s * finite
         self.move(projected_side_first(matrix.weight, self.side), self.scale * lifted)
+
+    def nesterov(self, matrix, left):
+        """M ← β (M without its part in the subspace) + (1 − β) T; the momentum of the next step."""
+        old = np.zeros_like(left) + matrix.momentum
+        p, *right = matrix.bases
+        inside = p.T @ old
+        for q in right:
+            inside = inside @ q
+        old = old - self.lift(matrix, inside)
+        matrix.momentum = self.beta * old + (1 - self.beta) * left
+        return self.beta * matrix.momentum + (1 - self.beta) * left
 
     def lift(self, matrix, x):
         p, *right = matrix.bases
@@ -438,14 +464,14 @@ class NaturalGaLore:
 # --- The dynamic code of 8 bits (arXiv:2110.02861) ----------------------------------------------
 
 
-def dynamic_code(bits):
-    """The values of seven decades below 1, ascending, with 0 before them and scaled to end in 1.
+def dynamic_code(bits, decades=7):
+    """The values of some decades below 1, ascending, with 0 before them and scaled to end in 1.
 
-    The lowest decade has 2^(bits - 7) equal cells between a tenth and the whole of it, and each one
-    above twice as many; the values are their middles.
+    The lowest decade has 2^(bits - decades) equal cells between a tenth and the whole of it, and
+    each one above twice as many; the values are their middles.
     """
     values = [0.0]
-    for decade in range(-6, 1):
+    for decade in range(1 - decades, 1):
         edges = np.linspace(0.1, 1, 2 ** (bits - 1 + decade) + 1)
         values.extend(10.0**decade * (edges[:-1] + edges[1:]) / 2)
     return np.array(values) / values[-1]

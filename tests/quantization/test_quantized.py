@@ -16,17 +16,32 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import natgalore_jax as natgalore
 from natgalore_jax.quantization import staged_update
-from natgalore_jax.quantization.dynamic_8bit import LINEAR, SQUARE, block_size, decode, encode
+from natgalore_jax.quantization.dynamic_8bit import (
+    LINEAR,
+    LINEAR_4BIT,
+    SQUARE,
+    block_size,
+    decode,
+    encode,
+)
 from natgalore_jax.quantization.quantized_array import QuantizedArray, dequantize, is_quantized
 from tests.helpers.cases import quick
 from tests.helpers.compiling import jit_and_count
 from tests.oracle.oracles import dynamic_code
 
 
-CODES = {"linear": LINEAR, "square": SQUARE}
+CODES = {"linear": LINEAR, "square": SQUARE, "linear, 4 bits": LINEAR_4BIT}
 # Magnitudes by how many steps above 0 they are, and the integers that stand for them.
-VALUES = {"linear": dynamic_code(7), "square": dynamic_code(8)}
-INTEGERS = {"linear": np.arange(128), "square": np.array([0, *range(2, 256)])}
+VALUES = {
+    "linear": dynamic_code(7),
+    "square": dynamic_code(8),
+    "linear, 4 bits": dynamic_code(3, decades=3),
+}
+INTEGERS = {
+    "linear": np.arange(128),
+    "square": np.array([0, *range(2, 256)]),
+    "linear, 4 bits": np.arange(8),
+}
 each_code = pytest.mark.parametrize("name", CODES)
 
 
@@ -45,7 +60,7 @@ def test_every_value_is_that_of_the_table(name):
 
 def test_the_table_is_that_of_the_paper():
     """To 1: its table goes on to the end of the last cell, which ours puts at its middle."""
-    assert [len(x) for x in VALUES.values()] == [128, 255]
+    assert [len(x) for x in VALUES.values()] == [128, 255, 8]
     scale = 1 - 0.9 / 64 / 2
     assert VALUES["linear"][1] * scale == pytest.approx(0.55e-6)
     assert VALUES["linear"][[2, 3]] * scale == pytest.approx([3.25e-6, 7.75e-6])
@@ -92,11 +107,11 @@ def test_errors_are_half_a_gap_of_the_block(name, seed, block, size):
     with np.errstate(under="ignore"):
         x = np.where(np.abs(x) < 1e-37, 0, x).astype("f")
     codes, scales = encode(CODES[name], jnp.asarray(x), block)
-    assert codes.dtype == (jnp.uint8 if name == "square" else jnp.int8)
+    assert codes.dtype == {"square": jnp.uint8, "linear": jnp.int8}.get(name, jnp.int4)
     np.testing.assert_array_equal(scales, np.abs(x).reshape(3, 4, block).max(axis=-1))
     back = np.float64(decode(codes, scales))
     assert (np.sign(back) == np.sign(x))[np.abs(x) >= 1e-12 * np.abs(x).max()].all() or (
-        name == "linear"
+        name != "square"
     )
     root = (lambda x: np.sqrt(np.float64(x))) if name == "square" else np.float64
     largest = root(np.repeat(np.asarray(scales), block, axis=-1))

@@ -235,6 +235,19 @@ def test_names_without_rules_or_mesh_stay_names():
     assert names(uneven.inner_state[1].mu) == (None, "mlp")  # up to 8 devices do not divide 10
 
 
+@pytest.mark.parametrize("names", [("embed", "mlp"), ("mlp", "embed")])
+def test_momentum_of_the_residual_has_the_names_of_its_weight(names):
+    """In the order of its matrix view, the short side first, before and after an update."""
+    shape = [{"embed": 64, "mlp": 128}[name] for name in names]
+    params = {"kernel": linen(jnp.ones(shape), names)}
+    tx = natgalore.natural_galore(1e-2, 16, residual_momentum=0.9)
+    state = tx.init(params)
+    _, new = jax.jit(tx.update)(params, state, params)
+    for momentum in (x[0].inner_state.momentum["kernel"].value for x in (state, new)):
+        assert momentum.names == ("embed", "mlp")
+        assert momentum.unbox().shape == (64, 128)
+
+
 def test_unknown_mesh_bounds():
     """Sizes that are consistent with the weight's shape and the number of devices."""
     assert boxed_state._unknown_mesh(("a", ("b", "c"), None), (12, 64, 5)) == UnknownMesh(

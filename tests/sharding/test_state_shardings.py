@@ -37,6 +37,8 @@ OPTIMIZERS = {
     "reset, long": {"transport": "reset", "side": "long", "fisher": "core", "residual": None},
     "whitened": {"fisher": "core", "residual": "whitened"},
     "isotropic": {"residual": "isotropic"},
+    "momentum": {"residual_momentum": 0.9},
+    "two-sided momentum": {"side": "both", "residual_momentum": 0.9},
 }
 CORE = OPTIMIZERS["core"]
 
@@ -117,10 +119,16 @@ def test_auto_axes_equal_one_device(layout, key):
     check_equals_one_device(layout, AxisType.Auto, CORE, True, key)
 
 
-@pytest.mark.parametrize("layout", ["rows of layers", *slow("columns")])
-def test_orthogonalised_residual_on_auto_axes_equals_one_device(layout, key):
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("rows of layers", "default"),
+        *slow(("columns", "default"), ("rows and columns", "momentum")),
+    ],
+)
+def test_orthogonalised_residual_on_auto_axes_equals_one_device(layout, name, key):
     """With layers distributed over devices, and with the matrix gathered on each device."""
-    check_equals_one_device(layout, AxisType.Auto, {}, True, key)
+    check_equals_one_device(layout, AxisType.Auto, OPTIMIZERS[name], True, key)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The residual G − P R; whole trajectories against the oracle are in test_trajectory.py."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.projection import expand_bases
-from natgalore_jax.subspace.residual import DAMPING, RESIDUALS, with_residual
+from natgalore_jax.subspace.residual import DAMPING, RESIDUALS, Momentum, with_residual
 from natgalore_jax.subspace.state import SubspaceState, settings_of
 from natgalore_jax.util.linalg import matmul
 from tests.helpers.cases import quick, slow
@@ -80,7 +81,7 @@ class TestLeafMathematics:
         core = P.mT @ G @ Q if side == "both" else P.mT @ G
         U = rng.standard_normal(core.shape)
         S = np.stack([oracles.isotropic(*x) for x in zip(G - lift(core), core, U, strict=True)])
-        u, s = with_residual("isotropic", *map(jnp.asarray, (G, core, U, *bases)))
+        u, s, _ = with_residual("isotropic", *map(jnp.asarray, (G, core, U, *bases)))
         np.testing.assert_allclose(lift(u) + s, lift(U) + S, atol=1e-12)
 
     @pytest.mark.parametrize("shape", [(M, N), (N, M), (40, N), (R, N)])
@@ -95,7 +96,7 @@ class TestLeafMathematics:
         U = rng.standard_normal(core.shape)
         lifted = bases[0] @ core @ (bases[1].mT if side == "both" else np.eye(shape[1]))
         S = np.stack([oracles.whitened(*x) for x in zip(G - lifted, core, U, strict=True)])
-        u, s = with_residual("whitened", *map(jnp.asarray, (G, core, U, *bases)))
+        u, s, _ = with_residual("whitened", *map(jnp.asarray, (G, core, U, *bases)))
         np.testing.assert_array_equal(u, U)
         np.testing.assert_allclose(s, S, atol=1e-10)
         # Entries have mean square 1, up to the spread of singular values after Muon's quintic.
@@ -114,12 +115,111 @@ class TestLeafMathematics:
         core = bases[0].mT @ G @ right
         U = rng.standard_normal(core.shape)
         own = lambda T, R, U: (1e3 * T * abs(R).max() + abs(U).max()).astype("float32")
-        u, s = with_residual(own, *map(jnp.asarray, (G, core, U, *bases)))
+        u, s, _ = with_residual(own, *map(jnp.asarray, (G, core, U, *bases)))
         T = G - bases[0] @ core @ right.mT
         largest = lambda x: abs(x).max(axis=(-2, -1), keepdims=True)
         np.testing.assert_array_equal(u, U)
         np.testing.assert_allclose(s, 1e3 * T * largest(core) + largest(U), rtol=1e-5)
         assert s.dtype == jnp.float64
+
+
+class TestMomentum:
+    """Trajectories with a momentum, through refreshes, are in test_trajectory.py."""
+
+    @pytest.mark.parametrize("side", ["short", "both"])
+    @pytest.mark.parametrize("rule", RESIDUALS)
+    def test_equals_the_oracle(self, rule, side):
+        """Of a momentum that is not orthogonal to P, as after a refresh."""
+        rng = np.random.default_rng(7)
+        G, momentum = rng.standard_normal((2, M, N)) * np.array([1e3, 1.0])[:, None, None]
+        P, Q = (np.linalg.qr(rng.standard_normal((s, R)))[0] for s in (M, N))
+        bases = [P, Q] if side == "both" else [P]
+        right = Q if side == "both" else np.eye(N)
+        core, beta = P.T @ G @ right, 0.8
+        T = G - P @ core @ right.T
+        old = momentum - P @ P.T @ momentum @ right @ right.T
+        new = beta * old + (1 - beta) * T
+        nesterov = beta * new + (1 - beta) * T
+        S = getattr(oracles, rule)(nesterov, core, core, g=(1 - beta) * G)
+        with jax.enable_x64(True):
+            u, s, m = with_residual(
+                rule,
+                *map(jnp.asarray, (G, core, core, *bases)),
+                scale=0.2,
+                momentum=Momentum(jnp.asarray(momentum), beta),
+            )
+        np.testing.assert_array_equal(u, core)
+        np.testing.assert_allclose(m, new, atol=1e-10)  # rounding of 1e3
+        np.testing.assert_allclose(s, 0.2 * S, atol=1e-10)
+
+    @pytest.mark.parametrize("rule", RESIDUALS)
+    def test_decay_of_zero_is_no_momentum(self, rule):
+        make = lambda beta: project(
+            optax.scale_by_adam(), residual=rule, residual_momentum=beta, residual_scale=0.5
+        )
+        gradients = [tree(i) for i in range(5)]
+        updates, none = (last(make(beta), gradients)[0] for beta in (0.0, None))
+        assert_close(updates, none, rtol=1e-4, atol=1e-5)  # float32, in another order
+
+    def test_momentum_is_orthogonal_to_the_basis_it_meets(self):
+        """Also in the update that refreshes P, from a gradient in other directions."""
+        tx = project(optax.scale_by_adam(), residual="whitened", residual_momentum=0.95)
+        states = [state for _, state in run(tx, [tree(i) for i in range(7)])]
+        changes = 0
+        for before, state in itertools.pairwise(states):
+            P, old = (x.basis["out"]["kernel"].value for x in (state, before))
+            changes += bool(np.any(old != P))
+            momentum = state.inner_state.momentum["out"]["kernel"].value
+            assert momentum.shape == (M, N)  # as its matrix view, the short side first
+            # Products of 12 numbers in float32.
+            np.testing.assert_allclose(matmul(P.mT, momentum), 0.0, atol=1e-5)
+        assert changes == 2
+
+    def test_bad_gradient_counts_as_zero(self):
+        tx = project(optax.scale_by_adam(), residual="whitened", residual_momentum=0.9)
+        gradients = [tree(1), tree(2)]
+        kernel = gradients[1]["layers"]["up"]["kernel"]
+        gradients[1]["layers"]["up"]["kernel"] = kernel.at[1, 2, 3].set(jnp.inf)
+        (_, before), (updates, after) = run(tx, gradients)
+        old, new = (x.inner_state.momentum["layers"]["up"]["kernel"].value for x in (before, after))
+        moved = updates["layers"]["up"]["kernel"]
+        assert [bool(x.any()) for x in moved] == [True, False, True]
+        np.testing.assert_allclose(new[1], 0.9 * old[1], rtol=1e-5, atol=1e-6)
+        assert np.isfinite(new).all()
+
+    @pytest.mark.parametrize("bits", [8, *slow(4)])
+    def test_codes_of_the_momentum(self, bits):
+        """Stored in `bits`, sized as reported, and within half a gap of the float32 momentum."""
+        params = {"up": {"kernel": jnp.zeros((64, 128))}}
+        rng = np.random.default_rng(0)
+        draw = lambda: {"up": {"kernel": jnp.asarray(rng.standard_normal((64, 128)), "f")}}
+        gradients = [draw() for _ in range(2)]
+        tx = natgalore.natural_galore(1e-2, 8, residual_momentum=0.95)
+        coded = natgalore.quantized(tx, {"full": bits})
+        (first, _), (_, exact) = run(tx, gradients, params)
+        (same, _), (_, state) = run(coded, gradients, params)
+        assert_close(same, first, rtol=1e-5, atol=1e-7)  # zeros are exact in codes
+        at = lambda state: state[0].inner_state.momentum["up"]["kernel"].value
+        codes, momentum = at(state.inner_state), at(exact)
+        assert codes.codes.dtype == {8: jnp.int8, 4: jnp.int4}[bits]
+        # Half the widest gap, twice: of the first step's rounding, 0.95 times, and of the second's.
+        gap = {8: 0.9 / 64, 4: 0.26}[bits] * float(abs(momentum).max())
+        assert float(abs(codes.decode() - momentum).max()) <= gap
+        sizes = natgalore.memory_report(params, {"full": tx, "coded": coded}).total
+        assert sizes["full"] - sizes["coded"] == 64 * (128 * (32 - bits) // 8 - 16)  # four scales
+
+    def test_wrong_arguments_and_states_are_refused(self):
+        adam = optax.scale_by_adam()
+        with pytest.raises(ValueError, match="`residual_momentum` is that of a `residual`"):
+            natgalore.project(R, adam, residual_momentum=0.9)
+        with pytest.raises(ValueError, match="`residual_momentum` must be at least 0"):
+            project(adam, residual_momentum=1.0)
+        with pytest.raises(ValueError, match="`residual_scale` must be above 0"):
+            project(adam, residual_scale=0.0)
+        having, lacking = project(adam, residual_momentum=0.9), project(adam)
+        for tx, other in ((having, lacking), (lacking, having)):
+            with pytest.raises(ValueError, match=r"a run with(out)? `residual_momentum`"):
+                tx.update(tree(1), other.init(tree(0)))
 
 
 class TestIsotropic:

@@ -1,10 +1,17 @@
 """The compared optimizers, each with the lowest of its first learning rates.
 
-Settings after a colon change one option of ours at a time:
+Settings after a colon are arguments of the optimizer:
 
-    natural_galore:refresh_every=20+transport=keep    arguments of the optimizer
-    natural_galore:fisher=window+fisher.window=8      an argument of its Fisher stage
+    natural_galore:refresh_every=20+transport=keep    of natgalore.natural_galore
+    natural_galore:fisher=window+fisher.window=8      of its Fisher stage
+    muon:beta=0.9+weight_decay=0.1                    of the other optimizers
+
+and, for all of them,
+
     natural_galore:bits=8                             moments and bases in 8 bits
+    natural_galore:bits=8+momentum_bits=4             momentum in 4 (ours: that of the residual)
+    soap:weight_decay=0.1                             decoupled decay
+    natural_galore:before=0.95                        Nesterov's momentum of the whole gradient
 
 A contender updates the matrices of the layers; all other weights are under Adam. Rates are in steps
 of two, four at first; `search` adds more while the best is at an end. The refresh period is the
@@ -12,6 +19,8 @@ same for all methods except `natural_galore`, which keeps its own default.
 """
 
 import ast
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,75 +36,113 @@ class Contender(NamedTuple):
     """An optimizer of the comparison.
 
     Attributes:
-      make: (learning rate, rank, refresh_every) -> the transformation; the rate may be traced.
+      make: (learning rate, rank, refresh_every, exponent=1.0) -> the transformation; the rate may
+        be traced. Decays of averages are raised to the exponent.
       first: the lowest of the first four rates.
       stacked: whether it accepts stacked layers; otherwise it receives separate layers.
     """
 
-    make: Callable[[Any, int, int], optax.GradientTransformation]
+    make: Callable[..., optax.GradientTransformation]
     first: float
     stacked: bool = True
 
 
-def ours(
-    recipe: str, bits: int = 32, **settings: Any
-) -> Callable[..., optax.GradientTransformation]:
+DECAYS = ("b1", "b2", "beta", "mu", "rho", "shampoo_beta", "residual_momentum")
+
+
+def make(
+    function: Callable[..., optax.GradientTransformation],
+    rate: Any,
+    rank: int,
+    every: int,
+    exponent: float = 1.0,
+    /,
+    *,
+    bits: int = 32,
+    momentum_bits: int | None = None,
+    before: float | None = None,
+    **settings: Any,
+) -> optax.GradientTransformation:
+    """The transformation of `function(rate, **settings)`.
+
+    Args:
+      function: of an optimizer. If it has the arguments rank and refresh_every, those of the
+        comparison are the defaults of its settings.
+      rate: learning rate.
+      rank: of all low-rank methods.
+      every: steps between refreshes, except for `natural_galore`.
+      exponent: of the decays of averages.
+      bits: 32, or 8 for :func:`natgalore_jax.quantized`.
+      momentum_bits: of momentum, in place of `bits`; of ours, of the residual's.
+      before: decay of a momentum of the whole gradient before the optimizer.
+      **settings: of the function; or weight_decay, for a function without it.
+    """
     if bits not in (8, 32):
         raise ValueError(f"bits must be 8 or 32, got {bits}")
+    accepted = inspect.signature(function).parameters
+    given = {"rank": rank}
+    if function is not natgalore.natural_galore:  # its default period is part of the comparison
+        given["refresh_every"] = every
+    given = {name: value for name, value in given.items() if name in accepted} | settings
+    for name in DECAYS:
+        decay = given.get(name, accepted[name].default if name in accepted else None)
+        if decay is not None:
+            given[name] = decay**exponent
+    decay = given.pop("weight_decay", 0.0)
+    if "weight_decay" in accepted:
+        tx = function(rate, weight_decay=decay, **given)
+    else:
+        tx = function(rate, **given)
+        if decay:
+            tx = optax.chain(tx, optax.add_decayed_weights(-rate * decay))
+    if before is not None:
+        tx = optax.chain(optax.trace(before**exponent, nesterov=True), tx)
+    if bits == 8:
+        roles = {"linear": 8, "square": 8, "basis": 8, "full": 8}
+        ours = function in (natgalore.natural_galore, natgalore.galore)
+        roles["full" if ours else "linear"] = momentum_bits or 8
+        tx = natgalore.quantized(tx, roles)
+    return tx
 
-    def make(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
-        given = {"rank": rank} | settings
-        if recipe != "natural_galore":  # its default period is part of the comparison
-            given = {"refresh_every": every} | given
-        tx = getattr(natgalore, recipe)(rate, **given)
-        return natgalore.quantized(tx, ("linear", "square", "basis")) if bits == 8 else tx
 
-    return make
-
-
-def contrib_galore(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
+def contrib_galore(rate: Any, rank: int, refresh_every: int) -> optax.GradientTransformation:
     return optax.contrib.galore(
         rate,
         rank=rank,
-        update_proj_gap=every,
+        update_proj_gap=refresh_every,
         weight_dimension_numbers=llama.galore_dimension_numbers,
     )
 
 
-def adafactor(rate: Any, rank: int, every: int) -> optax.GradientTransformation:
-    del rank, every
+def adafactor(rate: Any) -> optax.GradientTransformation:
     return optax.adafactor(rate, multiply_by_parameter_scale=False)
 
 
+# b1 and b2 of the paper's experiments.
+ldadam = functools.partial(peers.ldadam, b1=0.908, b2=0.99)
+adamw_b2_95 = functools.partial(optax.adamw, b2=0.95)
+
+
+FUNCTIONS: dict[str, tuple[Any, float, bool]] = {  # function, first rate, stacked
+    "adamw": (optax.adamw, 2.5e-4, True),
+    "adamw_b2_95": (adamw_b2_95, 2.5e-4, True),
+    "galore": (natgalore.galore, 6.25e-4, True),
+    "natural_galore": (natgalore.natural_galore, 1.25e-3, True),
+    "contrib_galore": (contrib_galore, 6.25e-4, False),
+    "muon": (optax.contrib.muon, 2.5e-3, False),
+    "soap": (peers.soap, 5e-4, True),
+    "cosmos": (peers.cosmos, 1.25e-4, True),
+    "fira": (peers.fira, 6.25e-4, True),
+    "apollo": (peers.apollo, 5e-4, True),
+    "apollo_mini": (peers.apollo_mini, 5e-4, True),
+    "ldadam": (ldadam, 2.5e-4, True),
+    "dion": (peers.dion, 5e-3, True),
+    "adafactor": (adafactor, 5e-4, True),
+    "lion": (optax.lion, 3.125e-5, True),
+}
 CONTENDERS: dict[str, Contender] = {
-    "adamw": Contender(lambda rate, rank, every: optax.adamw(rate, weight_decay=0.0), 2.5e-4),
-    "adamw_b2_95": Contender(
-        lambda rate, rank, every: optax.adamw(rate, b2=0.95, weight_decay=0.0), 2.5e-4
-    ),
-    "galore": Contender(ours("galore"), 6.25e-4),
-    "natural_galore": Contender(ours("natural_galore"), 1.25e-3),
-    "contrib_galore": Contender(contrib_galore, 6.25e-4, stacked=False),
-    "muon": Contender(
-        lambda rate, rank, every: optax.contrib.muon(rate, weight_decay=0.0), 2.5e-3, stacked=False
-    ),
-    "soap": Contender(lambda rate, rank, every: peers.soap(rate), 5e-4),
-    "fira": Contender(
-        lambda rate, rank, every: peers.fira(rate, rank, refresh_every=every), 6.25e-4
-    ),
-    "apollo": Contender(
-        lambda rate, rank, every: peers.apollo(rate, rank, refresh_every=every), 5e-4
-    ),
-    "apollo_mini": Contender(
-        lambda rate, rank, every: peers.apollo_mini(rate, refresh_every=every), 5e-4
-    ),
-    "ldadam": Contender(
-        # b1 and b2 of the paper's experiments.
-        lambda rate, rank, every: peers.ldadam(rate, rank, b1=0.908, b2=0.99),
-        2.5e-4,
-    ),
-    "dion": Contender(lambda rate, rank, every: peers.dion(rate, rank), 5e-3),
-    "adafactor": Contender(adafactor, 5e-4),
-    "lion": Contender(lambda rate, rank, every: optax.lion(rate, weight_decay=0.0), 3.125e-5),
+    name: Contender(functools.partial(make, function), first, stacked)
+    for name, (function, first, stacked) in FUNCTIONS.items()
 }
 
 STAGES = {"core": natgalore.scale_by_core_fisher, "window": natgalore.scale_by_fisher}
@@ -112,8 +159,6 @@ def contender(text: str) -> Contender:
         raise ValueError(f"no method {name!r}: choose from {', '.join(CONTENDERS)}")
     if not colon:
         return CONTENDERS[name]
-    if name not in ("galore", "natural_galore"):
-        raise ValueError(f"{name} takes no settings, got {rest!r}")
     settings: dict[str, Any] = {}
     stage_settings: dict[str, Any] = {}
     for part in rest.split("+"):
@@ -125,7 +170,8 @@ def contender(text: str) -> Contender:
     if stage_settings:
         settings["fisher"] = STAGES[settings.get("fisher", "core")](**stage_settings)
     try:
-        result = CONTENDERS[name]._replace(make=ours(name, **settings))
+        chosen = CONTENDERS[name]
+        result = chosen._replace(make=functools.partial(chosen.make, **settings))
         result.make(1e-3, 8, 1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{text}: {error}") from error

@@ -1,4 +1,4 @@
-"""Text to tokens: installed Python sources, Python sources of downloaded wheels, or C4.
+"""Text to tokens: Python sources, installed or in wheels; descriptions of packages; or C4.
 
 Installed sources are those of the standard library and all packages. Duplicate files are removed.
 Installations differ, so each corpus has a digest, and results of different corpora are not
@@ -6,7 +6,9 @@ compared. A byte-pair encoding is trained on a part of the corpus; tokens are ca
 """
 
 import hashlib
+import io
 import json
+import lzma
 import sysconfig
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -81,6 +83,28 @@ def distinct(texts: Iterable[bytes]) -> list[bytes]:
     return [found[digest] for digest in sorted(found)]
 
 
+def descriptions(cache: Path, limit: int | None) -> Iterable[bytes]:
+    """The English descriptions of Debian's packages, in apt's files in the folder `debian`.
+
+    Prose: 64,000 texts, 27 MB.
+    """
+    folder = cache / "debian"
+    if not any(folder.glob("*Translation-en*")):
+        raise ValueError(
+            "there is no text in debian: apt-get -o Dir::State::Lists=LISTS -o "
+            "Acquire::Languages=en update; then for each file of LISTS: "
+            f"/usr/lib/apt/apt-helper cat-file FILE >> {folder}/Translation-en"
+        )
+    found = []
+    for path in sorted(folder.glob("*Translation-en*")):
+        for entry in path.read_text().split("\n\n"):
+            _, _, text = entry.partition("\nDescription-en: ")
+            # Lines start with a space; one with a dot alone is empty.
+            lines = [line.strip() for line in text.splitlines()]
+            found.append("\n".join("" if line == "." else line for line in lines).encode())
+    return distinct(found)[:limit]
+
+
 def c4(cache: Path, limit: int | None) -> Iterable[bytes]:
     """The first texts of C4's English part, streamed."""
     del cache
@@ -93,7 +117,7 @@ def c4(cache: Path, limit: int | None) -> Iterable[bytes]:
         yield row["text"].encode()
 
 
-DATASETS = {"python": installed, "wheels": fetched, "c4": c4}
+DATASETS = {"python": installed, "wheels": fetched, "debian": descriptions, "c4": c4}
 
 
 def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -> Corpus:
@@ -148,6 +172,26 @@ def load(dataset: str, vocabulary: int, cache: Path, limit: int | None = None) -
     np.savez(part, train=corpus.train, validation=corpus.validation, about=json.dumps(about))
     part.rename(cached)
     return corpus
+
+
+def pack(corpus: Corpus, path: Path, tokens: int | None = None) -> None:
+    """Writes a corpus, or its first tokens, compressed, for a machine without its texts."""
+    train = corpus.train[:tokens]
+    buffer = io.BytesIO()
+    about = corpus.about | {"train_tokens": len(train)}
+    np.savez(buffer, train=train, validation=corpus.validation, about=json.dumps(about))
+    # One dictionary for the whole corpus: many files occur in several versions.
+    filters = [
+        {"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 2**27, "lc": 0, "lp": 1, "pb": 1}
+    ]
+    path.write_bytes(lzma.compress(buffer.getvalue(), filters=filters))
+
+
+def unpacked(path: Path) -> Corpus:
+    """The corpus that :func:`pack` wrote."""
+    with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as arrays:
+        about = json.loads(str(arrays["about"]))
+        return Corpus(arrays["train"], arrays["validation"], about)
 
 
 END = "<end>"  # token after each text

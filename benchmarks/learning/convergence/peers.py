@@ -26,7 +26,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 
 from natgalore_jax.subspace.basis import GENERATOR, svd
-from natgalore_jax.util.linalg import matmul, orthonormalise, product
+from natgalore_jax.util.linalg import matmul, orthonormalise, polar, product
 
 
 MatrixState = dict[str, jax.Array]  # of one matrix, or of a stack of matrices
@@ -309,6 +309,53 @@ def ldadam(
         lost = product(P, kept["M"]) - product(new_P, M)
         error = A - product(new_P, R) + b1 / (1 - b1) * lost
         return product(new_P, U), {"P": new_P, "M": new, "V": V, "error": error}
+
+    refresh = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
+    return per_matrix(learning_rate, start, step, refresh)
+
+
+def cosmos(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.96,
+    gamma: float = 0.2,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """SOAP in the leading eigenspace of G Gᵀ, Muon on the rest of the momentum:
+
+        M ← β₁ M + (1 − β₁) G,    P' ← Q of the QR decomposition of β₂ P S + (1 − β₂) G Gᵀ P
+        C = Pᵀ P',    R = P'ᵀ G,    S ← β₂ Cᵀ S C + (1 − β₂) R Rᵀ,    V ← β₂ V + (1 − β₂) R∘R
+        A = P' (P'ᵀ M / (1 − β₁ᵗ) / (√(V / (1 − β₂ᵗ)) + ε)),    B = polar(M − P' P'ᵀ M)
+        X = A + γ √(mn) B / ‖B‖,    W ← W − η √(mn) X / ‖X‖
+
+    The first P holds the leading left singular vectors of the first gradient. The update has a root
+    mean square of η. γ is the paper's; the defaults of b1 and b2 are this comparison's.
+
+    Reference: Liu et al., arXiv:2502.17410, algorithm 1.
+    """
+
+    def start(key, m, n):
+        del key
+        r = min(rank, m)
+        return zeros(P=(m, r), S=(r, r), V=(r, n), M=(m, n))
+
+    def unit_rms(X):
+        norm = jnp.linalg.norm(X)
+        return math.sqrt(X.size) * X / jnp.where(norm > 0, norm, 1.0)
+
+    def step(G, kept, t):
+        P, S = kept["P"], kept["S"]
+        new_P = orthonormal(b2 * matmul(P, S) + (1 - b2) * matmul(G, matmul(G.mT, P)))
+        C, R = matmul(P.mT, new_P), product(new_P.mT, G)
+        S = mean(matmul(matmul(C.mT, S), C), matmul(R, R.mT), b2)
+        M, V = mean(kept["M"], G, b1), mean(kept["V"], R * R, b2)
+        U = product(new_P.mT, M)
+        A = product(new_P, U / (1 - b1**t) / (jnp.sqrt(V / (1 - b2**t)) + eps))
+        rest = M - product(new_P, U)
+        B = polar(unit_rms(rest) / math.sqrt(rest.size))
+        return unit_rms(A + gamma * unit_rms(B)), {"P": new_P, "S": S, "V": V, "M": M}
 
     refresh = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
     return per_matrix(learning_rate, start, step, refresh)

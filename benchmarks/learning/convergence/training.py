@@ -1,11 +1,12 @@
 """One run: a Llama, an optimizer for the matrices of its layers, a learning rate, a seed.
 
 Embedding, head and norms are under Adam at a rate of their own. Both rates warm up linearly for a
-tenth of the steps and fall along a cosine to a tenth of their peak. Batches and initial weights are
-functions of seed and step, the same for all optimizers. Each optimizer is compiled once, with the
-learning rate as an argument.
+tenth of the steps and fall along a cosine to a tenth of their peak, or another part. Batches and
+initial weights are functions of seed and step, the same for all optimizers. Each optimizer is
+compiled once, with the learning rate as an argument.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,16 @@ import numpy as np
 import optax
 from flax import nnx
 
+from natgalore_jax.reporting.memory_report import nbytes
+
 from .contenders import contender as contender_of, llama
 from .corpus import Corpus
 
 
 SIZES = {
     "toy": llama.LlamaConfig(64, 176, heads=4, layers=2),
+    "6m": llama.LlamaConfig(192, 512, heads=3, layers=6),
+    "11m": llama.LlamaConfig(256, 688, heads=4, layers=8),
     "33m": llama.CONFIGS["60m"],  # with a vocabulary of 8,192 instead of 32,000
     "60m": llama.CONFIGS["60m"],
     "130m": llama.CONFIGS["130m"],
@@ -48,6 +53,9 @@ class Setting:
       rest_rate: peak learning rate of embedding, head and norms.
       dtype: dtype of activations and products; weights are float32.
       attention: implementation, as in `llama.LlamaConfig`.
+      last_rate: the last learning rate as a fraction of the peak.
+      decay_tokens: tokens per step at which the decays of averages hold, such as b1; at other
+        numbers of tokens they have the same half-lives in tokens. None: in steps.
     """
 
     size: str
@@ -60,6 +68,19 @@ class Setting:
     rest_rate: float
     dtype: str
     attention: str
+    last_rate: float = 0.1
+    decay_tokens: int | None = None
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as results record them: fields added later only if they are not default."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
+    @property
+    def exponent(self) -> float:
+        """The power of decays of averages for equal half-lives in tokens."""
+        return self.batch * self.length / self.decay_tokens if self.decay_tokens else 1.0
 
     @property
     def model(self) -> llama.LlamaConfig:
@@ -77,7 +98,7 @@ class Setting:
         if step < rising:
             return (step + 1) / rising
         done = (step - rising) / max(1, self.steps - rising)
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+        return self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Program(NamedTuple):
@@ -123,8 +144,10 @@ def compiled(name: str, setting: Setting) -> Program:
     from_contender = (lambda x: x) if contender.stacked else stacked
 
     def optimizer(rate, rest_rate):
-        matrices = contender.make(rate, setting.rank, setting.refresh_every)
-        rest = optax.adamw(rest_rate, weight_decay=0.0)
+        exponent = setting.exponent
+        matrices = contender.make(rate, setting.rank, setting.refresh_every, exponent)
+        b1, b2 = 0.9**exponent, 0.999**exponent
+        rest = optax.adamw(rest_rate, b1, b2, weight_decay=0.0)
         labels = lambda params: jax.tree.map_with_path(
             lambda path, w: "matrices" if is_matrix(path, w) else "rest", params
         )
@@ -151,7 +174,7 @@ def compiled(name: str, setting: Setting) -> Program:
         return (optax.apply_updates(params, from_contender(updates)), state), value
 
     _, state = jax.eval_shape(init, 0)
-    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    size = lambda tree: sum(map(nbytes, jax.tree.leaves(tree)))
     return Program(
         jax.jit(init),
         jax.jit(step, donate_argnums=0),

@@ -1,0 +1,340 @@
+"""What holds in long runs: the runs of the tables by length, batch and bytes, on several GPUs.
+
+    python benchmarks/learning/bench_long_runs.py --tokens wheels.xz --out runs/long --minutes 9
+    python benchmarks/learning/bench_long_runs.py --gpus 2,3 --workers 2 ...
+    python benchmarks/learning/bench_long_runs.py --list        print the runs that remain
+
+The runs are those of RUNS, in order of importance. Every worker process takes the next run that is
+not finished, is not taken by another worker, and can end before the time is over; each finished
+run is a file of one line in --out, so the same command continues, and `--done` names files of
+results whose runs are not repeated.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks.common.environment import environment
+from benchmarks.learning.convergence import corpus, results
+from benchmarks.learning.convergence.search import near
+from benchmarks.learning.convergence.training import SIZES, Setting, compiled, train
+
+
+class Job(NamedTuple):
+    """One run.
+
+    Attributes:
+      method: as in `bench_convergence.py`.
+      rate: peak learning rate.
+      size: of the model.
+      steps: of the run.
+      batch: sequences of 256 tokens per step.
+      seed: of batches and initial weights.
+      settings: other fields of Setting.
+    """
+
+    method: str
+    rate: float
+    size: str = "33m"
+    steps: int = 8000
+    batch: int = 64
+    seed: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def setting(self) -> Setting:
+        model = SIZES[self.size]
+        defaults: dict[str, Any] = {
+            "size": self.size,
+            "vocabulary": 8192,
+            "steps": self.steps,
+            "batch": self.batch,
+            "length": 256,
+            "rank": model.hidden // 4,
+            "refresh_every": 200,
+            "rest_rate": 4e-3,
+            "dtype": "bfloat16",
+            "attention": "cudnn" if jax.default_backend() == "gpu" else "xla",
+        }
+        return Setting(**(defaults | dict(self.settings)))
+
+    @property
+    def name(self) -> str:
+        """Of its file: the same in every session."""
+        return hashlib.sha256(repr(tuple(self)).encode()).hexdigest()[:16]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time of the run alone on one H200, with a compilation."""
+        setting, model = self.setting, SIZES[self.size]
+        layer = model.hidden * (4 * model.hidden + 3 * model.intermediate)
+        weights = model.layers * layer + 2 * model.hidden * setting.vocabulary
+        launching = {"adamw_b2_95": 0.2e-3, "muon": 1.4e-3}.get(self.method.partition(":")[0], 8e-4)
+        flops = 6 * weights * setting.batch * setting.length
+        return 40 + self.steps * (model.layers * launching + flops / 1.5e14)
+
+
+MOMENTUM = "natural_galore:residual_momentum=0.95"
+BEFORE = "natural_galore:before=0.95+residual_scale=0.2"
+IN_8_BITS = "+bits=8"
+IN_4_BITS = "+bits=8+momentum_bits=4"
+GENTLE = {  # Fisher stages
+    "power 1/4, damping 1": "+fisher=core+fisher.power=0.25+fisher.damping=1.0",
+    "power 1/4": "+fisher=core+fisher.power=0.25",
+    "damping 1": "+fisher=core+fisher.damping=1.0",
+    "power 1/4, damping 1, decay 0.9": "+fisher=core+fisher.power=0.25+fisher.damping=1.0"
+    "+fisher.decay=0.9",
+    "power 1/4, damping 1, every step": "+fisher=core+fisher.power=0.25+fisher.damping=1.0"
+    "+fisher.root_every=1",
+}
+
+
+def small(method: str, rate: float, **settings: Any) -> Job:
+    """6M weights on 115M tokens: 20 tokens per weight."""
+    return Job(method, rate, "6m", 7000, settings=tuple(settings.items()))
+
+
+def middle(method: str, rate: float, **settings: Any) -> Job:
+    """11M weights on 225M tokens: 20 tokens per weight."""
+    return Job(method, rate, "11m", 13_700, settings=tuple(settings.items()))
+
+
+def runs() -> Iterator[Job]:
+    """All runs, the most telling of each size first."""
+    # 6M weights, 20 tokens per weight: with and without momentum, of the residual or before.
+    yield small("natural_galore", 2.5e-3)
+    yield small(MOMENTUM, 2.5e-3)
+    yield small(BEFORE, 2.5e-3)
+    yield small("muon", 1e-2)
+    yield small("adamw_b2_95", 2e-3)
+    yield small(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
+    yield small(BEFORE + IN_8_BITS + "+rank=16", 2.5e-3)
+    yield small("muon", 2e-2)
+    yield small("muon:bits=8", 1e-2)
+    yield small("adamw_b2_95", 1e-3)
+    yield small(MOMENTUM, 5e-3)
+    yield small(BEFORE, 5e-3)
+    yield small(MOMENTUM, 1.25e-3)
+    yield small("natural_galore", 1.25e-3)
+    yield small("muon", 5e-3)
+    yield small(BEFORE, 1.25e-3)
+    yield small(MOMENTUM + IN_4_BITS + "+rank=16", 2.5e-3)
+    yield small("natural_galore:bits=8", 2.5e-3)
+    yield small("soap", 2e-3)
+    yield small("adamw_b2_95", 4e-3)
+    for scale in (0.1, 0.4):
+        yield small(MOMENTUM + f"+residual_scale={scale}", 2.5e-3)
+    yield small(MOMENTUM + "+b1=0.95", 2.5e-3)
+    yield small("cosmos:rank=16", 5e-4)
+    yield small("muon:bits=8+momentum_bits=4", 1e-2)
+    for stage in GENTLE.values():
+        yield small(MOMENTUM + stage, 2.5e-3)
+    # 33M weights, 4 tokens per weight.
+    yield Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3)
+    yield Job(BEFORE + IN_8_BITS + "+rank=32", 2.5e-3)
+    yield Job("muon", 1e-2)
+    yield Job("natural_galore", 2.5e-3)
+    yield Job(MOMENTUM, 2.5e-3)
+    yield Job("muon:bits=8", 1e-2)
+    yield Job("adamw_b2_95", 1e-3)
+    yield Job(BEFORE, 2.5e-3)
+    yield Job(MOMENTUM + IN_4_BITS + "+rank=32", 2.5e-3)
+    yield Job("natural_galore:bits=8", 2.5e-3)
+    # The same, 1 token per weight: stages of the Fisher beside the momentum.
+    for stage in ("", *GENTLE.values()):
+        yield Job(MOMENTUM + stage, 2.5e-3, steps=2000)
+    # Steps of 4,096 tokens.
+    for method, rate in (
+        (MOMENTUM + IN_8_BITS + "+rank=32", 1.25e-3),
+        ("muon", 5e-3),
+        ("natural_galore", 1.25e-3),
+        ("adamw_b2_95", 5e-4),
+    ):
+        for decay_tokens in (None, 16_384):
+            settings = (("decay_tokens", decay_tokens),) if decay_tokens else ()
+            yield Job(method, rate, steps=4000, batch=16, settings=settings)
+    # 11M weights, 20 tokens per weight.
+    yield middle(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
+    yield middle(BEFORE + IN_8_BITS + "+rank=16", 2.5e-3)
+    for rate in (1e-2, 2e-2):
+        yield middle("muon", rate)
+    for rate in (2e-3, 1e-3):
+        yield middle("adamw_b2_95", rate)
+    yield middle(MOMENTUM + IN_8_BITS, 2.5e-3)
+    yield middle("natural_galore:bits=8", 2.5e-3)
+    yield middle("muon:bits=8", 1e-2)
+    yield middle("soap", 2e-3)
+    # Weight decay and schedules to zero.
+    for last in (0.1, 0.0):
+        settings = {} if last == 0.1 else {"last_rate": last}
+        for method, rate, decays in (
+            (MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3, (0.03, 0.1, 0.3)),
+            ("muon", 1e-2, (0.01, 0.03, 0.1)),
+            ("adamw_b2_95", 2e-3, (0.03, 0.1, 0.3)),
+        ):
+            for decay in ((0.0,) if settings else ()) + decays:
+                colon = "+" if ":" in method else ":"
+                name = f"{method}{colon}weight_decay={decay}" if decay else method
+                yield small(name, rate, **settings)
+    # More seeds of the claims.
+    for seed in (1, 2):
+        for job in (
+            small(MOMENTUM, 2.5e-3),
+            small(BEFORE, 2.5e-3),
+            small("muon", 1e-2),
+            small("adamw_b2_95", 2e-3),
+            small("natural_galore", 2.5e-3),
+            Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3),
+            Job("muon", 1e-2),
+        ):
+            yield job._replace(seed=seed)
+
+
+RUNS = list(dict.fromkeys(runs()))
+
+
+def remaining(args: argparse.Namespace, text: corpus.Corpus | None = None) -> list[Job]:
+    """The runs without a result."""
+    found = []
+    for path in args.done:
+        for line in results.lines(path):
+            setting = line["setting"] | {"attention": None}
+            found.append((line["method"], line["rate"], line["seed"], setting, line["data"]))
+
+    def is_done(job: Job) -> bool:
+        asked = job.setting.recorded | {"attention": None}
+        return (args.out / f"{job.name}.jsonl").exists() or any(
+            (method, seed, setting) == (job.method, job.seed, asked)
+            and near(rate, job.rate)
+            and (text is None or data == text.about)
+            for method, rate, seed, setting, data in found
+        )
+
+    shortened = (job._replace(steps=round(job.steps * args.share)) for job in RUNS)
+    return [job for job in shortened if job.size in args.sizes and not is_done(job)]
+
+
+def work(args: argparse.Namespace) -> None:
+    """One worker: takes runs until the time is over."""
+    jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
+    text = corpus.unpacked(args.tokens)
+    taken = args.out / "taken"
+    pace = args.workers * args.pace  # processes of one GPU share it
+    while True:
+        left = args.until - time.time()
+        fitting = (job for job in remaining(args, text) if job.seconds * pace < left)
+        for job in fitting:
+            try:
+                (taken / job.name).mkdir()
+            except FileExistsError:
+                continue
+            break
+        else:
+            print(f"no run fits into {left:.0f} s", flush=True)
+            return
+        began = time.time()
+        try:
+            line = result(job, text)
+        except Exception:  # of one run; the others go on
+            print(f"{tuple(job)} failed", flush=True)
+            traceback.print_exc()
+            continue
+        pace = 1.1 * (time.time() - began) / job.seconds
+        losses = " ".join(f"{results.loss_of(x):.3f}" for x in line["records"][3::4])
+        print(f"{tuple(job)}: {losses} in {time.time() - began:.0f} s", flush=True)
+        part = args.out / f"{job.name}.part"
+        results.append(part, line)
+        part.rename(part.with_suffix(".jsonl"))
+
+
+def result(job: Job, text: corpus.Corpus) -> dict[str, Any]:
+    """The line of a run in the results file."""
+    program = compiled(job.method, job.setting)
+    records = list(train(program, job.setting, text, job.rate, job.seed))
+    return {
+        "setting": job.setting.recorded,
+        "data": text.about,
+        "environment": environment(),
+        "method": job.method,
+        "rate": job.rate,
+        "seed": job.seed,
+        "state_bytes": program.state_bytes,
+        "matrix_state_bytes": program.matrix_state_bytes,
+        "records": records,
+    }
+
+
+def supervise(args: argparse.Namespace) -> None:
+    """Starts the workers and collects their results in one file."""
+    (args.out / "taken").mkdir(parents=True, exist_ok=True)
+    for claim in (args.out / "taken").iterdir():
+        claim.rmdir()
+    processes = []
+    for gpu in args.gpus:
+        for _ in range(args.workers):
+            memory = f"{0.9 / args.workers:.2f}"
+            settings = {"CUDA_VISIBLE_DEVICES": gpu, "XLA_PYTHON_CLIENT_MEM_FRACTION": memory}
+            command = [sys.executable, *sys.argv, "--until", str(args.until)]
+            processes.append(subprocess.Popen(command, env=os.environ | settings))
+    codes = [process.wait() for process in processes]
+    lines = [line for path in sorted(args.out.glob("*.jsonl")) for line in results.lines(path)]
+    args.collect.unlink(missing_ok=True)
+    for line in lines:
+        results.append(args.collect, line)
+    print(f"{len(remaining(args))} runs remain; workers ended with {codes}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=Path, help="of corpus.pack")
+    parser.add_argument("--out", type=Path, default="runs/long")
+    parser.add_argument(
+        "--done",
+        type=lambda x: [*map(Path, x.split(","))],
+        default=[Path("benchmarks/results/long-runs.jsonl")],
+        help="files of results, separated by commas",
+    )
+    parser.add_argument(
+        "--collect", type=Path, default="runs/long-runs.jsonl", help="all results of --out"
+    )
+    parser.add_argument("--cache", type=Path, default="runs/cache", help="of compiled programs")
+    parser.add_argument("--gpus", type=lambda x: x.split(","), default=["0"])
+    parser.add_argument("--workers", type=int, default=2, help="processes of one GPU")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument(
+        "--pace", type=float, default=1.0, help="factor of the estimated times of first runs"
+    )
+    parser.add_argument(
+        "--sizes", type=lambda x: x.split(","), default=[*SIZES], help="of the models"
+    )
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps of every run")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="print the remaining runs")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    if args.list:
+        for job in remaining(args):
+            print(f"{job.seconds:5.0f} s", *job)
+    elif args.until:
+        work(args)
+    else:
+        args.until = time.time() + 60 * args.minutes
+        supervise(args)
+
+
+if __name__ == "__main__":
+    main()

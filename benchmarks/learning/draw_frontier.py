@@ -1,0 +1,101 @@
+"""What a byte of optimizer state buys: loss against bytes of state per weight, of each method.
+
+    python benchmarks/learning/draw_frontier.py benchmarks/results/long-runs.jsonl --size 11m
+
+A point is a method at its best learning rate, its mean over seeds. Points that no other point beats
+in both coordinates are joined: the frontier.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from benchmarks.learning.convergence import results
+from benchmarks.learning.convergence.training import SIZES
+
+
+FAMILIES = {"natural_galore": ("C3", "o"), "galore": ("C1", "o"), "muon": ("C0", "s")}
+FAMILIES |= {"adamw": ("C7", "^"), "soap": ("C2", "D"), "cosmos": ("C4", "v")}
+
+
+def weights(size: str) -> int:
+    """The number of weights in the matrices of the layers."""
+    model = SIZES[size]
+    return model.layers * model.hidden * (4 * model.hidden + 3 * model.intermediate)
+
+
+def bytes_per_weight(size: str, summary: results.Summary) -> float:
+    return summary.runs[0].matrix_state_bytes / weights(size)
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is below in one coordinate and not above in the other.
+
+    Example:
+      >>> frontier([(1.0, 2.0), (2.0, 2.5), (4.0, 1.5), (1.0, 2.2)])
+      [(1.0, 2.0), (4.0, 1.5)]
+    """
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def label(method: str) -> str:
+    """A method's name without the settings that all runs of the picture share."""
+    for long, short in (
+        ("natural_galore", "ours"),
+        ("residual_momentum=", "momentum "),
+        ("bits=8+momentum_bits=4", "8 bits, momentum 4"),
+        ("bits=8", "8 bits"),
+        ("rank=", "rank "),
+        ("adamw_b2_95", "AdamW"),
+        ("weight_decay=", "decay "),
+    ):
+        method = method.replace(long, short)
+    return method.replace(":", ", ").replace("+", ", ")
+
+
+def draw(size: str, summaries: list[results.Summary], title: str) -> Figure:
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    points = [(bytes_per_weight(size, s), s.loss) for s in summaries]
+    axes.step(*zip(*frontier(points), strict=True), where="post", color="0.7", zorder=0)
+    for (x, y), s in zip(points, summaries, strict=True):
+        family = s.method.partition(":")[0].removesuffix("_b2_95")
+        color, marker = FAMILIES.get(family, ("C5", "x"))
+        axes.errorbar(x, y, yerr=s.spread, fmt=marker, color=color, capsize=3)
+        axes.annotate(label(s.method), (x, y), xytext=(4, 4), textcoords="offset points", size=7)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set(xlabel="bytes of state per weight", ylabel="validation loss, nats per token")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--size", default="11m")
+    parser.add_argument("--figure", type=Path, default="docs/frontier.png")
+    args = parser.parse_args()
+    groups = [x for x in results.groups(args.file) if x[0]["setting"]["size"] == args.size]
+    if not groups:
+        parser.error(f"{args.file} has no runs of {args.size}")
+    about, runs = max(groups, key=lambda x: x[0]["setting"]["steps"] * x[0]["setting"]["batch"])
+    setting = about["setting"]
+    tokens = setting["steps"] * setting["batch"] * setting["length"]
+    title = f"{args.size}, {tokens / 1e6:.0f}M tokens of {about['data']['dataset']}"
+    summaries = [s for s in results.summaries(runs) if s.loss < float("inf")]
+    draw(args.size, summaries, title).savefig(args.figure, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
