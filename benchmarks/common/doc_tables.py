@@ -219,6 +219,12 @@ def tpu_update() -> Iterator[Row]:
         yield (code(name), *cells)
 
 
+@table("tpu-pieces", "matrix and operation", "compile, s", "code, MB")
+def tpu_pieces() -> Iterator[Row]:
+    for name, row in read("tpu-pieces")["pieces"].items():
+        yield (name, f"{row['compile_seconds']:.1f}", f"{row['code'] / 1e6:.2f}")
+
+
 @table("crossings", "trace of one projected leaf", *("calls", "functions", "modules", "crossings"))
 def crossings() -> Iterator[Row]:
     for label, name in (("before", "trace-flat"), ("now", "trace")):

@@ -13,7 +13,7 @@ COLLECTIVE = rf"%([\w.\-]+) = (.*?) ({KINDS})(?:-done)?\((?:%([\w.\-]+))?"
 STARTED = rf"%([\w.\-]+) = .*? (?:{KINDS})-start\("
 TRIPS = r'known_trip_count"?:\{"n":"(\d+)"'
 # XLA:TPU notes no trip counts: they are read from a loop's condition, i < constant.
-CONSTANT = r"%([\w.\-]+) = s32\[\]\S* constant\((\d+)\)"
+CONSTANT = r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)"
 BELOW = r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT"
 CONDITION = r"condition=%?([\w.\-]+)"
 CALLED = r"(calls|to_apply|body|(?:true|false|branch|called)_computations?)=(\{[^}]*\}|%?[\w.\-]+)"

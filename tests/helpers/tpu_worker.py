@@ -87,7 +87,7 @@ def example(topology: str) -> dict[str, Any]:
     """The training step of `make train ACCELERATOR=tpu ARGS="--dtype bfloat16 --scan"`."""
     mesh = mesh_of(topology)
     llama_sharding.make_mesh = lambda shape: mesh
-    config = sharded.Config(dtype="bfloat16", scan=True, vocabulary=256)
+    (config,) = sharded.Config(dtype="bfloat16", scan=True, vocabulary=256).runs()
     functions = sharded.make_functions(config)
     state = jax.eval_shape(functions.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((config.batch_size, config.seq_len + 1), jnp.int32)
