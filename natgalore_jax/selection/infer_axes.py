@@ -266,11 +266,17 @@ class _Tree:
             return None
         if self.vocabularies & sizes and len(leaf.shape) == 2:
             return HEAD
-        if not GATES & set(leaf.words) or any(word in leaf.words for word in ("expert", "experts")):
+        if not GATES & set(leaf.words):
+            return None
+        beside = self.subtrees.get(leaf.path[:-2], [])
+        axes = [pair for x in beside for pair in zip(x.axes, x.shape, strict=True)]
+        if {n for kind, n in axes if kind == EXPERT_AXIS} & sizes and EXPERT_AXIS not in leaf.axes:
+            return ROUTER
+        if any(word in leaf.words for word in ("expert", "experts")):
             return None
         if any("moe" in word for word in leaf.words):
             return ROUTER
-        for x in self.subtrees.get(leaf.path[:-2], []):  # experts beside it
+        for x in beside:  # experts
             *_, count, m, n = (0, 0, 0, *_without(x.shape, self.stack_axes(x)))
             if not self.in_attention(x) and 0 < count < min(m, n) and count in sizes:
                 return ROUTER

@@ -11,6 +11,7 @@ boxes of the leaf's kind with names of their own axes (sharding/boxed_state.py);
 its state in the boxes in which it was given, if any.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -134,7 +135,9 @@ def box_like(box: Any, x: Any, entries: Sequence[Any]) -> Any:
         axis = type(box.axes[0])
         names = [f"axis_{i}" if name is None else name for i, name in enumerate(entries)]
         return type(box)(x, tuple(map(axis, names, x.shape)))
-    return box.replace(value=x, names=tuple(entries))
+    if not (dataclasses.is_dataclass(box) and hasattr(box, "names")):
+        return x  # a box of an unknown kind
+    return dataclasses.replace(box, value=x, names=tuple(entries))
 
 
 FIELDS = ("names", "out_sharding", "sharding_names", "sharding", "axes")

@@ -264,6 +264,13 @@ NAMED = {  # shape, names of axes, expected reading
         "ff/wi_bias": ((32, 12, 64), "exp layers mlp", "a bias"),
         "ff/gate": ((64, 12, 32), "embed layers exp", "a router"),
     },
+    "a router among experts as many as an expert is wide": {
+        "mlp/routed_experts/wi_0": ((64, 3, 128, 64), "exp layers embed mlp",
+                                    ((0, 1), (2,), (3,))),
+        "mlp/routed_experts/gate/kernel": ((128, 3, 64), "embed layers -", "a router"),
+        "mlp/experts/gate/kernel": ((64, 3, 128, 64), "exp layers embed mlp",
+                                    ((0, 1), (2,), (3,))),
+    },
     "experts on another axis than the first": {
         "ff/wi": ((64, 32, 64), "embed experts mlp", ((1,), (0,), (2,))),
     },
