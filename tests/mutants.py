@@ -120,8 +120,8 @@ MUTANTS = [
     Mutant(
         "subspace/residual",
         "mean over all coordinates",
-        "left = math.prod(sides) - ",
-        "left = math.prod(sides) or ",
+        "(G.shape[a] for a in axes) - math.prod(",
+        "(G.shape[a] for a in axes) or math.prod(",
     ),
     Mutant(
         "subspace/residual",
@@ -129,7 +129,7 @@ MUTANTS = [
         "return U - phi * R, phi * G",
         "return U + phi * R, -phi * G",
     ),
-    Mutant("subspace/residual", "polar factor without damping", "/ of_G) + DAMPING)", "/ of_G))"),
+    Mutant("subspace/residual", "size without damping", " + DAMPING * jnp.square(of_G / unit)", ""),
     Mutant(
         "subspace/learning_rate_check",
         "negative answer accepted",
@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant(
         "sharding/partitioning",
         "basis sharded as the other side",
-        'sides = {"m": merged_entry(spec, spec.rows, entries)}',
-        'sides = {"m": merged_entry(spec, spec.cols, entries)}',
+        'sides = {"m": rows, "n": cols,',
+        'sides = {"m": cols, "n": cols,',
     ),
     Mutant(
         "sharding/partitioning",
