@@ -94,7 +94,12 @@ device = lambda name: read(name)["environment"]["device"].split(" ")[1]
 # --- Other people's trainers: benchmarks/memory/bench_trainers.py ---------------------------------
 
 
-TRAINERS = {"maxtext": "MaxText", "levanter": "Levanter", "nanodo": "nanodo", "ours": "`sharded`"}
+TRAINERS = {
+    "maxtext": "MaxText",
+    "levanter": "Levanter",
+    "nanodo": "nanodo",
+    "ours": "`sharded`, this library's Llama",
+}
 
 
 def trainer_runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -116,6 +121,13 @@ def trainers() -> Iterator[Row]:
         )
         share = ratio(ours["device_bytes"], adamw["device_bytes"]) if adamw else ""
         yield trainer, layout, on_device(adamw), on_device(before), on_device(ours), share
+
+
+@table("trainer-models", "model in MaxText", "AdamW", "Natural GaLore", "to AdamW")
+def trainer_models() -> Iterator[Row]:
+    for layout, runs in read("trainers")["maxtext_models"].items():
+        sizes = [runs[name]["device_bytes"] for name in ("adamw", "natural_galore")]
+        yield layout, *(gigabytes(n) for n in sizes), ratio(sizes[1], sizes[0])
 
 
 @table("trainers-compile", "trainer", "layout", "AdamW", "Natural GaLore", "to AdamW")
