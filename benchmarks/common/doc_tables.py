@@ -130,12 +130,17 @@ def trainer_models() -> Iterator[Row]:
         yield layout, *(gigabytes(n) for n in sizes), ratio(sizes[1], sizes[0])
 
 
-@table("trainers-compile", "trainer", "layout", "AdamW", "Natural GaLore", "to AdamW")
+@table(
+    "trainers-compile",
+    *("trainer", "layout", "AdamW", "Natural GaLore", "to AdamW", "the same without residual"),
+)
 def trainers_compile() -> Iterator[Row]:
+    seconds = lambda run: f"{run['process_seconds']:.0f} s" if run else ""
     for trainer, layout, runs in trainer_runs():
         if "adamw" in runs:
-            times = [runs[name]["process_seconds"] for name in ("adamw", "natural_galore")]
-            yield trainer, layout, *(f"{x:.0f} s" for x in times), ratio(times[1], times[0])
+            adamw, ours = (runs[name] for name in ("adamw", "natural_galore"))
+            share = ratio(ours["process_seconds"], adamw["process_seconds"])
+            yield trainer, layout, seconds(adamw), seconds(ours), share, seconds(runs.get("galore"))
 
 
 # --- The update alone: benchmarks/speed/bench_step.py ---------------------------------------------
