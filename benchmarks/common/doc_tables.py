@@ -94,7 +94,12 @@ device = lambda name: read(name)["environment"]["device"].split(" ")[1]
 # --- Other people's trainers: benchmarks/memory/bench_trainers.py ---------------------------------
 
 
-TRAINERS = {"maxtext": "MaxText", "levanter": "Levanter", "nanodo": "nanodo", "ours": "`sharded`"}
+TRAINERS = {
+    "maxtext": "MaxText",
+    "levanter": "Levanter",
+    "nanodo": "nanodo",
+    "ours": "`sharded`, this library's Llama",
+}
 
 
 def trainer_runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -118,12 +123,24 @@ def trainers() -> Iterator[Row]:
         yield trainer, layout, on_device(adamw), on_device(before), on_device(ours), share
 
 
-@table("trainers-compile", "trainer", "layout", "AdamW", "Natural GaLore", "to AdamW")
+@table("trainer-models", "model in MaxText", "AdamW", "Natural GaLore", "to AdamW")
+def trainer_models() -> Iterator[Row]:
+    for layout, runs in read("trainers")["maxtext_models"].items():
+        sizes = [runs[name]["device_bytes"] for name in ("adamw", "natural_galore")]
+        yield layout, *(gigabytes(n) for n in sizes), ratio(sizes[1], sizes[0])
+
+
+@table(
+    "trainers-compile",
+    *("trainer", "layout", "AdamW", "Natural GaLore", "to AdamW", "the same without residual"),
+)
 def trainers_compile() -> Iterator[Row]:
+    seconds = lambda run: f"{run['process_seconds']:.0f} s" if run else ""
     for trainer, layout, runs in trainer_runs():
         if "adamw" in runs:
-            times = [runs[name]["process_seconds"] for name in ("adamw", "natural_galore")]
-            yield trainer, layout, *(f"{x:.0f} s" for x in times), ratio(times[1], times[0])
+            adamw, ours = (runs[name] for name in ("adamw", "natural_galore"))
+            share = ratio(ours["process_seconds"], adamw["process_seconds"])
+            yield trainer, layout, seconds(adamw), seconds(ours), share, seconds(runs.get("galore"))
 
 
 # --- The update alone: benchmarks/speed/bench_step.py ---------------------------------------------

@@ -31,21 +31,21 @@ from typing import Any
 
 
 ROOT = Path(__file__).parents[2]
-TRAINERS = ("maxtext", "levanter", "nanodo", "ours")
+TRAINERS = ("maxtext", "maxtext_models", "levanter", "nanodo", "ours")
 PACKAGES = ("flax", "haliax", "levanter", "marin-haliax", "marin-levanter", "maxtext", "equinox")
-FLAGS = "--xla_force_host_platform_device_count=8"
+ENVIRONMENT = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 def run_case(trainer: str, layout: str, optimizer: str, checkpoint: bool) -> dict[str, Any]:
     """One run in a process of its own; `does not run` has the last line of an error."""
     with tempfile.NamedTemporaryFile() as out:
         case = [trainer, layout, optimizer, out.name, *["--checkpoint"] * checkpoint]
-        environment = os.environ | {
-            "XLA_FLAGS": FLAGS,
-            "JAX_PLATFORMS": "cpu",
-            "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)]),
-        }
+        paths = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-W", "ignore", __file__, "--case", *case]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         text = Path(out.name).read_text()
@@ -85,6 +85,7 @@ def main():
     if args.case:
         return run_here(*args.case, args.checkpoint)
 
+    os.environ.update(ENVIRONMENT)  # before JAX is imported
     from benchmarks.common.environment import environment
 
     found = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}

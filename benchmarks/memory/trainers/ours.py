@@ -28,27 +28,29 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "FSDP 8": {"mesh": (1, 8, 1)},
     "FSDP 4 x TP 2": {"mesh": (1, 4, 2)},
     "ZeRO-1 over 8": {"mesh": (8, 1, 1), "zero_axis": "data"},
+    "FSDP 8, unrolled": {"mesh": (1, 8, 1), "scan": False},
+}
+SETTINGS = {"rank": 0.25, "refresh_every": REFRESH_EVERY, "weight_decay": 0.1}
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-3, weight_decay=0.1),
+    "natural_galore": lambda: natgalore.natural_galore(2.5e-3, **SETTINGS),
+    "galore": lambda: natgalore.galore(2.5e-3, **SETTINGS),
 }
 
 
 def run(optimizer: str, layout: str, checkpoint: bool) -> dict[str, Any]:
     del checkpoint  # tests/integration has those of this library
-    settings = dict(LAYOUTS[layout])
+    settings = {"scan": True} | LAYOUTS[layout]
+    scan = settings.pop("scan")
     mesh = llama_sharding.make_mesh(settings.pop("mesh"))
     config = llama.LlamaConfig(
-        WIDTH, INNER, heads=4, layers=LAYERS, vocabulary=VOCABULARY, scan=True, kv_heads=2
+        WIDTH, INNER, heads=4, layers=LAYERS, vocabulary=VOCABULARY, scan=scan, kv_heads=2
     )
     structure = llama.structure(config)
     init = lambda: nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(0)), nnx.Param))
     shardings = llama_sharding.param_shardings(mesh, jax.eval_shape(init))
     params = jax.jit(init, out_shardings=shardings)()
-    if optimizer == "adamw":
-        tx = optax.adamw(1e-3, weight_decay=0.1)
-    else:
-        tx = natgalore.natural_galore(
-            2.5e-3, rank=0.25, refresh_every=REFRESH_EVERY, weight_decay=0.1
-        )
-    tx = natgalore.sharded(tx, shardings, **settings)
+    tx = natgalore.sharded(OPTIMIZERS[optimizer](), shardings, **settings)
 
     @jax.jit
     def step(params, state, tokens):
