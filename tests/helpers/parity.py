@@ -339,8 +339,7 @@ def both_errors(name: str, basis: str) -> dict[str, float]:
 
 
 def given_rows():
-    """The bases are those that the reference had, put into the state at each refresh. What differs
-    is rounding."""
+    """The reference's bases enter the state at each refresh; only rounding differs."""
     # 30 to 100 times what was measured: a one-sided step adds up products; on both sides Adam
     # divides what cancels in PᵀG Q; the Fisher's solve has a condition of |H|²/λ, 1e7 here.
     allowed = {"short": 1e-13, "long": 1e-13, "both": 1e-10}
@@ -351,11 +350,9 @@ def given_rows():
 
 
 def own_rows():
-    """Each side computes its own bases; signs, where the reference leaves them to LAPACK, are
-    aligned to the saved ones. The reference rounds to float32 for its SVD, and the library does
-    not. On both sides the core of a refresh step is diagonal but for that rounding, and Adam makes
-    it as large as the rest: GaLore's `full` is not well-posed there, and no closer comparison of it
-    means anything."""
+    """Each program computes its own bases, the reference in float32. Signs that the reference
+    leaves to LAPACK are aligned. For GaLore's `full` the core of a refresh step is diagonal but for
+    rounding, which Adam makes as large as the rest, so a closer comparison means nothing."""
     # The float32 SVD is off by 1e-5 or so; see above for "both". The natural gradient is not
     # diagonal where the core is, for it is a combination of older cores.
     allowed = {"short": 1e-4, "long": 1e-4, "both": 5e-2}
@@ -366,9 +363,9 @@ def own_rows():
 
 
 def float32_rows():
-    """The library in float32, the bases given, against the reference in float64. With a damping of
-    1e-3 and cores of norm 50 the Fisher is nearly singular in float32: the library solves with a λ
-    of at least 4 eps |H|², here 20 to 30 times the reference's, and that is what is measured."""
+    """The library in float32 with the reference's bases, the reference in float64. For Natural
+    GaLore (cores of norm 50) the library solves with a λ of at least 4 eps |H|², here 20 to 30
+    times the reference's, which makes the error."""
     # 30 steps of rounding at 6e-8; of the natural gradient what the larger λ changes.
     for title, name in RUNS.items():
         natural = reference(name).natural
@@ -378,9 +375,8 @@ def float32_rows():
 
 
 def transform_rows():
-    """40 cores of 8 x 8, and what the reference's natural gradient makes of each, in float64; the
-    largest error of a core. Both solve with a condition of up to |H|²/λ, and the reference
-    subtracts numbers that agree in as many digits as that has."""
+    """The largest relative error of 40 cores of 8 x 8. Both programs solve with a condition of up
+    to |H|²/λ, and the reference's subtraction loses as many digits."""
     # Condition times 1e-16, and a hundred times that.
     for size, allowed in {"0.001": 1e-13, "0.01": 1e-13, "1": 1e-9, "100": 1e-5}.items():
         for window in (5, 20):
@@ -393,9 +389,8 @@ def transform_rows():
 
 
 def float32_transform_rows():
-    """The same in float32, each against the truth: the Fisher built and solved whole in float64.
-    The formula as printed has no digit left at size 100; the push-through form loses none, and what
-    is measured there is the least λ that the library solves with."""
+    """Both against the full Fisher, solved in float64. At size 100 the printed formula has no
+    correct digit, and the library's error is that of its least λ."""
     # Measured up to 2e-6, and 8e-5 where the least λ, 4 eps |H|², is more than was asked for.
     for size, allowed in {"0.001": 2e-5, "0.01": 2e-5, "1": 2e-5, "100": 5e-4}.items():
         for window in (5, 20):
@@ -411,8 +406,7 @@ def float32_transform_rows():
 
 
 def recipe_rows():
-    """The call above, which leaves out what Optax does otherwise: where Adam adds ε, and when
-    weights decay."""
+    """The call above, with Optax's ε and order of weight decay."""
     # ε on what has no bias left is 30 times as large at the first step, and 6 times at the last.
     name = RUNS["Natural GaLore, 64 x 32"]
     yield Row("Natural GaLore, 64 x 32", 1e-1, lambda: {"library": recipe_error(name)})

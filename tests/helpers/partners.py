@@ -63,7 +63,7 @@ OPTIMIZERS = {
         {"v_row": "rows", "v_col": "cols"},
         decay=-0.1,
         note="with `multiply_by_parameter_scale=False`; factors where "
-        "`min_dim_size_to_factor` (128) is at most the rank. A stack longer than the rank asks for "
+        "`min_dim_size_to_factor` (128) is at most the rank. A stack longer than the rank needs "
         '`factored=False` or `transport="keep"`',
     ),
     "adagrad": Works(lambda: optax.adagrad(LR), "r n", {"sum_of_squares": "square"}),
@@ -88,8 +88,7 @@ OPTIMIZERS = {
         "r n",
         {"mu": "linear"},
         "turns",
-        note="without its own `weight_decay`, which enters its momentum: put "
-        "`optax.add_decayed_weights` after it. One norm a leaf, of a stack as a whole",
+        note="without its `weight_decay`, which enters its momentum; one norm per leaf or stack",
     ),
     "optimistic_adam_v2": Works(
         lambda: optax.optimistic_adam_v2(LR), "3 r n", {**ADAM, "previous_gradient": "linear"}
@@ -116,7 +115,7 @@ OPTIMIZERS = {
         "2 r n",
         {"step_sizes": "square", "prev_updates": "linear"},
         symmetry="",
-        note="the zeros by which it marks a change of sign are not zeros in another basis",
+        note="its zeros, marks of a change of sign, are not zeros in another basis",
     ),
     "sgd": Works(lambda: optax.sgd(LR), "0", symmetry="turns", note="r n with momentum"),
     "sign_sgd": Works(lambda: optax.sign_sgd(LR), "0"),
@@ -126,7 +125,7 @@ OPTIMIZERS = {
         "r n + r + n",
         symmetry="",
         transport="keep",
-        note="no rule carries its maxima to another basis",
+        note='no rule transforms its maxima, so it needs `transport="keep"`',
     ),
     "yogi": Works(lambda: optax.yogi(LR), "2 r n", ADAM),
     "contrib.acprop": Works(lambda: optax.contrib.acprop(LR), "2 r n", ADAM),
@@ -140,8 +139,8 @@ OPTIMIZERS = {
         lambda: optax.contrib.muon(LR),
         "r n",
         {"mu": "linear", "nu": "square"},
-        note="P U is then the orthogonalised projected momentum. Stacks get Adam unless "
-        "`muon_weight_dimension_numbers` says that their last two axes are the matrix",
+        note="P U is the orthogonalised projected momentum. Stacks get Adam unless "
+        "`muon_weight_dimension_numbers` names their last two axes",
     ),
     "contrib.simplified_ademamix": Works(
         lambda: optax.contrib.simplified_ademamix(LR), "2 r n", {"m": "linear", "n": "square"}
@@ -293,7 +292,7 @@ READS = "not a number times the weight"
 REMEMBERS = "its state would remember weights"
 EVALUATES = "it evaluates the loss"
 AFTER_BACK = "its trust ratio after `project_back()`"
-AROUND_OURS = "around: `optax.contrib.{}(natgalore.natural_galore(...), ...)`"
+AROUND_OURS = "around all stages, as `optax.lookahead(natgalore.natural_galore(...), ...)`"
 NO_DISTANCE = "a learning rate, or `optax.contrib.mechanize` around"
 
 REFUSED = {
@@ -312,8 +311,7 @@ REFUSED = {
     "lbfgs": Refused(
         lambda: optax.lbfgs(LR),
         EVALUATES,
-        "a line search can come after `project_back()`; its curvature cannot be had in a subspace "
-        "that turns",
+        "a line search after `project_back()`; its curvature needs a fixed subspace",
         extra_args={"value": 1.0},
     ),
     "novograd, weight_decay": Refused(
@@ -324,7 +322,7 @@ REFUSED = {
     "lookahead": Refused(
         lambda: optax.lookahead(optax.adam(LR), 5, 0.5),
         r"natgalore\.project: this is from its `inner`",
-        "around: `optax.lookahead(natgalore.natural_galore(...), ...)`",
+        AROUND_OURS,
         error=AttributeError,
     ),
     "contrib.cocob": Refused(lambda: optax.contrib.cocob(), REMEMBERS, NO_DISTANCE),
@@ -336,7 +334,6 @@ REFUSED = {
     "contrib.dpsgd": Refused(
         lambda: optax.contrib.dpsgd(LR, 1.0, 0.1, 0),
         r"batch dimension",
-        "per-example gradients are aggregated before: "
         "`optax.contrib.differentially_private_aggregate` in front of `project`",
         when="update",
     ),
@@ -351,30 +348,30 @@ REFUSED = {
     "contrib.momo_adam": Refused(lambda: optax.contrib.momo_adam(), REMEMBERS, NO_DISTANCE),
     "contrib.prodigy": Refused(lambda: optax.contrib.prodigy(), REMEMBERS, NO_DISTANCE),
     "contrib.mechanize": Refused(
-        lambda: optax.contrib.mechanize(optax.sgd(1.0)), REMEMBERS, AROUND_OURS.format("mechanize")
+        lambda: optax.contrib.mechanize(optax.sgd(1.0)), REMEMBERS, AROUND_OURS
     ),
     "contrib.sam": Refused(
         lambda: optax.contrib.sam(optax.adam(LR), optax.sgd(0.1)),
         REMEMBERS,
-        AROUND_OURS.format("sam"),
+        AROUND_OURS,
     ),
     "contrib.sam, opaque": Refused(
         lambda: optax.contrib.sam(optax.adam(LR), optax.sgd(0.1), opaque_mode=True),
         EVALUATES,
-        AROUND_OURS.format("sam"),
+        AROUND_OURS,
     ),
     "contrib.schedule_free": Refused(
         lambda: optax.contrib.schedule_free(optax.sgd(LR), LR),
         REMEMBERS,
-        AROUND_OURS.format("schedule_free"),
+        AROUND_OURS,
     ),
     "contrib.schedule_free_adamw": Refused(
         lambda: optax.contrib.schedule_free_adamw(LR),
         REMEMBERS,
-        AROUND_OURS.format("schedule_free"),
+        AROUND_OURS,
     ),
     "contrib.schedule_free_sgd": Refused(
-        lambda: optax.contrib.schedule_free_sgd(LR), REMEMBERS, AROUND_OURS.format("schedule_free")
+        lambda: optax.contrib.schedule_free_sgd(LR), REMEMBERS, AROUND_OURS
     ),
     "contrib.sophia": Refused(
         lambda: optax.contrib.sophia(LR), EVALUATES, "`optax.lion` or `optax.adam`"
@@ -395,7 +392,7 @@ REFUSED = {
     "flatten": Refused(
         lambda: optax.flatten(optax.adam(LR)),
         r"packs cores of several leaves in one array",
-        "leave it out, or outside: then nothing is projected",
+        "leave it out",
         error=TypeError,
     ),
     "keep_params_nonnegative": Refused(
@@ -449,21 +446,20 @@ AROUND = {
         lambda tx: optax.conditionally_transform(tx, lambda step, *_, **__: step >= 0)
     ),
     "flatten": Around(
-        lambda tx: optax.flatten(tx), "one vector: nothing is projected, and it warns"
+        lambda tx: optax.flatten(tx), "one vector, so nothing is projected, with a warning"
     ),
     "inject_hyperparams": Around(
         lambda tx: optax.inject_hyperparams(
             natgalore.natural_galore, static_args=natgalore.STATIC_ARGS["natural_galore"]
         )(0.1, 4),
-        "with `static_args=natgalore.STATIC_ARGS[...]`, and `hyperparam_dtype=jnp.float32` where "
-        "params are bfloat16",
+        "with `static_args=natgalore.STATIC_ARGS[...]`, for bfloat16 params also "
+        "`hyperparam_dtype=jnp.float32`",
     ),
     "lookahead": Around(lambda tx: optax.lookahead(tx, 5, 0.5)),
     "masked": Around(lambda tx: optax.masked(tx, {"up": True, "norm": True})),
     "MultiSteps": Around(
         lambda tx: optax.MultiSteps(tx, 2),
-        "runs our update on each of k micro-steps and keeps one, so a refresh costs k; inside, it "
-        "accumulates cores",
+        "updates on each of k micro-steps, so a refresh costs k; inside, it accumulates cores",
     ),
     "named_chain": Around(lambda tx: optax.named_chain(("ours", tx))),
     "partition": Around(
@@ -484,7 +480,7 @@ AROUND = {
     ),
     "scale_by_trust_ratio": Around(
         lambda tx: stages(after=[optax.scale_by_trust_ratio(), optax.scale(-0.1)]),
-        "after `project_back()`: LAMB on the projected update",
+        "after `project_back()`, LAMB on the projected update",
     ),
     "scale_by_backtracking_linesearch": Around(
         lambda tx: stages(after=[optax.scale(-1.0), optax.scale_by_backtracking_linesearch(15)]),
@@ -562,9 +558,8 @@ def page() -> str:
         refused=table(("instead", "refused"), grouped(REFUSED, "instead")),
         late=", ".join(f"`{k}`" for k, line in REFUSED.items() if line.when == "update"),
         ruleless=", ".join(f"`{k}`" for k, line in REFUSED.items() if line.error is TypeError),
-        around=table(
-            ("wrapper or stage", "note"), [(f"`{k}`", line.note) for k, line in AROUND.items()]
-        ),
+        around=", ".join(f"`{k}`" for k, line in AROUND.items() if not line.note),
+        noted="".join(f"- `{k}`: {line.note}.\n" for k, line in AROUND.items() if line.note),
     )
 
 
@@ -591,33 +586,34 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 PROSE = """\
 # Optax's optimizers with natgalore
 
-Every optimizer of Optax 0.2.8 as `inner` of `natgalore.project`, which is between \
-`project(...)` and `project_back()` of a `natgalore.chain`. A test covers every row \
-([test_partners.py](../tests/integration/test_partners.py)); \
-`python -m tests.helpers.partners` writes this page.
+Optimizers of Optax 0.2.8 as `inner` of `natgalore.project`, or between `project(...)` and \
+`project_back()` of a `natgalore.chain`. [A test](../tests/integration/test_partners.py) covers \
+every name; `python -m tests.helpers.partners` writes this page.
 
 ## Inside
 
-Numbers of state per core, which is r x n, or r x r with both sides projected; the basis adds m r. \
-At a refresh `transport="rotate"` transforms the state: exactly for a change of signs or order of \
-the directions, except for `noisy_sgd`, `rprop` and `sm3`. `transport="keep"` leaves it unchanged.
+Numbers of state per core, r x n, or r x r with both sides projected; the basis adds m r. At a \
+refresh `transport="rotate"` transforms the state, exactly for a change of signs or order of the \
+directions except with `noisy_sgd`, `rprop` and `sm3`. `transport="keep"` leaves it unchanged.
 
 {inside}
 {notes}
-These stages and wrappers also work inside: {stages}. Norms are those of the cores. Decoupled \
-weight decay, as in `optax.adamw`, acts on the whole weight.
+Also: {stages}. Norms are those of the cores. Decoupled weight decay, as in `optax.adamw`, acts on \
+the whole weight.
 
 ## Refused
 
-These read the weights, or have state without a transport rule. The error comes at `init`, or at \
-the first update for {late} and for an inner of your own with required extra arguments other than \
-Optax's `value`, `grad`, `value_fn`, `obj_fn` and `grad_fn`. {ruleless} lack only a rule: they run \
-with `transport="keep"`.
+These optimizers read the weights, or have state without a transport rule. {ruleless} lack only a \
+rule: they run with `transport="keep"`. The error comes at `init`, at the first update for {late} \
+and for an inner with required extra arguments other than Optax's `value`, `grad`, `value_fn`, \
+`obj_fn` and `grad_fn`.
 
 {refused}
 ## Around
 
-{around}"""
+Without conditions: {around}.
+
+{noted}"""
 
 
 if __name__ == "__main__":
