@@ -186,10 +186,10 @@ def add_axes(
 
     Example:
       >>> mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
-      >>> add_axes(PartitionSpec(None, "tensor"), ["fsdp"], (128, 1024), mesh)
-      PartitionSpec(None, ('tensor', 'fsdp'))
-      >>> add_axes(PartitionSpec(None, "tensor"), ["fsdp"], (128, 1022), mesh)
-      PartitionSpec('fsdp', 'tensor')
+      >>> tuple(add_axes(PartitionSpec(None, "tensor"), ["fsdp"], (128, 1024), mesh))
+      (None, ('tensor', 'fsdp'))
+      >>> tuple(add_axes(PartitionSpec(None, "tensor"), ["fsdp"], (128, 1022), mesh))
+      ('fsdp', 'tensor')
     """
     entries = [*partition, *[None] * (len(shape) - len(partition))]
     order = sorted(range(len(shape)), key=lambda i: (i < batch, -shape[i]))

@@ -264,15 +264,15 @@ def test_select_accepts_boxes():
         }
 
 
-def test_axis_names_stay_with_full_leaves_only():
-    """They would be wrong of a core, and right of an embedding's moments."""
+def test_axis_names_are_those_of_each_array():
+    """Those of the weight for an embedding's moments, own ones for a core's."""
     with jax.set_mesh(mesh()):
         model = MLP(nnx.Rngs(0), named=True)
         optimizer = nnx.Optimizer(model, OPTIMIZERS["core"], wrt=nnx.Param)
     axes = nnx.get_partition_spec(nnx.state(optimizer))["opt_state"][0]["inner_state"][1]
     for moment in (axes["mu"], axes["nu"]):
         assert moment["embed"]["embedding"].get_value() == P("y", None)
-        assert moment["up"]["kernel"]["kernel"].get_value() == P()
+        assert moment["up"]["kernel"]["kernel"].get_value() == P("x", "y")  # r, n
 
 
 @pytest.mark.slow
@@ -400,5 +400,5 @@ def test_state_shardings_of_linen_boxes(box):
         state = jax.jit(init, out_shardings=told)(jax.random.key(0))
     mu = state[0].inner_state[1].mu
     assert mu["Embed_0"]["embedding"].value.sharding.spec == P("y")
-    assert mu["Dense_0"]["kernel"].value.sharding.spec == P(None, "y")
-    assert state[0].basis["Dense_0"]["kernel"].value.sharding.spec == P("x")
+    assert mu["Dense_0"]["kernel"].value.value.sharding.spec == P(None, "y")  # 7 x 20
+    assert state[0].basis["Dense_0"]["kernel"].value.value.sharding.spec == P("x")  # 12 x 7

@@ -115,7 +115,7 @@ def test_state_is_divided_as_its_weights(box, shardings_of, name, key):
     )
 
 
-@pytest.mark.parametrize("name", quick(["natural_galore", "8 bits"], list(OPTIMIZERS)))
+@pytest.mark.parametrize("name", quick(["natural_galore"], list(OPTIMIZERS)))
 def test_steps_in_boxes_equal_steps_without(name, key):
     """Updates keep the boxes of the state, numbers are those of plain arrays, shardings stay."""
     tx, plain = OPTIMIZERS[name](), arrays(key)
