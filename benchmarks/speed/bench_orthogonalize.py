@@ -17,8 +17,8 @@ part of S in the span of the projected directions, |PᵀS| / |S|.
     ... loop  the steps in a loop instead of unrolled, or the reverse
     project   Q − P (PᵀQ), what one re-projection of S would add
 
-`crossover` in the results is, for each m, the least ratio n/m measured at which `gram` is the
-faster form: GRAM_FROM of natgalore_jax/util/orthogonalize.py. Results are written as they come;
+`crossover` in the results is, for each m, the ratio n/m from which `gram` is the faster form:
+GRAM_FROM of natgalore_jax/util/orthogonalize.py. Results are written as they come;
 cases that --out holds for the same machine are not measured again.
 """
 
@@ -114,7 +114,7 @@ def residual(shape: tuple[int, int, int], kind: str) -> tuple[jax.Array, jax.Arr
     if kind == "harmonic":
         U = jnp.linalg.qr(jax.random.normal(left, (m, m)))[0]
         V = jnp.linalg.qr(jax.random.normal(right, (n, m)))[0]
-        P, T = U[:, :r], (U[:, r:] / jnp.arange(r + 1, m + 1)) @ V[:, r:].T
+        P, T = U[:, :r], (U[:, r:] / jnp.arange(r + 1, m + 1)[None]) @ V[:, r:].T
         T = jnp.broadcast_to(T, shape)
     else:
         P = jnp.linalg.qr(jax.random.normal(left, (m, r)))[0]
@@ -181,18 +181,24 @@ def measure(batch: int, m: int, n: int, methods: list[str]) -> dict[str, Any]:
     return row
 
 
-def crossover(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """For each m, the least n/m from which `gram` is faster in all batches."""
-    least: dict[str, float | None] = {}
-    for m, of_m in itertools.groupby(sorted(rows, key=lambda row: row["m"]), lambda row: row["m"]):
-        slower, ratios = [0.0], set()
-        for row in of_m:
-            ms = {name: of["ms"] for name, of in row["methods"].items()}
-            ratios.add(row["n"] / m)
-            if {"gram", "direct"} <= ms.keys() and ms["gram"] > ms["direct"]:
-                slower.append(row["n"] / m)
-        least[str(m)] = min((x for x in ratios if x > max(slower)), default=None)
-    return least
+def crossover(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """For each m, the least n/m at which `gram` is as fast as `direct`.
+
+    Interpolated between the ratios measured; the median over batches.
+    """
+    found: dict[str, list[float]] = {}
+    order = lambda row: (row["m"], row["batch"], row["n"])
+    for before, after in itertools.pairwise(sorted(rows, key=order)):
+        if order(before)[:2] != order(after)[:2]:
+            continue
+        (x, slower), (y, faster) = (
+            (row["n"] / row["m"], row["methods"]["gram"]["ms"] - row["methods"]["direct"]["ms"])
+            for row in (before, after)
+        )
+        if slower > 0 >= faster:
+            crossing = x + (y - x) * slower / (slower - faster)
+            found.setdefault(str(before["m"]), []).append(crossing)
+    return {m: round(statistics.median(crossings), 2) for m, crossings in found.items()}
 
 
 def main():
@@ -220,7 +226,8 @@ def main():
         everything = m in OTHERS_AT or args.sizes == [m]
         methods = [name for name in args.methods if everything or name in EVERYWHERE]
         results["cases"].append(measure(batch, m, n, methods))
-        results["crossover"] = crossover(results["cases"])
+        if {"gram", "direct"} <= set(methods):
+            results["crossover"] = crossover(results["cases"])
         if args.out:
             args.out.write_text(json.dumps(results, indent=1) + "\n")
         row = results["cases"][-1]
