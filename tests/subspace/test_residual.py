@@ -124,6 +124,27 @@ class TestLeafMathematics:
         np.testing.assert_allclose(s, 1e3 * T * largest(core) + largest(U), rtol=1e-5)
         assert s.dtype == jnp.float64
 
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    def test_whitened_is_finite_for_any_gradient(self, momentum):
+        """S does not depend on the size of G; it is finite for zeros and subnormal numbers."""
+        rng = np.random.default_rng(8)
+        P = jnp.asarray(np.linalg.qr(rng.standard_normal((M, R)))[0], jnp.float32)
+        G = jnp.asarray(rng.standard_normal((M, N)), jnp.float32)
+
+        @jax.jit
+        def whitened(G):
+            state = None if momentum is None else Momentum(jnp.zeros_like(G), momentum)
+            core = P.mT @ G
+            size, _, S, _ = with_residual("whitened", G, core, 0 * core, P, momentum=state)
+            return size * S
+
+        S = whitened(G)
+        assert float(jnp.abs(S).max()) > 1
+        for power in (-100, -60, 60, 110):  # of two: the digits stay
+            np.testing.assert_allclose(whitened(G * 2.0**power), S, rtol=1e-5, atol=1e-5)
+        for size in (0.0, 1e-45, 1e-38):
+            assert jnp.all(jnp.isfinite(whitened(G * size)))
+
 
 class TestMomentum:
     """Trajectories with a momentum, through refreshes, are in test_trajectory.py."""
