@@ -44,7 +44,7 @@ def natural_galore(
     """Natural GaLore: AdamW in a low-rank subspace, plus the orthogonalised rest of each gradient.
 
     By default this is GaLore's projection with Adam, plus a residual: the part G − P R that the
-    projection discards, orthogonalised by Muon's Newton-Schulz iteration. The residual has no
+    projection discards, orthogonalised by a Newton-Schulz iteration. The residual has no
     state. The paper's Fisher stage is off by default; `fisher="window"` or `fisher="core"` adds it
     before Adam. The paper's algorithm is
     `fisher="window", residual=None, b2=0.999, refresh_every=200`; the defaults here learned better

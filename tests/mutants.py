@@ -126,8 +126,14 @@ MUTANTS = [
     Mutant(
         "subspace/residual",
         "phi of the opposite sign",
-        "return U - phi * R, phi * G",
-        "return U + phi * R, -phi * G",
+        "U - phi * R, phi * G, None",
+        "U + phi * R, -phi * G, None",
+    ),
+    Mutant(
+        "subspace/residual",
+        "polar factor without damping",
+        "polar(T / unit, DAMPING * jnp.square(of_G / unit))",
+        "polar(T / unit)",
     ),
     Mutant("subspace/residual", "size without damping", " + DAMPING * jnp.square(of_G / unit)", ""),
     Mutant(
@@ -163,8 +169,8 @@ MUTANTS = [
     Mutant(
         "subspace/projection",
         "residual not scaled",
-        " + scale * zero_where_not(finite, S)",
-        " + zero_where_not(finite, S)",
+        "scale * size * (from_core(U.dtype, U, *bases) + S)",
+        "size * (scale * from_core(U.dtype, U, *bases) + S)",
     ),
     Mutant(
         "subspace/projection",
@@ -216,6 +222,32 @@ MUTANTS = [
         "largest entry hides NaN",
         "return jnp.where(finite, jnp.abs(X).max(axis=axes), jnp.nan)",
         "return jnp.abs(X).max(axis=axes)",
+    ),
+    Mutant("util/control_flow", "default branch on ROCm", "rocm=gpu", "rocm=default"),
+    Mutant("util/orthogonalize", "no ridge", "(trace + ridge) * ratio", "trace * ratio"),
+    Mutant(
+        "util/orthogonalize",
+        "Frobenius norm in place of the Schatten norm",
+        "square = (trace + ridge) * ratio",
+        "square = trace + ridge",
+    ),
+    Mutant(
+        "util/orthogonalize",
+        "Gram form not divided by the norm",
+        "jnp.where(i == last, s, 1.0)",
+        "1.0",
+    ),
+    Mutant(
+        "util/orthogonalize",
+        "bfloat16 on GPUs",
+        "gpu = functools.partial(own, dtype=jnp.float16)",
+        "gpu = functools.partial(own, dtype=jnp.bfloat16)",
+    ),
+    Mutant(
+        "util/orthogonalize",
+        "result rounded to float16",
+        "return jnp.matmul(Q, X, preferred_element_type=wide)",
+        "return (Q @ X).astype(wide)",
     ),
     Mutant(
         "selection/select",
@@ -324,6 +356,8 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
         "subspace/test_engine",
         "sharding/test_shard_map",
     ],
+    "util/control_flow": ["util/test_control_flow", "util/test_orthogonalize"],
+    "util/orthogonalize": ["util/test_orthogonalize"],
     "selection/select": ["selection/test_select"],
     "sharding/partitioning": ["sharding/test_state_shardings", "sharding/test_shard_map"],
     "sharding/boxed_state": ["sharding/test_boxed_state"],

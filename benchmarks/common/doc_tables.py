@@ -249,15 +249,53 @@ def crossings() -> Iterator[Row]:
             yield (f"`{call}`, {label}", *(f"{n:,}" for n in counts.values()))
 
 
-@table("update-residual", "optimizer", "residual", "step without refresh, ms", "to AdamW")
+@table(
+    "update-residual",
+    *("optimizer", "residual", "mean update, ms", "to AdamW", "slowest step / median"),
+    *("compile, s", "temporary"),
+)
 def update_residual() -> Iterator[Row]:
     methods = read("step-residual")["trees"][0]["methods"]
     residuals = {"galore": "None", "galore_isotropic": '`"isotropic"`'}
-    residuals |= {"natural_galore": '`"whitened"`', "adamw": ""}
+    residuals |= {"natural_galore": '`"whitened"`', "adamw": "", "muon": ""}
     for name, row in methods.items():
-        hot = row["hot_ms"]
-        optimizer = code(name.removesuffix("_isotropic"))
-        yield optimizer, residuals[name], f"{hot:.1f}", ratio(hot, methods["adamw"]["hot_ms"])
+        yield (
+            code(name.removesuffix("_isotropic")),
+            residuals[name],
+            f"{row['mean_ms']:.1f}",
+            ratio(row["mean_ms"], methods["adamw"]["mean_ms"]),
+            ratio(row["slowest_ms"], row["median_ms"]),
+            f"{row['compile_seconds']:.1f}",
+            megabytes(row["temp_bytes"]),
+        )
+
+
+@table(
+    "orthogonalize",
+    *("matrices", "Muon's five steps, ms", "direct, ms", "Gram, ms"),
+    *("error of Muon's", "of direct", "of Gram"),
+)
+def orthogonalize() -> Iterator[Row]:
+    cases = {(x["batch"], x["m"], x["n"]): x["methods"] for x in read("orthogonalize")["cases"]}
+    methods = ("muon", "direct", "gram")
+    for batch, m, n in sorted(cases):
+        if batch == 24:
+            times = (f"{cases[batch, m, n][name]['ms']:.2f}" for name in methods)
+            one = cases.get((1, m, n), {})
+            errors = (one.get(name, {}).get("gaussian", {}).get("error") for name in methods)
+            yield f"{batch} x {m} x {n}", *times, *("" if x is None else f"{x:.3f}" for x in errors)
+
+
+@table(
+    "profile",
+    *("model", "in all", "products", "reductions", "copies", "other"),
+    *("one pass over gradients, weights and state", "kernels"),
+)
+def profile() -> Iterator[Row]:
+    for name, row in read("profile")["updates"].items():
+        kinds = (row["by_kind_ms"][kind] for kind in ("product", "reduction", "copy", "other"))
+        times = (row["device_ms"], *kinds, row["unavoidable_ms"])
+        yield name.split(",")[0], *(f"{x:.1f}" for x in times), f"{row['kernels']:.0f}"
 
 
 @table(
@@ -339,7 +377,7 @@ def train() -> Iterator[Row]:
         settings, methods = read(name)["settings"], trained(name)
         model = (settings["size"], device(name), "yes" if settings["remat"] else "no")
         speed = methods["adamw"]["tokens_per_second"]
-        for method in ("adamw", *OURS, "galore_isotropic", "natural_galore"):
+        for method in ("adamw", *OURS, "galore_isotropic", "natural_galore", "muon"):
             if row := methods.get(method):
                 yield (
                     *model,

@@ -38,6 +38,15 @@ def contrib_galore(rank: int, every: int, decay: float) -> optax.GradientTransfo
     )
 
 
+def muon(rank: int, every: int, decay: float) -> optax.GradientTransformation:
+    del rank, every
+    return optax.contrib.muon(
+        RATE,
+        weight_decay=decay,
+        muon_weight_dimension_numbers=llama.muon_dimension_numbers,
+    )
+
+
 def adafactor(rank: int, every: int, decay: float) -> optax.GradientTransformation:
     del rank, every
     return optax.adafactor(
@@ -62,10 +71,10 @@ METHODS: dict[str, Make] = {
     "galore_isotropic": ours("galore", residual="isotropic"),
     "natural_galore_window": ours("natural_galore", fisher="window", residual=None),
     "galore_random": ours("galore", basis="random"),
-    "muon": lambda rank, every, decay: optax.contrib.muon(RATE, weight_decay=decay),
+    "muon": muon,
     "adafactor": adafactor,
     "lion": lambda rank, every, decay: optax.lion(RATE / 10, weight_decay=decay),
 }
 CORES = "_cores"  # suffix of a name: gradients by natgalore.value_and_grad
-UNROLLED_ONLY = ("contrib_galore", "muon")  # without stacked layers: muon leaves them to Adam
+UNROLLED_ONLY = ("contrib_galore",)  # refuses stacked layers
 REFERENCE = "adamw"  # denominator of all ratios

@@ -40,6 +40,7 @@ from examples.common import llama
 from examples.pretraining import llama_sharding
 from natgalore_jax.planning import model_shapes
 from natgalore_jax.util import linalg
+from natgalore_jax.util.orthogonalize import polar
 from natgalore_jax.util.text_tables import human_bytes, table
 
 
@@ -191,7 +192,7 @@ def pieces(topology: str, sizes: list[tuple[int, int, int]]) -> Iterator[tuple[s
             "P U, high": (linalg.product, (basis, core)),
             "G (Gᵀ P), highest": (lambda G, P: linalg.matmul(G, linalg.matmul(G.T, P)), (G, basis)),
             "QR by panels": (linalg.panel_qr, (basis,)),
-            "five Newton-Schulz steps": (linalg.polar, (G,)),
+            "four Newton-Schulz steps": (polar, (G,)),
         }
         if r <= 512:  # minutes beyond
             functions["QR"] = (linalg.householder_qr, (basis,))

@@ -292,3 +292,13 @@ def galore_dimension_numbers(params: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map_with_path(
         lambda path, w: matrix if path[0].key == "layers" and w.ndim == 2 else None, params
     )
+
+
+def muon_dimension_numbers(params: dict[str, Any]) -> dict[str, Any]:
+    """Dimension numbers for Optax's Muon: the matrices that natgalore projects, also stacked."""
+
+    def of(path, w):
+        is_matrix = path[0].key == "layers" and path[-1].key == "kernel"
+        return optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1) if is_matrix else None
+
+    return jax.tree.map_with_path(of, params)

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import (
@@ -82,9 +83,9 @@ def over_shards(
 
 
 def on_whole_matrices(
-    f: Callable[[Array], Array], spec: LeafSpec, leaf: LeafPartition, x: Array
+    f: Callable[..., Array], spec: LeafSpec, leaf: LeafPartition, x: Array, *args: Any
 ) -> Array:
-    """`f(x)` for the matrices of a leaf, (*batch, m, n), each matrix whole on some device.
+    """`f(x, *args)` for the matrices of a leaf, (*batch, m, n), each matrix whole on some device.
 
     For products of a matrix with itself, each of which would gather the shards. The matrices of a
     stack are distributed over the devices that share each of them; where their number is not
@@ -97,7 +98,7 @@ def on_whole_matrices(
     batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]
     if mesh is None or not shared or not are_auto(mesh, [*itertools.chain(*batch), *shared]):
-        return f(x)
+        return f(x, *args)
     sharding = NamedSharding(mesh, PartitionSpec(*[entries[axis] for axis in spec.batch], *sides))
     for name in shared:
         for names, size in zip(batch, spec.batch_shape, strict=True):
@@ -105,4 +106,4 @@ def on_whole_matrices(
                 names.append(name)
                 break
     whole = NamedSharding(mesh, trim_partition([tuple(names) or None for names in batch]))
-    return place(place(f(place(x, whole)), whole), sharding)
+    return place(place(f(place(x, whole), *args), whole), sharding)

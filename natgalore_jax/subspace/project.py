@@ -82,7 +82,7 @@ def project(
         `"keep"` leaves it, as GaLore and the paper's code do, `"reset"` clears it, except for
         Adam's squares, which become their mean (its count continues).
       residual: what is added for G − P R, which the projection discards. None: nothing, as in
-        GaLore. `"whitened"`: G − P R orthogonalised by Muon's Newton-Schulz iteration; no state,
+        GaLore. `"whitened"`: G − P R orthogonalised by a Newton-Schulz iteration; no state,
         products of m x m and m x n, the best so far (`docs/convergence.md`). `"isotropic"`: each
         column divided by the root of its mean square; two more reads of G, no product, nearly as
         good. Or a pure function (G − P R, R, U) -> S of one matrix (m x n, r x n, r x n; cores are

@@ -18,10 +18,11 @@ from ..quantization.quantized_array import decode_basis, with_keys_of, without_k
 from ..sharding.distributed import on_whole_matrices
 from ..sharding.partitioning import LeafPartition, align, store
 from ..tree.leaf_spec import LeafSpec, is_core
-from ..util.linalg import max_abs, polar
+from ..util.linalg import max_abs
+from ..util.orthogonalize import polar
 from .basis import expand, from_core, to_core
 from .refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
-from .residual import Momentum, Residual, with_residual
+from .residual import RESIDUALS, Momentum, Residual, with_residual
 
 
 class Projected(NamedTuple):
@@ -203,12 +204,13 @@ def from_subspace(
         whole_polar = functools.partial(on_whole_matrices, polar, spec, partition)
         if momentum is not None:
             momentum = momentum._replace(M=align(momentum.M, "full", spec, partition))
-        U, S, M = with_residual(
+        size, U, S, M = with_residual(
             residual, G, R, U, *bases, scale=residual_scale, momentum=momentum, polar=whole_polar
         )
         M = None if M is None else store(M, "full", spec, partition)
-        # Rounded once, after the sum.
-        full = from_core(U.dtype, scale * U, *bases) + scale * zero_where_not(finite, S)
+        if residual not in RESIDUALS or momentum is not None:  # else zero for G = 0
+            S = zero_where_not(finite, S)
+        full = scale * size * (from_core(U.dtype, U, *bases) + S)  # rounded once, below
     if decay is not None:
         a, W = decay
         full = full + zero_where_not(finite, a * spec.to_view(W).astype(U.dtype))

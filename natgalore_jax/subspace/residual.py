@@ -12,7 +12,7 @@ This is the inverse root of a Fisher σ_j² (I − P Pᵀ) outside the subspace,
 principal components. Entries of S have size 1, as those of Adam's answer to a steady gradient. The
 damping ρ = 1e-3 is for columns that lie in the span of P, where T is rounding.
 
-**whitened**: T is orthogonalised, by Muon's Newton-Schulz iteration,
+**whitened**: T is orthogonalised, by the Newton-Schulz iteration of `util/orthogonalize.py`,
 
     S = √n polar(T / √(|T|² + ρ |G|²)),    polar(X) ≈ (X Xᵀ)^(-½) X,                           (2)
 
@@ -58,7 +58,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..util.linalg import norms, polar
+from ..util.linalg import norms, power_of_two
+from ..util.orthogonalize import polar
 from ..util.validation import Scalar
 from .basis import from_core, to_core
 
@@ -93,11 +94,16 @@ def with_residual(
     *bases: Array,
     scale: Scalar = 1.0,
     momentum: Momentum | None = None,
-    polar: Callable[[Array], Array] = polar,
+    polar: Callable[..., Array] = polar,
 ) -> tuple[
-    Float[Array, "*batch r k"], Float[Array, "*batch m n"], Float[Array, "*batch m n"] | None
+    float,
+    Float[Array, "*batch r k"],
+    Float[Array, "*batch m n"],
+    Float[Array, "*batch m n"] | None,
 ]:
-    """P U + γ S as P U' + S': U', S' and the new M.
+    """P U + γ S as c (P U' + S'): c, U', S' and the new M.
+
+    For `"whitened"` S' is then a product that cuBLAS adds to P U' without another pass over m x n.
 
     Args:
       residual: one of RESIDUALS, or a function that returns S for one matrix.
@@ -118,8 +124,8 @@ def with_residual(
         of_R, of_G = norms(R, axes), norms(G, axes, unit_from=R)
         of_T = jnp.sqrt(jnp.maximum(of_G - of_R, 0.0)) * jnp.sqrt(of_G + of_R)  # (5)
         phi = scale * isotropic(of_T, of_G, _outside(G, R, axes))
-        return U - phi * R, phi * G, None  # (4)
-    T, M = G - from_core(G.dtype, R, *bases), None
+        return 1.0, U - phi * R, phi * G, None  # (4)
+    T, M, size = G - from_core(G.dtype, R, *bases), None, 1.0
     if momentum is not None:
         M, beta = momentum
         M = M - from_core(G.dtype, to_core(M, *bases), *bases)
@@ -130,14 +136,20 @@ def with_residual(
         S = isotropic(norms(T, axes), norms(G, axes), _outside(G, R, axes)) * T
     elif residual == "whitened":
         directions = min(m if len(bases) == 2 else m - r, n)
-        S = whitened(T, G, m * n - r * k, directions, polar)
+        of_G = norms(G, (-2, -1), unit_from=R)
+        largest = of_G if momentum is None else jnp.maximum(of_G, norms(T, (-2, -1)))
+        if directions == 0:  # T is rounding alone
+            S = jnp.zeros_like(G)
+        else:
+            size = math.sqrt((m * n - r * k) / directions)  # of (2), for the coordinates outside
+            S = whitened(T, of_G, largest, polar)
     else:
         S = _each(residual, G.ndim - 2)(T, R, U)
         if jnp.shape(S) != G.shape:
             batch_axes = G.ndim - 2
             expected, got = G.shape[batch_axes:], jnp.shape(S)[batch_axes:]
             raise ValueError(f"`residual` must return an array of shape {expected}, got {got}.")
-    return U, scale * S.astype(G.dtype), M
+    return size, U / size, scale * S.astype(G.dtype), M
 
 
 def isotropic(
@@ -156,25 +168,21 @@ def isotropic(
 
 def whitened(
     T: Float[Array, "*batch m n"],
-    G: Float[Array, "*batch m n"],
-    coordinates: int,
-    directions: int,
-    polar: Callable[[Array], Array] = polar,
+    of_G: Float[Array, "*batch 1 1"],
+    largest: Float[Array, "*batch 1 1"],
+    polar: Callable[..., Array] = polar,
 ) -> Float[Array, "*batch m n"]:
-    """S of (2).
+    """S of (2) / √n.
 
     Args:
       T: the residual, or its momentum N.
-      G: the gradient, or (1 − β) G.
-      coordinates: the number outside the subspace.
-      directions: the number of singular values that polar makes equal.
+      of_G: |G|, or (1 − β) |G|.
+      largest: of_G or more, and |T| or more.
       polar: the iteration.
     """
-    if directions == 0:  # T is rounding alone
-        return jnp.zeros_like(G)
-    size = damped(norms(T, (-2, -1)), norms(G, (-2, -1)))
-    unit = jnp.where(size > 0, T / jnp.where(size > 0, size, 1.0), 0.0)
-    return math.sqrt(coordinates / directions) * polar(unit)
+    # |T / unit| < 8, as `polar` requires; normal numbers alone, also for zeros.
+    unit = power_of_two(jnp.maximum(largest, 4 * jnp.finfo(T.dtype).tiny)) / 4
+    return polar(T / unit, DAMPING * jnp.square(of_G / unit))
 
 
 def damped(of_T: Float[Array, "..."], of_G: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -1,4 +1,4 @@
-"""Conditionals on traced predicates with little cost when false."""
+"""Choices in a compiled program: by the platform, or by traced predicates, cheap when false."""
 
 import functools
 import operator
@@ -12,6 +12,17 @@ from jaxtyping import Array, Bool
 
 
 T = TypeVar("T")
+
+
+def by_platform(
+    *args: Any,
+    gpu: Callable[..., T],
+    tpu: Callable[..., T] | None = None,
+    default: Callable[..., T],
+) -> T:
+    """`gpu(*args)` in programs for NVIDIA and AMD GPUs, `tpu(*args)` for TPUs, else `default`."""
+    tpu = default if tpu is None else tpu
+    return lax.platform_dependent(*args, cuda=gpu, rocm=gpu, tpu=tpu, default=default)
 
 
 def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:

@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float
 
+from .control_flow import by_platform
+
 
 POWERS = (1.0, 0.5, 0.25)  # p of the inverse roots A⁻ᵖ in Fisher stages
 
@@ -42,7 +44,7 @@ def rounded_product(a: Array, b: Array, dtype: Any) -> Array:
     if dtype != jnp.bfloat16 or highest_precision_requested():
         return wide(a, b)
     narrow = lambda a, b: jnp.matmul(a.astype(dtype), b.astype(dtype))
-    return lax.platform_dependent(a, b, cuda=narrow, tpu=narrow, default=wide)
+    return by_platform(a, b, gpu=narrow, tpu=narrow, default=wide)
 
 
 def highest_precision_requested() -> bool:
@@ -84,7 +86,7 @@ def power_of_two(x: Float[Array, "*batch"], root: bool = False) -> Float[Array, 
 
 def orthonormalise(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """Q of Y = Q R with diag(R) > 0. The sign convention makes Q continuous in Y."""
-    return lax.platform_dependent(Y, cuda=cholesky_qr, tpu=panel_qr, default=householder_qr)
+    return by_platform(Y, gpu=cholesky_qr, tpu=panel_qr, default=householder_qr)
 
 
 def householder_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
@@ -239,35 +241,6 @@ def newton_schulz_scales(condition: float) -> list[float]:
         scales.append(math.sqrt(3 / (1 + least + least * least)))
         least *= scales[-1] * (3 - (scales[-1] * least) ** 2) / 2
     return scales
-
-
-def polar(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """Approximates the orthogonal factor U Vᵀ of X = U Σ Vᵀ, for X of Frobenius norm at most 1.
-
-    Five steps of X ← a X + (b X Xᵀ + c (X Xᵀ)²) X move singular values in [0.01, 1] to
-    [0.68, 1.14]; the classical iteration would need more steps and end at 1. Smaller ones grow at
-    most a⁵ = 485 times, so zeros stay near zero. Low precision is sufficient: accelerators use
-    bfloat16, as in Muon, unless `jax_default_matmul_precision` is "highest".
-
-    Reference: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon, for a, b, c.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = X.shape[-2] > X.shape[-1]
-
-    def step(_, X):
-        A = X @ X.mT
-        return a * X + (b * A + c * A @ A) @ X
-
-    def iterate(X):
-        return lax.fori_loop(0, 5, step, X)
-
-    X, dtype = X.mT if tall else X, X.dtype
-    if highest_precision_requested():
-        X = iterate(X)
-    else:
-        narrow = lambda X: iterate(X.astype(jnp.bfloat16)).astype(dtype)
-        X = lax.platform_dependent(X, cuda=narrow, tpu=narrow, default=iterate)
-    return X.mT if tall else X
 
 
 def norms(

@@ -10,7 +10,13 @@ import pytest
 
 from benchmarks.learning import bench_finetune
 from benchmarks.memory import bench_offload
-from benchmarks.speed import bench_matmul, bench_step, bench_train, profile_step
+from benchmarks.speed import (
+    bench_matmul,
+    bench_orthogonalize,
+    bench_step,
+    bench_train,
+    profile_step,
+)
 
 
 def run(benchmark, monkeypatch, *arguments):
@@ -199,12 +205,51 @@ def test_offloading_moves_all_state_but_small_arrays(small, monkeypatch):
 
 @pytest.mark.slow
 def test_profile_lists_the_operations_of_a_step(small, monkeypatch, capsys):
-    run(profile_step, monkeypatch, "--tree", "tiny", "--method", "adamw", "--steps", "2")
-    total, *rows = capsys.readouterr().out.splitlines()
-    taken = [float(row.split()[0]) for row in rows]
+    monkeypatch.setattr(profile_step, "copy_speed", lambda: 1e9)
+    what = "--tree tiny --method adamw --steps 2 --top 1000 --out profile.json"
+    run(profile_step, monkeypatch, *what.split())
+    (row,) = json.loads(Path("profile.json").read_text())["updates"].values()
+    taken = [ms for _, ms in row["operations_ms"].values()]
     assert taken == sorted(taken, reverse=True)
-    assert 0 < sum(taken) <= 1.01 * float(total.split()[0]) + 0.05  # each is rounded
-    assert any("fusion" in row for row in rows)
+    assert 0 < sum(taken) == pytest.approx(row["device_ms"])
+    assert sum(row["by_kind_ms"].values()) == pytest.approx(row["device_ms"])
+    assert any("fusion" in name for name in row["operations_ms"])
+    # Gradients read, weights and two moments and a count read and written: the tree of TestStep.
+    numbers = 4 * 32 * 32 + 3 * 32 * 88 + 2 * 256 * 32 + 3 * 32
+    assert row["unavoidable_bytes"] == 4 * (7 * numbers + 2)
+    assert row["unavoidable_ms"] == pytest.approx(row["unavoidable_bytes"] / 1e6)
+    assert f"unavoidable_bytes: {row['unavoidable_bytes']}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_orthogonalize_measures_each_shape_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_orthogonalize, "SECONDS", 0.0)
+    out = tmp_path / "out.json"
+    what = ["--sizes", "32", "--batches", "1", "--methods", "direct,gram", "--out", str(out)]
+    run(bench_orthogonalize, monkeypatch, *what)
+    results = json.loads(out.read_text())
+    assert [(x["m"], x["n"]) for x in results["cases"]] == [(32, 32), (32, 85), (32, 128)]
+    for row in results["cases"]:
+        # The polynomials' 2 % of |U Vᵀ|; muon has 0.17.
+        assert 0 < row["methods"]["direct"]["gaussian"]["error"] < 0.02
+        assert row["methods"]["direct"]["ms"] > 0
+    monkeypatch.setattr(bench_orthogonalize, "measure", None)  # everything is measured
+    run(bench_orthogonalize, monkeypatch, *what)
+    assert json.loads(out.read_text()) == results
+
+
+def test_crossover_of_operations():
+    """16 m² n + 8 m³ and 4 m² n + 26 m³ are equal at n = 1.5 m; where Gram is slower, none is."""
+    times = lambda x, gram: {"direct": {"ms": 16 * x + 8}, "gram": {"ms": gram(x)}}
+    row = lambda m, batch, x, gram: {
+        "m": m,
+        "batch": batch,
+        "n": int(x * m),
+        "methods": times(x, gram),
+    }
+    rows = [row(64, batch, x, lambda x: 4 * x + 26) for batch in (2, 1) for x in (4.0, 1.0, 2.0)]
+    rows += [row(32, 1, x, lambda x: 99.0) for x in (1.0, 2.0)]
+    assert bench_orthogonalize.crossover(rows) == {"64": 1.5}
 
 
 @pytest.mark.slow

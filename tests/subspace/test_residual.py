@@ -81,8 +81,8 @@ class TestLeafMathematics:
         core = P.mT @ G @ Q if side == "both" else P.mT @ G
         U = rng.standard_normal(core.shape)
         S = np.stack([oracles.isotropic(*x) for x in zip(G - lift(core), core, U, strict=True)])
-        u, s, _ = with_residual("isotropic", *map(jnp.asarray, (G, core, U, *bases)))
-        np.testing.assert_allclose(lift(u) + s, lift(U) + S, atol=1e-12)
+        size, u, s, _ = with_residual("isotropic", *map(jnp.asarray, (G, core, U, *bases)))
+        np.testing.assert_allclose(size * (lift(u) + s), lift(U) + S, atol=1e-12)
 
     @pytest.mark.parametrize("shape", [(M, N), (N, M), (40, N), (R, N)])
     @pytest.mark.parametrize("side", ["short", "both"])
@@ -96,10 +96,11 @@ class TestLeafMathematics:
         U = rng.standard_normal(core.shape)
         lifted = bases[0] @ core @ (bases[1].mT if side == "both" else np.eye(shape[1]))
         S = np.stack([oracles.whitened(*x) for x in zip(G - lifted, core, U, strict=True)])
-        u, s, _ = with_residual("whitened", *map(jnp.asarray, (G, core, U, *bases)))
-        np.testing.assert_array_equal(u, U)
+        size, u, s, _ = with_residual("whitened", *map(jnp.asarray, (G, core, U, *bases)))
+        s = size * s
+        np.testing.assert_allclose(size * u, U, rtol=1e-15)
         np.testing.assert_allclose(s, S, atol=1e-10)
-        # Entries have mean square 1, up to the spread of singular values after Muon's quintic.
+        # Entries have mean square 1, up to the spread of singular values after the quintics.
         remaining = np.prod(shape) - core[0].size
         squares = np.square(s).sum(axis=(1, 2)) / max(remaining, 1)
         assert np.all((squares > 0.5) & (squares < 1.3)) if remaining else not s.any()
@@ -115,12 +116,34 @@ class TestLeafMathematics:
         core = bases[0].mT @ G @ right
         U = rng.standard_normal(core.shape)
         own = lambda T, R, U: (1e3 * T * abs(R).max() + abs(U).max()).astype("float32")
-        u, s, _ = with_residual(own, *map(jnp.asarray, (G, core, U, *bases)))
+        size, u, s, _ = with_residual(own, *map(jnp.asarray, (G, core, U, *bases)))
         T = G - bases[0] @ core @ right.mT
         largest = lambda x: abs(x).max(axis=(-2, -1), keepdims=True)
         np.testing.assert_array_equal(u, U)
+        assert size == 1.0
         np.testing.assert_allclose(s, 1e3 * T * largest(core) + largest(U), rtol=1e-5)
         assert s.dtype == jnp.float64
+
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    def test_whitened_is_finite_for_any_gradient(self, momentum):
+        """S does not depend on the size of G; it is finite for zeros and subnormal numbers."""
+        rng = np.random.default_rng(8)
+        P = jnp.asarray(np.linalg.qr(rng.standard_normal((M, R)))[0], jnp.float32)
+        G = jnp.asarray(rng.standard_normal((M, N)), jnp.float32)
+
+        @jax.jit
+        def whitened(G):
+            state = None if momentum is None else Momentum(jnp.zeros_like(G), momentum)
+            core = P.mT @ G
+            size, _, S, _ = with_residual("whitened", G, core, 0 * core, P, momentum=state)
+            return size * S
+
+        S = whitened(G)
+        assert float(jnp.abs(S).max()) > 1
+        for power in (-100, -60, 60, 110):  # of two: the digits stay
+            np.testing.assert_allclose(whitened(G * 2.0**power), S, rtol=1e-5, atol=1e-5)
+        for size in (0.0, 1e-45, 1e-38):
+            assert jnp.all(jnp.isfinite(whitened(G * size)))
 
 
 class TestMomentum:
@@ -142,15 +165,15 @@ class TestMomentum:
         nesterov = beta * new + (1 - beta) * T
         S = getattr(oracles, rule)(nesterov, core, core, g=(1 - beta) * G)
         with jax.enable_x64(True):
-            u, s, m = with_residual(
+            size, u, s, m = with_residual(
                 rule,
                 *map(jnp.asarray, (G, core, core, *bases)),
                 scale=0.2,
                 momentum=Momentum(jnp.asarray(momentum), beta),
             )
-        np.testing.assert_array_equal(u, core)
+        np.testing.assert_allclose(size * np.asarray(u), core, rtol=1e-15)
         np.testing.assert_allclose(m, new, atol=1e-10)  # rounding of 1e3
-        np.testing.assert_allclose(s, 0.2 * S, atol=1e-10)
+        np.testing.assert_allclose(size * np.asarray(s), 0.2 * S, atol=1e-10)
 
     @pytest.mark.parametrize("rule", RESIDUALS)
     def test_decay_of_zero_is_no_momentum(self, rule):

@@ -25,8 +25,10 @@ import optax
 from jax import lax
 from jax.custom_batching import sequential_vmap
 
+from benchmarks.common.muon import newton_schulz
 from natgalore_jax.subspace.basis import GENERATOR, svd
-from natgalore_jax.util.linalg import matmul, orthonormalise, polar, product
+from natgalore_jax.util.control_flow import by_platform
+from natgalore_jax.util.linalg import matmul, orthonormalise, product
 
 
 MatrixState = dict[str, jax.Array]  # of one matrix, or of a stack of matrices
@@ -312,6 +314,14 @@ def ldadam(
 
     refresh = lambda G, kept, t: {**kept, "P": leading(G, kept["P"])}
     return per_matrix(learning_rate, start, step, refresh)
+
+
+def polar(X):
+    """Muon's approximation of the polar factor, in bfloat16 on accelerators."""
+    if X.shape[-2] > X.shape[-1]:
+        return polar(X.mT).mT
+    narrow = lambda X: newton_schulz(X.astype(jnp.bfloat16)).astype(X.dtype)
+    return by_platform(X, gpu=narrow, tpu=narrow, default=newton_schulz)
 
 
 def cosmos(
