@@ -66,12 +66,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "shard_optimizer_over_data": True,
     },
     "FSDP 8, unscanned": {**FSDP, "scan_layers": False},
-    "Pipeline 2 x FSDP 4": {
-        "ici_pipeline_parallelism": 2,
-        "ici_fsdp_parallelism": 4,
-        "num_layers_per_pipeline_stage": LAYERS // 2,
-        "num_pipeline_microbatches": 2,
-    },
     "FSDP 8, Explicit axes": {**FSDP, "shard_mode": "explicit"},
     "FSDP 8, 2 micro-batches": {**FSDP, "gradient_accumulation_steps": 2},
     "FSDP 8, spikes skipped": {**FSDP, "skip_step_on_spikes": True},
