@@ -636,6 +636,15 @@ def batches() -> Iterator[Row]:
         yield f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *apart
 
 
+@table("learning-long", "weights", "tokens", "method", "learning rate", "validation loss")
+def learning_long() -> Iterator[Row]:
+    for about, runs in convergence.groups(RESULTS / "long-runs.jsonl"):
+        for run in sorted(runs, key=lambda run: run.loss):
+            tokens = f"{run.records[-1]['tokens'] / 1e6:.0f}M"
+            size = about["setting"]["size"].upper()
+            yield size, tokens, code(run.method), f"{run.rate:g}", f"{run.loss:.3f}"
+
+
 @table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")
 def learning_rates() -> Iterator[Row]:
     settings = [(f"{256 * batch:,}", "33M", compared(steps, batch)) for steps, batch in BATCHES]

@@ -97,8 +97,7 @@ def project(
       residual_scale: γ, the factor of the residual. The root mean square of the entries of a named
         residual is γ √(1 − r/m), within a tenth. None: 1 without a momentum, the size of Adam's
         answer to a steady gradient. With one 0.2, as for Muon in Moonlight (arXiv:2502.16982), so
-        that learning rate and decay are those of AdamW; at 1 a run diverged to a loss of 2.84,
-        against 1.66.
+        that learning rate and decay are those of AdamW.
       select: which leaves are projected, and as which matrices. None infers both from names and
         shapes, which is right for most models (`describe` shows the result). A list of (pattern,
         view): the first pattern that `re.search` finds in a leaf's name decides; other leaves are
