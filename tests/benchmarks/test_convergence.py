@@ -476,7 +476,10 @@ class TestCommand:
 PAPERS = "natural_galore:fisher=window+residual=None+b2=0.999+refresh_every=200"
 
 
-@pytest.mark.parametrize("name", sorted({*contenders.CONTENDERS, PAPERS}))
+NOT_RUN = {"cosmos"}  # in no table
+
+
+@pytest.mark.parametrize("name", sorted({*contenders.CONTENDERS, PAPERS} - NOT_RUN))
 def test_every_method_had_its_search_and_three_seeds(name):
     (of,) = (one for one in results.summaries(compared()) if one.method == name)
     assert len(of.tried) >= 4
