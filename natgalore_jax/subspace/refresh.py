@@ -187,7 +187,7 @@ class Refresh:
         bases = [
             expand(decode_basis(x), view, dtype) for view, x in zip(views, stored, strict=False)
         ]
-        R = None if old.R is None else jnp.where(due, to_core(G, *bases), old.R)
+        R = None if old.R is None else to_core(G, *bases)
         return MatrixState(
             stored=stored,
             refreshed=refreshed + usable.astype(refreshed.dtype),

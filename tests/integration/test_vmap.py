@@ -60,9 +60,11 @@ def test_runs_under_vmap_are_separate_runs(name):
         states = [state for _, state in results]
         updates, together = updates_together(stack(grads), together, weights)
         expected = stack([update for update, _ in results])
+        # In 8 bits a number near a border is encoded to the next cell, 7 % off.
+        atol = 2e-4 if name == "8 bits" else 2e-5
         for x, y in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
             # Products of a batch sum in another order, through a refresh and Adam's division.
-            np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
+            np.testing.assert_allclose(x, y, rtol=1e-3, atol=atol)
     refreshed = lambda state: [
         x for path, x in jax.tree_util.tree_leaves_with_path(state) if ".refreshed" in str(path)
     ]

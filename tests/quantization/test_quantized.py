@@ -536,7 +536,7 @@ class Memory(NamedTuple):
 def test_refusals():
     params = {"up": {"kernel": jnp.zeros((64, 128))}}
     adam = optax.scale_by_adam()
-    roles = "'linear', 'square', 'basis', 'fisher', 'root'"
+    roles = "'linear', 'full', 'square', 'basis', 'fisher', 'root'"
     with pytest.raises(ValueError, match=rf"^`roles` must be one of {roles}, got 'gram'.$"):
         natgalore.quantized(adam, ["linear", "gram"])
     for role in ("basis", "fisher"):

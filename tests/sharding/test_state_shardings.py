@@ -37,8 +37,8 @@ OPTIMIZERS = {
     "reset, long": {"transport": "reset", "side": "long", "fisher": "core", "residual": None},
     "whitened": {"fisher": "core", "residual": "whitened"},
     "isotropic": {"residual": "isotropic"},
-    "momentum": {"residual_momentum": 0.9},
-    "two-sided momentum": {"side": "both", "residual_momentum": 0.9},
+    "momentum": {"residual": "whitened", "residual_momentum": 0.9},
+    "two-sided momentum": {"side": "both", "residual": "whitened", "residual_momentum": 0.9},
 }
 CORE = OPTIMIZERS["core"]
 
@@ -106,7 +106,9 @@ def check_equals_one_device(layout, kind, settings, jitted, key):
     for x, s in zip(
         *map(jax.tree.leaves, (state, natgalore.state_shardings(tx, params, on_mesh))), strict=True
     ):
-        assert x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
+        # Along Auto axes the compiler chooses, for counts and on a mesh with both kinds of axes.
+        chosen = kind != AxisType.Explicit and (x.size < 100 or not isinstance(kind, AxisType))
+        assert chosen or x.sharding.is_equivalent_to(s, x.ndim), (x.shape, x.sharding.spec, s.spec)
 
 
 @pytest.mark.parametrize("layout", quick(["rows"], [*LAYOUTS]))
@@ -309,9 +311,10 @@ def test_isotropic_residual_adds_only_column_reductions(layout, kind):
     """Reductions of column norms, no collective of the residual itself."""
     spec, shape = LARGE[layout]
     r, n, layers = 16, shape[-1], math.prod(shape[:-2])
+    known = kind == AxisType.Auto  # partitions, by `sharded`
     hot = lambda **settings: sorted(
         math.prod(moved)
-        for one in collectives(compiled(spec, shape, kind, r, **settings)[0].as_text())
+        for one in collectives(compiled(spec, shape, kind, r, known, **settings)[0].as_text())
         for moved in one.shapes
         if one.hot and one.kind != "all-gather"
     )
@@ -320,7 +323,7 @@ def test_isotropic_residual_adds_only_column_reductions(layout, kind):
     assert [size for size in with_residual if size > layers * n] == [
         size for size in without if size > layers * n
     ]
-    program, _ = compiled(spec, shape, kind, r, residual="isotropic")
+    program, _ = compiled(spec, shape, kind, r, known, residual="isotropic")
     gathered = [x for x in collectives(program.as_text()) if x.hot and x.kind == "all-gather"]
     assert all(math.prod(s) <= layers * r * max(shape[-2:]) for x in gathered for s in x.shapes)
 
