@@ -540,7 +540,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=rf"^`roles` must be one of {roles}, got 'gram'.$"):
         natgalore.quantized(adam, ["linear", "gram"])
     for role in ("basis", "fisher"):
-        one_of = f"must be one of 'linear', 'square', got '{role}'"
+        one_of = f"must be one of 'linear', 'full', 'square', got '{role}'"
         with pytest.raises(ValueError, match=rf"^`stochastic` {one_of}.$"):
             natgalore.quantized(adam, stochastic=role)
     with pytest.raises(ValueError, match=r"^`seed` must be in"):
