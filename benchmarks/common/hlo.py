@@ -78,7 +78,11 @@ def collectives(program: str) -> list[Collective]:
                 math.prod(shape) * bits(dtype) // 8
                 for (dtype, _), shape in zip(arrays, shapes, strict=True)
             )
-            own[here].append(Collective(match[3], shapes, size, groups.get(match[4], group)))
+            one = Collective(match[3], shapes, size, groups.get(match[4], group))
+            if here.startswith("all-reduce-scatter"):
+                # XLA:TPU's reduce-scatter: an all-reduce and a slice in one fused computation.
+                one = one._replace(kind="reduce-scatter", size=size // one.group)
+            own[here].append(one)
         noted, condition = re.search(TRIPS, line), re.search(CONDITION, line)
         trips = int(noted[1]) if noted else limits.get(condition[1]) if condition else None
         for how, names in re.findall(CALLED, line):

@@ -93,6 +93,24 @@ def test_bytes_received_by_a_device(kind, received):
     assert Collective(kind, [], size=100, group=4).received == received
 
 
+def test_fused_reduce_scatter_of_tpus():
+    """An all-reduce of which each device keeps a slice receives half of an all-reduce's bytes."""
+    program = """\
+HloModule jit_update, is_scheduled=true, num_partitions=8
+
+%all-reduce-scatter.1 (p: f32[128,2048]) -> f32[128,256] {
+  %all-reduce.20 = f32[128,2048]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %slice = f32[128,256]{1,0} dynamic-slice(%all-reduce.20, %zero, %start)
+}
+
+ENTRY %main (x: f32[128,2048]) -> f32[128,256] {
+  ROOT %fusion = f32[128,256]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,) = collectives(program)
+    assert (one.kind, one.hot, one.received) == ("reduce-scatter", True, 128 * 2048 * 4 * 7 / 8)
+
+
 def test_doctests():
     from benchmarks.common import hlo
 
