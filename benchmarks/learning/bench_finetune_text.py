@@ -3,7 +3,7 @@
     python examples/finetuning/fetch_text.py --out runs/text              the encoder and the texts
     python benchmarks/learning/bench_finetune_text.py --prepare runs/text  tokens, into runs/study
     python benchmarks/learning/bench_finetune_text.py --workers 12 --gpus 4   all runs
-    python benchmarks/learning/bench_finetune_text.py --list              what is left
+    python benchmarks/learning/bench_finetune_text.py --list              remaining runs
     python benchmarks/learning/bench_finetune_text.py --show              the table
 
 all-MiniLM-L6-v2 (22.7M weights) is tuned for three epochs on 20 Newsgroups, Reuters R52 and the

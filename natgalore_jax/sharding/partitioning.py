@@ -152,10 +152,12 @@ def store(x: Array, role: str, spec: LeafSpec, leaf: LeafPartition) -> Array:
 
 
 def _constrain(x: Array, partition: PartitionSpec, leaf: LeafPartition) -> Array:
-    context = get_abstract_mesh()
-    mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
+    context, traced = get_abstract_mesh(), isinstance(x, jax.core.Tracer)
+    mesh = context if traced and not context.empty else leaf.mesh
     names = [name for entry in (*leaf.partition, leaf.zero_axes) for name in mesh_axes(entry)]
-    if mesh is None or not names or not are_auto(mesh, names):
+    # A mesh that only names in boxes refer to has no devices to move a concrete array to.
+    has_devices = traced or isinstance(mesh, Mesh)
+    if mesh is None or not has_devices or not names or not are_auto(mesh, names):
         return x
     return place(x, NamedSharding(mesh, partition))
 

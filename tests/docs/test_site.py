@@ -125,7 +125,7 @@ def test_the_calculator_shows_the_bytes_of_plan(browser, address):
         )
         assert shown == [planned.bytes[kind] for kind in ("weights", "gradients", "state")], chosen
         assert row.locator("strong").inner_text() == gigabytes(planned.total)
-    # On eight devices: each has an eighth, and what is not divisible.
+    # Each of eight devices holds an eighth of the divisible arrays, and the others whole.
     page.select_option("select[name=model]", "7b")
     page.select_option("select[name=devices]", "8")
     share = page.locator(".calculator-row").last.locator("[data-bytes]").first

@@ -142,6 +142,18 @@ def test_steps_in_boxes_equal_steps_without(name, key):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol)
 
 
+def test_update_without_jit_in_a_mesh_context(key):
+    """Concrete params that are on no mesh: their names alone do not move arrays."""
+    tx, params = OPTIMIZERS["core"](), boxed(arrays(key), linen)
+    with jax.set_mesh(mesh()), nn.logical_axis_rules(RULES):
+        updates, _ = tx.update(params, tx.init(params), params)
+    plain = arrays(key)
+    expected, _ = tx.update(plain, tx.init(plain), plain)
+    for x, y in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
+        # The same operations, compiled in another context: some eps of an update of 1e-2.
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("axes", ["fsdp", ("fsdp",), ("fsdp", "tensor")])
 @pytest.mark.parametrize("shardings_of", [linen_shardings, nnx_shardings], ids=["linen", "nnx"])
 def test_one_rule_alone(shardings_of, axes, monkeypatch, key):
