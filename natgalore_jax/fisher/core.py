@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..sharding.partitioning import with_auto_axes
+from ..sharding.array_partitions import with_auto_axes
 from ..tree.leaf_spec import core_arrays, replace_cores, require_cores, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.control_flow import run_if_due, when

@@ -13,7 +13,7 @@ import optax
 from jax.extend import core as jax_core
 from jaxtyping import Array, PyTree
 
-from ..sharding.partitioning import use_mesh_of
+from ..sharding.array_partitions import use_mesh_of
 from ..subspace.projection import core_dtype, expand_bases
 from ..subspace.state import bases_in, decisions_of, subspace_states
 from ..tree.flax_boxes import unbox

@@ -30,11 +30,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from ..sharding.partitioning import (
-    ParamPartitions,
-    aligned_partition,
-    with_auto_axes,
-)
+from ..sharding.array_partitions import with_auto_axes
+from ..sharding.partitioning import ParamPartitions, aligned_partition
 from ..subspace.projection import refresh_and_project
 from ..subspace.refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
 from ..subspace.state import Flattened, SubspaceState, bases_in, flatten, settings_of

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..selection.select import check_arrays
-from ..sharding.partitioning import partitions_of, use_mesh_of, use_partitions
+from ..sharding.array_partitions import partitions_of, use_mesh_of, use_partitions
 from ..subspace.refresh import groups, number_of_matrices
 from ..subspace.state import (
     SubspaceState,

@@ -7,14 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import (
-    add_axes,
-    array_partition,
-    divisible_partition,
-    explicit_mesh,
-    mesh_axes,
-    with_auto_axes,
-)
+from ..sharding.array_partitions import array_partition, explicit_mesh, with_auto_axes
+from ..sharding.partitioning import add_axes, divisible_partition, mesh_axes
 from ..tree.flax_serialization import serializable
 from ..tree.leaf_spec import Basis
 from ..util.linalg import matmul

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import array_partition, with_auto_axes
+from ..sharding.array_partitions import array_partition, with_auto_axes
 from ..tree.leaf_spec import cores
 from ..tree.state_roles import register_state
 from ..util.validation import check_int

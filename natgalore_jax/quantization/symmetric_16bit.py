@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from ..sharding.partitioning import array_partition, with_auto_axes
+from ..sharding.array_partitions import array_partition, with_auto_axes
 from ..tree.flax_serialization import serializable
 from .dynamic_8bit import at_least_float32
 from .quantized_array import QuantizedArray

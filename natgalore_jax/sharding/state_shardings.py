@@ -12,6 +12,7 @@ from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec, is_core
 from ..tree.state_roles import owner, walk
 from ..util.validation import check_choice
+from .array_partitions import use_partitions
 from .partitioning import (
     ParamPartitions,
     add_axes,
@@ -19,7 +20,6 @@ from .partitioning import (
     mesh_axes,
     place,
     state_partition,
-    use_partitions,
 )
 
 

@@ -26,15 +26,9 @@ from jaxtyping import Array, PyTree
 
 from ..quantization.quantized_array import dequantize, is_quantized, requantize
 from ..quantization.staged_update import in_stages
+from ..sharding.array_partitions import partitions_of, with_auto_axes
 from ..sharding.boxed_state import box_state, named_leaves
-from ..sharding.partitioning import (
-    LeafPartition,
-    ParamPartitions,
-    partitions_of,
-    role_partition,
-    state_partition,
-    with_auto_axes,
-)
+from ..sharding.partitioning import LeafPartition, ParamPartitions, role_partition, state_partition
 from ..sharding.shard_map import check_reduced, varying_as
 from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores, with_boxes
 from ..tree.flax_serialization import register_with_flax

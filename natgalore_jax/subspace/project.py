@@ -11,7 +11,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..selection.select import SIDES, Rank, Select, check_rank, select as select_leaves
-from ..sharding.partitioning import use_mesh_of
+from ..sharding.array_partitions import use_mesh_of
 from ..tree.flax_boxes import axis_names, unbox
 from ..tree.leaf_spec import LeafSpec
 from ..util.validation import Scalar, check_choice, check_decay, check_int, check_number

@@ -23,7 +23,7 @@ from jax.extend import core as jax_core
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
-from ..sharding.partitioning import with_auto_axes
+from ..sharding.array_partitions import with_auto_axes
 from ..tree.leaf_spec import cores, is_core, replace_cores
 from ..util.jaxprs import CALLS, called, read
 
