@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from flax import nnx
 
 import natgalore_jax as natgalore
 from benchmarks.common.environment import environment
+from benchmarks.common.llama_step import llama_step
 from benchmarks.common.methods import RANKS
 from examples.common import llama
 from natgalore_jax.planning import model_shapes as shapes
@@ -54,25 +54,7 @@ METHODS = {
 def step_of(method: Method, size: str, tx: optax.GradientTransformation) -> Callable[..., Any]:
     """The training step of a Llama with scanned and recomputed layers."""
     config = dataclasses.replace(llama.CONFIGS[size], scan=True, remat=True)
-    structure = llama.structure(config)
-
-    def loss_fn(params, tokens):
-        return llama.next_token_loss(nnx.merge(structure, params), tokens)
-
-    if method.low_rank_gradients:
-        gradients = natgalore.value_and_grad(loss_fn, tx, on_fallback="error")
-    else:
-        gradients = lambda params, state, tokens: (
-            jax.value_and_grad(loss_fn)(params, tokens),
-            state,
-        )
-
-    def step(params, state, tokens):
-        (loss, grads), state = gradients(params, state, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    return step
+    return llama_step(tx, config, method.low_rank_gradients)
 
 
 def main():

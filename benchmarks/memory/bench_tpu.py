@@ -28,12 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 import natgalore_jax as natgalore
 from benchmarks.common import tpu_compiler
 from benchmarks.common.environment import environment
+from benchmarks.common.llama_step import llama_step
 from benchmarks.common.methods import CORES, METHODS, RANKS, REFERENCE
 from benchmarks.common.tpu_compiler import GIB, OutOfMemory, Program, compile_for_tpu
 from examples.common import llama
@@ -91,27 +91,12 @@ def training_step(
     config = dataclasses.replace(
         config, scan=True, remat=True, dtype=jnp.bfloat16, activations=tokens
     )
-    structure, params = llama.structure(config), llama.abstract_params(config)
+    params = llama.abstract_params(config)
     shardings = llama_sharding.param_shardings(mesh, params)
     tx = natgalore.sharded(tx, shardings)
     state, state_shardings = state_of(tx, params, shardings)
 
-    def loss_fn(params, tokens):
-        return llama.next_token_loss(nnx.merge(structure, params), tokens)
-
-    if low_rank_gradients:
-        gradients = natgalore.value_and_grad(loss_fn, tx, on_fallback="error")
-    else:
-        gradients = lambda params, state, tokens: (
-            jax.value_and_grad(loss_fn)(params, tokens),
-            state,
-        )
-
-    def step(params, state, tokens):
-        (loss, grads), state = gradients(params, state, tokens)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
+    step = llama_step(tx, config, low_rank_gradients)
     shape = jax.ShapeDtypeStruct((batch, length + 1), np.int32, sharding=tokens)
     arguments = [tpu_compiler.with_shardings(params, shardings), state, shape]
     return Step(step, arguments, (shardings, state_shardings, NamedSharding(mesh, P())))
