@@ -57,6 +57,7 @@ def adafactor(rank: int, every: int, decay: float) -> optax.GradientTransformati
 METHODS: dict[str, Make] = {
     "natural_galore": ours("natural_galore"),
     "galore": ours("galore"),
+    "galore_every_200": lambda rank, _, decay: ours("galore")(rank, 200, decay),  # its default
     "natural_galore_fisher": ours("natural_galore", fisher="core", residual=None),
     "adamw": lambda rank, every, decay: optax.adamw(RATE, weight_decay=decay),
     "contrib_galore": contrib_galore,

@@ -1,6 +1,6 @@
 """Does the residual's orthogonalisation change what is learned?
 
-bench_convergence.py with Muon's five Newton-Schulz steps in bfloat16 in place of the library's four
+bench_convergence.py with Muon's five Newton-Schulz steps in bfloat16 in place of the library's three
 minimax steps, or with the library's own, for the comparison on one machine:
 
     python benchmarks/learning/bench_muon_steps.py muon --methods natural_galore --rate 0.0025 \\

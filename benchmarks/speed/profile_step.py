@@ -1,11 +1,12 @@
-"""Where does the time of an update without refresh go?
+"""Where does the time of an update without refresh go, or of one with all refreshes?
 
 Prints the operations of one update on the device, longest first, their number and sum by kind, and
 what no update of this form can avoid: one pass over gradients, weights and state (read, and all but
 the gradients written) at the speed of a copy of 1 GB on the same device.
 
     python benchmarks/speed/profile_step.py --tree 350m --method galore [--out profile.json]
-    python benchmarks/speed/profile_step.py --tree tiny --method adamw    a quick run
+    python benchmarks/speed/profile_step.py --tree 350m --refresh-every 1    with all refreshes
+    python benchmarks/speed/profile_step.py --tree tiny --method adamw       a quick run
 
 On GPUs command buffers hide the names of operations; XLA_FLAGS=--xla_gpu_enable_command_buffer=
 disables them. Trees are named as in bench_step.py.
@@ -87,6 +88,7 @@ def main():
     parser.add_argument("--layers", choices=["unrolled", "scanned"], default="scanned")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--refresh-every", type=int, default=10_000, help="1: on every step")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--top", type=int, default=40, help="operations to show")
     parser.add_argument("--out", type=pathlib.Path, help="add the figures to this JSON file")
@@ -94,8 +96,8 @@ def main():
     args = parser.parse_args()
     params, rank = params_of(args.tree, args.layers == "scanned", jnp.dtype(args.dtype))
     grads, speed = random_like(params), copy_speed()
-    # The refreshes at the start of this long period end before the traced steps.
-    stepper = Stepper(METHODS[args.method](rank, 10_000, args.weight_decay), params)
+    # The refreshes at the start of a long period end before the traced steps.
+    stepper = Stepper(METHODS[args.method](rank, args.refresh_every, args.weight_decay), params)
     if args.hlo:
         args.hlo.write_text(stepper.program.as_text())
     for _ in range(3):
@@ -133,6 +135,7 @@ def main():
         results = json.loads(args.out.read_text()) if args.out.exists() else {}
         results["environment"] = environment()
         title = (args.tree, args.layers, args.dtype, args.method)
+        title += ("all refreshed",) if args.refresh_every == 1 else ()
         results.setdefault("updates", {})[", ".join(title)] = row
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -154,11 +154,12 @@ def _where(due: Bool[Array, " matrices"], at: Callable[[Any, Any], Any], state: 
     due = for_any(due)
     if len(due) == 1:
         return when(due[0], functools.partial(at, jnp.int32(0)), state)
-    first = jnp.argmax(due).astype(jnp.int32)
-    last = len(due) - jnp.argmax(due[::-1]).astype(jnp.int32)
-    return lax.fori_loop(
-        first,
-        jnp.where(due.any(), last, first),
-        lambda i, x: when(due[i], functools.partial(at, i), x),
-        state,
-    )
+    places = jnp.arange(len(due))
+
+    def next_due(_, carry):
+        i, state = carry
+        i = jnp.argmax(due & (places > i)).astype(jnp.int32)
+        return i, at(i, state)
+
+    number = due.sum(dtype=jnp.int32)
+    return lax.fori_loop(0, number, next_due, (jnp.full_like(number, -1), state))[1]

@@ -58,7 +58,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..util.linalg import norms, power_of_two
+from ..util.control_flow import by_platform
+from ..util.linalg import highest_precision_requested, norms, power_of_two
 from ..util.orthogonalize import polar
 from ..util.validation import Scalar
 from .basis import from_core, to_core
@@ -142,7 +143,9 @@ def with_residual(
             S = jnp.zeros_like(G)
         else:
             size = math.sqrt((m * n - r * k) / directions)  # of (2), for the coordinates outside
-            S = whitened(T, of_G, largest, polar)
+            unit = unit_of(largest)
+            X = outside(G, R, *bases, unit=unit) if momentum is None else T / unit
+            S = polar(X, DAMPING * jnp.square(of_G / unit))
     else:
         S = _each(residual, G.ndim - 2)(T, R, U)
         if jnp.shape(S) != G.shape:
@@ -166,23 +169,33 @@ def isotropic(
     return jnp.where(size > 0, math.sqrt(coordinates) / jnp.where(size > 0, size, 1.0), 0.0)
 
 
-def whitened(
-    T: Float[Array, "*batch m n"],
-    of_G: Float[Array, "*batch 1 1"],
-    largest: Float[Array, "*batch 1 1"],
-    polar: Callable[..., Array] = polar,
-) -> Float[Array, "*batch m n"]:
-    """S of (2) / √n.
+def unit_of(largest: Float[Array, "*batch 1 1"]) -> Float[Array, "*batch 1 1"]:
+    """The unit of X in S = polar(X): |X| < 8, as `polar` requires, for |T| up to `largest`."""
+    # Normal numbers alone, also for zeros.
+    return power_of_two(jnp.maximum(largest, 4 * jnp.finfo(largest.dtype).tiny)) / 4
 
-    Args:
-      T: the residual, or its momentum N.
-      of_G: |G|, or (1 − β) |G|.
-      largest: of_G or more, and |T| or more.
-      polar: the iteration.
+
+def outside(
+    G: Float[Array, "*batch m n"],
+    R: Float[Array, "*batch r k"],
+    *bases: Array,
+    unit: Float[Array, "*batch 1 1"],
+) -> Float[Array, "*batch m n"]:
+    """T / unit for (2), with P R in float16 on GPUs.
+
+    The error is 5e-4 |G|, that of tensor-float32, at half the memory traffic; where |T| is below
+    0.03 |G|, (2) is damped.
     """
-    # |T / unit| < 8, as `polar` requires; normal numbers alone, also for zeros.
-    unit = power_of_two(jnp.maximum(largest, 4 * jnp.finfo(T.dtype).tiny)) / 4
-    return polar(T / unit, DAMPING * jnp.square(of_G / unit))
+    wide = lambda G, R, unit, *bases: (G - from_core(G.dtype, R, *bases)) / unit
+    if highest_precision_requested():
+        return wide(G, R, unit, *bases)
+
+    def narrow(G, R, unit, *bases):
+        half = [x.astype(jnp.float16) for x in bases]
+        R = (R / unit).astype(jnp.float16)
+        return G / unit - from_core(jnp.float16, R, *half).astype(G.dtype)
+
+    return by_platform(G, R, unit, *bases, gpu=narrow, default=wide)
 
 
 def damped(of_T: Float[Array, "..."], of_G: Float[Array, "..."]) -> Float[Array, "..."]:

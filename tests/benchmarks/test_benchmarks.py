@@ -230,8 +230,8 @@ def test_orthogonalize_measures_each_shape_once(monkeypatch, tmp_path):
     results = json.loads(out.read_text())
     assert [(x["m"], x["n"]) for x in results["cases"]] == [(32, 32), (32, 85), (32, 128)]
     for row in results["cases"]:
-        # The polynomials' 2 % of |U Vᵀ|; muon has 0.17.
-        assert 0 < row["methods"]["direct"]["gaussian"]["error"] < 0.02
+        # The polynomials' 15 % of |U Vᵀ| at most; muon has 0.17.
+        assert 0 < row["methods"]["direct"]["gaussian"]["error"] < 0.15
         assert row["methods"]["direct"]["ms"] > 0
     monkeypatch.setattr(bench_orthogonalize, "measure", None)  # everything is measured
     run(bench_orthogonalize, monkeypatch, *what)
@@ -239,15 +239,15 @@ def test_orthogonalize_measures_each_shape_once(monkeypatch, tmp_path):
 
 
 def test_crossover_of_operations():
-    """16 m² n + 8 m³ and 4 m² n + 26 m³ are equal at n = 1.5 m; where Gram is slower, none is."""
-    times = lambda x, gram: {"direct": {"ms": 16 * x + 8}, "gram": {"ms": gram(x)}}
+    """12 m² n + 6 m³ and 4 m² n + 18 m³ are equal at n = 1.5 m; where Gram is slower, none is."""
+    times = lambda x, gram: {"direct": {"ms": 12 * x + 6}, "gram": {"ms": gram(x)}}
     row = lambda m, batch, x, gram: {
         "m": m,
         "batch": batch,
         "n": int(x * m),
         "methods": times(x, gram),
     }
-    rows = [row(64, batch, x, lambda x: 4 * x + 26) for batch in (2, 1) for x in (4.0, 1.0, 2.0)]
+    rows = [row(64, batch, x, lambda x: 4 * x + 18) for batch in (2, 1) for x in (4.0, 1.0, 2.0)]
     rows += [row(32, 1, x, lambda x: 99.0) for x in (1.0, 2.0)]
     assert bench_orthogonalize.crossover(rows) == {"64": 1.5}
 

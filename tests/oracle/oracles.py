@@ -225,11 +225,10 @@ def isotropic(left, core, u, g=None):
     return left / np.sqrt(np.where(whole > 0, variance, 1.0))
 
 
-QUINTICS = (  # in four digits, as the library has them; `minimax_steps(0.0092, 4)` derives them
-    (8.0488, -23.0631, 16.7064),
-    (3.6519, -2.6802, 0.5154),
-    (2.7219, -1.9934, 0.4408),
-    (1.9715, -1.3404, 0.3745),
+QUINTICS = (  # in four digits, as the library has them; `minimax_steps(0.016, 3)` derives them
+    (7.7877, -22.0545, 15.9205),
+    (3.3472, -2.4633, 0.4916),
+    (2.3437, -1.6832, 0.4083),
 )
 
 
@@ -263,7 +262,7 @@ def minimax_odd(low, high, degree):
 
 
 def whitened(left, core, u, g=None):
-    """The residual with the singular values that four steps of the quintics return."""
+    """The residual with the singular values that three steps of the quintics return."""
     (m, n), (r, k) = left.shape, core.shape
     numbers, directions = m * n - r * k, min(m if k < n else m - r, n)
     if directions == 0:

@@ -10,8 +10,15 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
+from natgalore_jax.subspace import residual as residual_module
 from natgalore_jax.subspace.projection import expand_bases
-from natgalore_jax.subspace.residual import DAMPING, RESIDUALS, Momentum, with_residual
+from natgalore_jax.subspace.residual import (
+    DAMPING,
+    RESIDUALS,
+    Momentum,
+    outside,
+    with_residual,
+)
 from natgalore_jax.subspace.state import SubspaceState, settings_of
 from natgalore_jax.util.linalg import matmul
 from tests.helpers.cases import quick, slow
@@ -144,6 +151,28 @@ class TestLeafMathematics:
             np.testing.assert_allclose(whitened(G * 2.0**power), S, rtol=1e-5, atol=1e-5)
         for size in (0.0, 1e-45, 1e-38):
             assert jnp.all(jnp.isfinite(whitened(G * size)))
+
+    @pytest.mark.parametrize("both", [False, True])
+    def test_error_of_float16_on_gpus(self, both, monkeypatch):
+        """T / unit from P R in float16: within 1e-3 |G| at |T| = 0.03 |G|; or float32."""
+        rng = np.random.default_rng(9)
+        P, Q = (np.linalg.qr(rng.standard_normal((k, R)))[0] for k in (M, N))
+        bases = (P, Q) if both else (P,)
+        core = rng.standard_normal((R, R if both else N))
+        span = P @ core @ Q.T if both else P @ core
+        T = rng.standard_normal((M, N))
+        T = T - (P @ (P.T @ T @ Q) @ Q.T if both else P @ (P.T @ T))
+        T *= 0.03 * np.linalg.norm(span) / np.linalg.norm(T)
+        unit = 2.0**-100 if both else 2.0**90  # far outside float16's range
+        arrays = [jnp.asarray(x, jnp.float32) for x in (unit * (span + T), unit * core, *bases)]
+        on_gpu = lambda *args, gpu, default: gpu(*args)
+        monkeypatch.setattr(residual_module, "by_platform", on_gpu)
+        size = np.linalg.norm(span)
+        for setting, low, high in ((None, 1e-5, 1e-3), ("highest", 0, 1e-6)):
+            with jax.default_matmul_precision(setting):
+                X = outside(*arrays, unit=jnp.full((1, 1), unit, jnp.float32))
+            assert X.dtype == jnp.float32
+            assert low * size <= np.linalg.norm(X - T) < high * size
 
 
 class TestMomentum:

@@ -25,6 +25,16 @@ def exact_factor(X):
     return (U * known[..., None, :]) @ V
 
 
+def by_polynomials(X, ridge=0.0):
+    """The polynomials of the singular values over the Schatten 4-norm, in float64."""
+    left, values, right = np.linalg.svd(X, full_matrices=False)
+    square = (values**2).sum(-1, keepdims=True)
+    x = values / np.sqrt((square + ridge) * np.sqrt((values**4).sum(-1, keepdims=True)) / square)
+    for a, b, c in COEFFICIENTS:
+        x = a * x + b * x**3 + c * x**5
+    return (left * x[..., None, :]) @ right
+
+
 def matrix(values, shape, seed=0):
     """A stack of matrices with these singular values, as many as fit, of norm 5."""
     rng = np.random.default_rng(seed)
@@ -40,21 +50,21 @@ def without_leading(m, n, spectrum):
 
 
 def test_coefficients_are_the_best_ones():
-    rows, error = oracles.minimax_steps(0.0092, len(COEFFICIENTS))
+    rows, error = oracles.minimax_steps(0.016, len(COEFFICIENTS))
     np.testing.assert_allclose(COEFFICIENTS, rows, atol=5.1e-5)  # four digits
     np.testing.assert_allclose(COEFFICIENTS, oracles.QUINTICS)
-    assert error < 0.02
+    assert error < 0.15
 
 
-def test_singular_values_end_within_two_per_cent_of_one():
-    """Those in [0.0092, 1.01]; rounding carries them beyond 1. Smaller ones grow by 158 at most."""
-    x = start = np.concatenate([np.geomspace(0.0092, 1.01, 100_001), np.geomspace(1e-9, 0.0092)])
+def test_singular_values_end_within_15_per_cent_of_one():
+    """Those in [0.016, 1.01], since rounding exceeds 1. Smaller ones grow 61.1 times at most."""
+    x = start = np.concatenate([np.geomspace(0.016, 1.01, 100_001), np.geomspace(1e-9, 0.016)])
     for a, b, c in COEFFICIENTS:
         x = a * x + b * x**3 + c * x**5
-    inside = x[start >= 0.0092]
-    assert inside.min() > 0.98
-    assert inside.max() < 1.02
-    assert np.all(x / start < 158)
+    inside = x[start >= 0.016]
+    assert inside.min() > 0.85
+    assert inside.max() < 1.15
+    assert np.all(x / start < 61.1)
 
 
 def test_minimax_alternates():
@@ -69,31 +79,22 @@ def test_minimax_alternates():
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("shape", [(16, 16), (2, 12, 30)])
 def test_forms_equal_the_polynomials_in_float64(shape, gram):
-    """The polynomials of the singular values over the Schatten 4-norm."""
-    m = min(shape[-2:])
-    values = np.geomspace(1e-3, 1, m)
-    X = matrix(values, shape)
-    left, values, right = np.linalg.svd(X, full_matrices=False)
+    X = matrix(np.geomspace(1e-3, 1, min(shape[-2:])), shape)
     for ridge in (0.0, 4.0):
-        square = (values**2).sum(-1, keepdims=True)
-        norm = np.sqrt((values**4).sum(-1, keepdims=True))
-        x = values / np.sqrt((square + ridge) * norm / square)
-        for a, b, c in COEFFICIENTS:
-            x = a * x + b * x**3 + c * x**5
-        expected = (left * x[..., None, :]) @ right
         with jax.enable_x64(True):
             S = orthogonalised(jnp.asarray(X), ridge, dtype=jnp.float64, gram=gram)
-        np.testing.assert_allclose(S, expected, atol=1e-11)  # 158² roundings of A
+        # 61² roundings of A
+        np.testing.assert_allclose(S, by_polynomials(X, ridge), atol=1e-11)
 
 
-# Relative errors in the Frobenius norm: 2 % of the polynomials, and 158 times the rounding of zero
-# singular values; the Gram form rounds squares. Muon's five steps in bfloat16: 0.17 to 0.26.
+# Relative errors of the polynomials in the Frobenius norm: 61 times the rounding of zero singular
+# values; the Gram form rounds squares.
 ERRORS = {
-    ("float32", False): 0.016,
-    ("float32", True): 0.016,
-    ("float16", False): 0.017,
-    ("float16", True): 0.035,
-    ("bfloat16", False): 0.06,
+    ("float32", False): 4e-6,
+    ("float32", True): 8e-6,
+    ("float16", False): 0.006,
+    ("float16", True): 0.01,
+    ("bfloat16", False): 0.04,
 }
 
 
@@ -104,7 +105,7 @@ def test_error_in_each_platforms_arithmetic(dtype, gram, n, spectrum):
     X = without_leading(96, n, spectrum)
     S = orthogonalised(jnp.asarray(X, jnp.float32), 0.0, dtype=jnp.dtype(dtype), gram=gram)
     assert S.dtype == jnp.float32
-    expected = exact_factor(X)
+    expected = by_polynomials(X)
     assert np.linalg.norm(S - expected) < ERRORS[dtype, gram] * np.linalg.norm(expected)
 
 
@@ -124,20 +125,20 @@ def test_float16_bears_any_spectrum(values, ridge, gram):
     S = orthogonalised(jnp.asarray(X, jnp.float32), ridge, dtype=jnp.float16, gram=gram)
     got = np.linalg.svd(np.asarray(S, np.float64))[1]
     large = np.linalg.svd(X)[1] > 0.1
-    # 0.98 to 1.02, and float16; rank 1 starts at 1, where the first polynomial is steepest.
-    np.testing.assert_allclose(got[large], 1.0, atol=0.035)
-    assert got.max() < 1.035
+    # 0.85 to 1.15, and float16; rank 1 starts at 1, where the first polynomial is steepest.
+    np.testing.assert_allclose(got[large], 1.0, atol=0.17)
+    assert got.max() < 1.17
 
 
 @pytest.mark.parametrize("gram", [False, True])
 def test_ridge_keeps_small_matrices_small(gram):
-    """A gain of 158 over √(ridge m^-½) at most; zeros stay zero."""
+    """A gain of 61.1 over √(ridge m^-½) at most; zeros stay zero."""
     X = (
         np.random.default_rng(0).standard_normal((3, 48, 64))
         * np.array([1e-7, 0, 1e-3])[:, None, None]
     )
     S = orthogonalised(jnp.asarray(X, jnp.float32), RIDGE, dtype=jnp.float16, gram=gram)
-    bound = 158 / np.sqrt(RIDGE * 48**-0.5)
+    bound = 61.1 / np.sqrt(RIDGE * 48**-0.5)
     # float16's smallest step is 6e-8.
     assert np.linalg.norm(S[0]) < bound * (np.linalg.norm(X[0]) + 3e-8 * np.sqrt(X[0].size))
     assert not np.any(S[1])
@@ -150,7 +151,8 @@ def test_polar_of_wide_and_tall_matrices(shape):
     for ridge in (0.0, jnp.zeros((*shape[:-2], 1, 1))):
         S = polar(jnp.asarray(X, jnp.float32), ridge)
         expected = exact_factor(X)
-        assert np.linalg.norm(S - expected) < 0.02 * np.linalg.norm(expected)
+        assert np.linalg.norm(S - expected) < 0.15 * np.linalg.norm(expected)
+        np.testing.assert_allclose(S, by_polynomials(X), atol=1e-5)  # 61 roundings
 
 
 @pytest.mark.parametrize(("n", "gram"), [(128, False), (191, False), (192, True), (500, True)])
