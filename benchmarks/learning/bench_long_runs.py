@@ -122,6 +122,13 @@ def runs() -> Iterator[Job]:
     yield small("muon", 2e-2)
     yield small("muon:bits=8", 1e-2)
     yield small("adamw_b2_95", 1e-3)
+    # Steps of the subspace and of the residual: the rate, and the rate times residual_scale. Muon's
+    # best rate is 1e-2 / sqrt(n) in these units, 5e-4 to 7e-4.
+    for rate, scale in ((1.25e-3, 0.4), (1.25e-3, 0.8), (2.5e-3, 0.4), (6.25e-4, 0.8)):
+        yield small(MOMENTUM + IN_8_BITS + f"+rank=16+residual_scale={scale}", rate)
+    for rate, scale in ((6.25e-4, 0.8), (1.25e-3, 0.4)):
+        name = f"natural_galore:before=0.95+residual_scale={scale}" + IN_8_BITS + "+rank=16"
+        yield small(name, rate)
     yield small(MOMENTUM, 5e-3)
     yield small(BEFORE, 5e-3)
     yield small(MOMENTUM, 1.25e-3)
