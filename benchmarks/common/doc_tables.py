@@ -108,19 +108,13 @@ def trainer_runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield from ((trainer, layout, runs) for layout, runs in read("trainers")[name].items())
 
 
-@table("trainers", "trainer", "layout", "AdamW", "before", "Natural GaLore", "to AdamW")
+@table("trainers", "trainer", "layout", "AdamW", "Natural GaLore", "to AdamW")
 def trainers() -> Iterator[Row]:
-    def on_device(run: dict[str, Any] | None) -> str:
-        if run is None:
-            return ""
-        return megabytes(run["device_bytes"], 3) if "device_bytes" in run else "does not run"
-
     for trainer, layout, runs in trainer_runs():
-        adamw, before, ours = (
-            runs.get(name) for name in ("adamw", "natural_galore before", "natural_galore")
-        )
-        share = ratio(ours["device_bytes"], adamw["device_bytes"]) if adamw else ""
-        yield trainer, layout, on_device(adamw), on_device(before), on_device(ours), share
+        ours = runs["natural_galore"]["device_bytes"]
+        adamw = runs["adamw"]["device_bytes"] if "adamw" in runs else None
+        theirs, share = (megabytes(adamw, 3), ratio(ours, adamw)) if adamw else ("", "")
+        yield trainer, layout, theirs, megabytes(ours, 3), share
 
 
 @table("trainer-models", "model in MaxText", "AdamW", "Natural GaLore", "to AdamW")
@@ -179,17 +173,11 @@ def update_dtypes() -> Iterator[Row]:
             yield (device(name), *cells, *(ratio(x, adamw) for x in ours))
 
 
-@table("trace", "update of an unrolled Llama 350m", "before, s", "now, s", "before / AdamW", "now")
+@table("trace", "update of an unrolled Llama 350m", "trace, s", "to AdamW")
 def trace() -> Iterator[Row]:
-    before, now = (read(name)["trace_seconds"] for name in ("trace-flat", "trace"))
-    for name, seconds in now.items():
-        yield (
-            f"`{name}`",
-            f"{before[name]:.2f}",
-            f"{seconds:.2f}",
-            ratio(before[name], before["adamw"]),
-            ratio(seconds, now["adamw"]),
-        )
+    seconds = read("trace")["trace_seconds"]
+    for name, taken in seconds.items():
+        yield f"`{name}`", f"{taken:.2f}", ratio(taken, seconds["adamw"])
 
 
 @table(
@@ -240,13 +228,6 @@ def tpu_update() -> Iterator[Row]:
 def tpu_pieces() -> Iterator[Row]:
     for name, row in read("tpu-pieces")["pieces"].items():
         yield (name, f"{row['compile_seconds']:.1f}", f"{row['code'] / 1e6:.2f}")
-
-
-@table("crossings", "trace of one projected leaf", *("calls", "functions", "modules", "crossings"))
-def crossings() -> Iterator[Row]:
-    for label, name in (("before", "trace-flat"), ("now", "trace")):
-        for call, counts in read(name)["one_leaf"].items():
-            yield (f"`{call}`, {label}", *(f"{n:,}" for n in counts.values()))
 
 
 @table(
@@ -603,20 +584,38 @@ def compared(
     return [run for run in runs if "residual=fira" not in run.method]
 
 
-COMPARED: dict[str, dict[str, Any]] = {
-    "learning": {},
-    "learning-batch-8": {"batch": 8},
-    "learning-batch-16": {"steps": 4000, "batch": 16},
-    "learning-batch-256": {"steps": 500, "batch": 256},
-    "learning-98m": {"size": "130m"},
-    "learning-wheels": {"steps": 10_000, "dataset": "wheels"},
-    "learning-4000": {"steps": 4000},
-    "learning-10000": {"steps": 10_000},
-    "learning-1000": {"steps": 1000},
-    "learning-1000-low-rest": {"steps": 1000, "rest_rate": 0.0025},
-}
-for _name, _setting in COMPARED.items():
-    TABLES[_name] = lambda setting=_setting: convergence.markdown(compared(**setting))
+def formatted(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    for name, *rest in map(convergence.cells, rows):
+        yield f"`{name}`", *rest
+
+
+@table("learning", *convergence.COLUMNS)
+def learning() -> Iterator[Row]:
+    """Methods with three seeds."""
+    yield from formatted(row for row in convergence.rows(compared()) if row["seeds"] >= 3)
+
+
+@table("learning-variants", "one or two seeds", *convergence.COLUMNS[1:])
+def learning_variants() -> Iterator[Row]:
+    yield from formatted(row for row in convergence.rows(compared()) if row["seeds"] < 3)
+
+
+@table("learning-98m", *convergence.COLUMNS)
+def learning_98m() -> Iterator[Row]:
+    yield from formatted(convergence.rows(compared(size="130m")))
+
+
+REST_RATES = (0.0025, 0.016)
+
+
+@table("learning-rest", "method", *(f"others at {rate}" for rate in REST_RATES))
+def learning_rest() -> Iterator[Row]:
+    one, other = (
+        {row["method"]: row["loss"] for row in convergence.rows(compared(1000, rest_rate=rate))}
+        for rate in REST_RATES
+    )
+    for name in filter(other.__contains__, one):
+        yield f"`{name}`", f"{one[name]:.3f}", f"{other[name]:.3f}"
 
 
 BATCHES = ((2000, 8), (4000, 16), (2000, 64), (500, 256))  # steps, sequences
@@ -636,13 +635,24 @@ def batches() -> Iterator[Row]:
         yield f"{256 * batch:,}", f"{steps:,}", f"{row['adamw']['loss']:.3f}", *apart
 
 
-@table("learning-long", "weights", "tokens", "method", "learning rate", "validation loss")
+@table(
+    "learning-long",
+    *("weights", "tokens", "per weight", "passes over the text", "method", "learning rate"),
+    *("validation loss", "seeds"),
+)
 def learning_long() -> Iterator[Row]:
-    for about, runs in convergence.groups(RESULTS / "long-runs.jsonl"):
-        for run in sorted(runs, key=lambda run: run.loss):
-            tokens = f"{run.records[-1]['tokens'] / 1e6:.0f}M"
-            size = about["setting"]["size"].upper()
-            yield size, tokens, code(run.method), f"{run.rate:g}", f"{run.loss:.3f}"
+    """Runs of at least 1.5 tokens per weight, those with the most tokens per weight first."""
+    found = []
+    for about, runs in [*convergence.groups(RESULTS / "long-runs.jsonl"), *comparisons()]:
+        size, tokens = about["setting"]["size"], runs[0].records[-1]["tokens"]
+        per_weight = tokens / 1e6 / int(size.removesuffix("m"))
+        if per_weight >= 1.5:
+            found.append((per_weight, size.upper(), tokens, about["data"]["train_tokens"], runs))
+    for per_weight, size, tokens, of_text, runs in sorted(found, key=lambda x: (-x[0], -x[3])):
+        for row in convergence.rows(runs):
+            name, rate, loss, seeds, *_ = convergence.cells(row)
+            length = (f"{tokens / 1e6:.0f}M", f"{per_weight:.1f}", f"{tokens / of_text:.1f}")
+            yield size, *length, f"`{name}`", rate, loss, seeds
 
 
 @table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")
