@@ -350,9 +350,9 @@ def given_rows():
 
 
 def own_rows():
-    """Each program computes its own bases, the reference in float32. Signs that the reference
-    leaves to LAPACK are aligned. For GaLore's `full` the core of a refresh step is diagonal but for
-    rounding, which Adam makes as large as the rest, so a closer comparison means nothing."""
+    """Each program computes its own bases, the reference in float32. Signs of singular vectors are
+    aligned. For GaLore's `full` the core of a refresh step is diagonal up to rounding, which Adam
+    makes as large as the diagonal: a closer comparison has no meaning."""
     # The float32 SVD is off by 1e-5 or so; see above for "both". The natural gradient is not
     # diagonal where the core is, for it is a combination of older cores.
     allowed = {"short": 1e-4, "long": 1e-4, "both": 5e-2}
@@ -363,9 +363,8 @@ def own_rows():
 
 
 def float32_rows():
-    """The library in float32 with the reference's bases, the reference in float64. For Natural
-    GaLore (cores of norm 50) the library solves with a λ of at least 4 eps |H|², here 20 to 30
-    times the reference's, which makes the error."""
+    """The library in float32 with the reference's bases, the reference in float64. Natural GaLore's
+    error comes from the library's least λ, 4 eps |H|², here 20 to 30 times the reference's."""
     # 30 steps of rounding at 6e-8; of the natural gradient what the larger λ changes.
     for title, name in RUNS.items():
         natural = reference(name).natural
@@ -375,8 +374,8 @@ def float32_rows():
 
 
 def transform_rows():
-    """The largest relative error of 40 cores of 8 x 8. Both programs solve with a condition of up
-    to |H|²/λ, and the reference's subtraction loses as many digits."""
+    """The largest relative error of 40 cores of 8 x 8. Both programs solve with a condition
+    number of up to |H|²/λ, and the reference's subtraction loses as many digits."""
     # Condition times 1e-16, and a hundred times that.
     for size, allowed in {"0.001": 1e-13, "0.01": 1e-13, "1": 1e-9, "100": 1e-5}.items():
         for window in (5, 20):
@@ -389,7 +388,7 @@ def transform_rows():
 
 
 def float32_transform_rows():
-    """Both against the full Fisher, solved in float64. At size 100 the printed formula has no
+    """Both against the full Fisher, solved in float64. At size 100 the paper's formula has no
     correct digit, and the library's error is that of its least λ."""
     # Measured up to 2e-6, and 8e-5 where the least λ, 4 eps |H|², is more than was asked for.
     for size, allowed in {"0.001": 2e-5, "0.01": 2e-5, "1": 2e-5, "100": 5e-4}.items():
