@@ -25,15 +25,11 @@ def next_byte_loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
     """Mean cross-entropy of the last byte of each row, in nats."""
     x = params["embed"][batch[:, :-1]].reshape(len(batch), -1)
     x += jax.nn.relu(x @ params["up"]) @ params["down"]
-    logits = x @ params["head"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, -1]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(x @ params["head"], batch[:, -1]).mean()
 
 
-def main(steps: int = 200) -> list[float]:
+def train(tx: optax.GradientTransformation, steps: int) -> list[float]:
     """Trains on Python's standard library; returns the loss of each step."""
-    schedule = lambda peak: optax.cosine_decay_schedule(peak, steps)
-    matrices = natgalore.natural_galore(schedule(2.5e-3), rank=48)
-    tx = optax.partition({"matrices": matrices, "rest": optax.adam(schedule(5e-3))}, LABELS)
 
     @jax.jit
     def step(params, state, batch):
@@ -42,12 +38,20 @@ def main(steps: int = 200) -> list[float]:
         return optax.apply_updates(params, updates), state, loss
 
     text, params = data.load().train, init(jax.random.key(0))
-    print(natgalore.describe(tx, params))
     state, losses = tx.init(params), []
     for i in range(steps):
         batch = data.training_batch(text, batch_size=256, length=9, seed=0, step=i)
         params, state, loss = step(params, state, batch)
         losses.append(float(loss))
+    return losses
+
+
+def main(steps: int = 200) -> list[float]:
+    """Prints what is projected, trains, returns the loss of each step."""
+    matrices = natgalore.natural_galore(2.5e-3, rank=48)
+    tx = optax.partition({"matrices": matrices, "rest": optax.adam(5e-3)}, LABELS)
+    print(natgalore.describe(tx, jax.eval_shape(init, jax.random.key(0))))
+    losses = train(tx, steps)
     print(f"nats per byte: {losses[0]:.2f} at first, {np.mean(losses[-20:]):.2f} at the end")
     return losses
 
