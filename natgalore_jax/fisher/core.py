@@ -77,8 +77,8 @@ def scale_by_core_fisher(
       decay: β in [0, 1), of the mean of R Rᵀ over steps. 0.98 averages about fifty steps.
       damping: ρ, in units of the mean eigenvalue: λ = ρ tr(L̂)/r. At least 1e-3, below which the
         float32 root has fewer than three digits.
-      power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. ½ was best in the
-        first measurements.
+      power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. Beside the
+        residual ¼ ended 0.017 nats below ½ (one seed, `docs/convergence.md`).
       root_every: steps between roots of a matrix. A root is also recomputed after a refresh of the
         basis (unless `transport="keep"`), and once √tr(L) has grown 16-fold or more, in powers of
         two, since the last root.

@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = (
     "README.md",
     *(f"docs/{x}.md" for x in ("index", "get-started", "frameworks", "debugging")),
+    pytest.param("docs/resume.md", marks=pytest.mark.slow),
 )
 
 
