@@ -54,8 +54,9 @@ def natural_galore(
     plain AdamW.
 
     Args:
-      learning_rate: a number or a schedule. One rate serves all leaves; `docs/coming-from.md`
-        converts a rate of AdamW or GaLore.
+      learning_rate: a number or a schedule, for all leaves. `docs/coming-from.md` converts a rate
+        of AdamW or GaLore, `docs/frameworks.md` gives embedding, head and norms a higher one, at
+        which they learn better.
       rank: r of the subspace, see :func:`project`.
       fisher: the stage before Adam in the subspace: None, `"core"` (:func:`scale_by_core_fisher`,
         r x r), `"window"` (:func:`scale_by_fisher`, the paper's form, more state than AdamW), or a

@@ -638,7 +638,7 @@ def batches() -> Iterator[Row]:
 @table(
     "learning-long",
     *("weights", "tokens", "per weight", "passes over the text", "method", "learning rate"),
-    *("validation loss", "seeds"),
+    "validation loss",
 )
 def learning_long() -> Iterator[Row]:
     """Runs of at least 1.5 tokens per weight, those with the most tokens per weight first."""
@@ -650,9 +650,9 @@ def learning_long() -> Iterator[Row]:
             found.append((per_weight, size.upper(), tokens, about["data"]["train_tokens"], runs))
     for per_weight, size, tokens, of_text, runs in sorted(found, key=lambda x: (-x[0], -x[3])):
         for row in convergence.rows(runs):
-            name, rate, loss, seeds, *_ = convergence.cells(row)
+            name, _, loss, *_ = convergence.cells(row)
             length = (f"{tokens / 1e6:.0f}M", f"{per_weight:.1f}", f"{tokens / of_text:.1f}")
-            yield size, *length, f"`{name}`", rate, loss, seeds
+            yield size, *length, f"`{name}`", f"{row['rate']:g}", loss
 
 
 @table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")
@@ -665,8 +665,8 @@ def learning_rates() -> Iterator[Row]:
 
 @table(
     "learning-ahead",
-    *("step", "other text, 10,000 steps", "the same, bases for 200 steps"),
-    *(f"same text, {steps} steps" for steps in ("2,000", "4,000", "10,000")),
+    *("step", "second text, 10,000 steps", "the same, `refresh_every=200`"),
+    *(f"first text, {steps} steps" for steps in ("2,000", "4,000", "10,000")),
 )
 def ahead() -> Iterator[Row]:
     def lead(ours: str, adamw: str, steps: int, dataset: str) -> dict[int, str]:
