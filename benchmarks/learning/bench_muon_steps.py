@@ -1,7 +1,7 @@
 """Does the residual's orthogonalisation change what is learned?
 
-bench_convergence.py with Muon's five Newton-Schulz steps in bfloat16 in place of the library's three
-minimax steps, or with the library's own, for the comparison on one machine:
+bench_convergence.py with Muon's five Newton-Schulz steps in bfloat16 in place of the library's
+three minimax steps, or with the library's own, for the comparison on one machine:
 
     python benchmarks/learning/bench_muon_steps.py muon --methods natural_galore --rate 0.0025 \\
         --seeds 2 --steps 2000 --rest-rate 0.016 --out benchmarks/results/muon-steps.jsonl
