@@ -649,10 +649,10 @@ def learning_long() -> Iterator[Row]:
         if per_weight >= 1.5:
             found.append((per_weight, size.upper(), tokens, about["data"]["train_tokens"], runs))
     for per_weight, size, tokens, of_text, runs in sorted(found, key=lambda x: (-x[0], -x[3])):
-        for row in convergence.rows(runs):
-            name, _, loss, *_ = convergence.cells(row)
-            length = (f"{tokens / 1e6:.0f}M", f"{per_weight:.1f}", f"{tokens / of_text:.1f}")
-            yield size, *length, f"`{name}`", f"{row['rate']:g}", loss
+        length = (f"{tokens / 1e6:.0f}M", f"{per_weight:.1f}", f"{tokens / of_text:.1f}")
+        for s in convergence.summaries(runs):
+            spread = "" if s.spread is None else f" ± {s.spread:.3f}"
+            yield size, *length, f"`{s.method}`", f"{s.rate:g}", f"{s.loss:.3f}{spread}"
 
 
 @table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")
