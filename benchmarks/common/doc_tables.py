@@ -354,11 +354,19 @@ def arithmetic() -> Iterator[Row]:
 )
 def train() -> Iterator[Row]:
     labels = {"galore_isotropic": '`galore`, `residual="isotropic"`'}
+    labels |= {"galore_every_200": "`galore`, `refresh_every=200`"}
     for name in ("train-350m", "train-residual", "train-60m", "train-1b"):
         settings, methods = read(name)["settings"], trained(name)
         model = (settings["size"], device(name), "yes" if settings["remat"] else "no")
         speed = methods["adamw"]["tokens_per_second"]
-        for method in ("adamw", *OURS, "galore_isotropic", "natural_galore", "muon"):
+        for method in (
+            "adamw",
+            "galore_every_200",
+            *OURS,
+            "galore_isotropic",
+            "natural_galore",
+            "muon",
+        ):
             if row := methods.get(method):
                 yield (
                     *model,

@@ -196,11 +196,11 @@ def from_subspace(
     bases = aligned_bases(spec, partition, bases)
     M = None
     if gradient is None:
-        full = from_core(dtype if decay is None else U.dtype, scale * U, *bases)
+        full = spec.from_view(from_core(dtype if decay is None else U.dtype, scale * U, *bases))
     else:
         G, R = gradient
         R = align(R, "linear", spec, partition)
-        G = zero_where_not(finite, spec.to_view(G).astype(U.dtype))
+        G = spec.to_view(finite_part(spec, finite, G.astype(U.dtype)))
         whole_polar = functools.partial(on_whole_matrices, polar, spec, partition)
         if momentum is not None:
             momentum = momentum._replace(M=align(momentum.M, "full", spec, partition))
@@ -210,8 +210,16 @@ def from_subspace(
         M = None if M is None else store(M, "full", spec, partition)
         if residual not in RESIDUALS or momentum is not None:  # else zero for G = 0
             S = zero_where_not(finite, S)
-        full = scale * size * (from_core(U.dtype, U, *bases) + S)  # rounded once, below
+        # Each product by itself: XLA then writes it in the leaf's layout, not in the view's.
+        products = spec.from_view(from_core(U.dtype, U, *bases)) + spec.from_view(S)
+        full = scale * size * products  # rounded once, below
     if decay is not None:
         a, W = decay
-        full = full + zero_where_not(finite, a * spec.to_view(W).astype(U.dtype))
-    return spec.from_view(full).astype(dtype), M
+        full = full + finite_part(spec, finite, a * W.astype(U.dtype))
+    return full.astype(dtype), M
+
+
+def finite_part(spec: LeafSpec, finite: Bool[Array, "*batch"], x: Float[Array, "..."]) -> Array:
+    """x, in the leaf's shape, with zeros for the matrices that are not finite."""
+    mask = jnp.broadcast_to(finite[..., None, None], (*spec.batch_shape, spec.m, spec.n))
+    return jnp.where(spec.from_view(mask), x, 0)

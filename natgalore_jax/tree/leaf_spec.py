@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from .flax_serialization import serializable
 
@@ -132,7 +132,7 @@ class LeafSpec:
         axes = (*self.batch, *self.rows, *self.cols)
         return x.reshape(self.sizes).transpose(axes).reshape(*self.batch_shape, self.m, self.n)
 
-    def from_view(self, x: Float[Array, "*batch m n"]) -> Float[Array, "..."]:
+    def from_view(self, x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "..."]:
         """The inverse of `to_view`."""
         axes = (*self.batch, *self.rows, *self.cols)
         inverse = tuple(axes.index(axis) for axis in range(len(axes)))
