@@ -111,10 +111,8 @@ def trainer_runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
 @table("trainers", "trainer", "layout", "AdamW", "Natural GaLore", "to AdamW")
 def trainers() -> Iterator[Row]:
     for trainer, layout, runs in trainer_runs():
-        ours = runs["natural_galore"]["device_bytes"]
-        adamw = runs["adamw"]["device_bytes"] if "adamw" in runs else None
-        theirs, share = (megabytes(adamw, 3), ratio(ours, adamw)) if adamw else ("", "")
-        yield trainer, layout, theirs, megabytes(ours, 3), share
+        adamw, ours = (runs[name]["device_bytes"] for name in ("adamw", "natural_galore"))
+        yield trainer, layout, megabytes(adamw, 3), megabytes(ours, 3), ratio(ours, adamw)
 
 
 @table("trainer-models", "model in MaxText", "AdamW", "Natural GaLore", "to AdamW")
@@ -131,10 +129,9 @@ def trainer_models() -> Iterator[Row]:
 def trainers_compile() -> Iterator[Row]:
     seconds = lambda run: f"{run['process_seconds']:.0f} s" if run else ""
     for trainer, layout, runs in trainer_runs():
-        if "adamw" in runs:
-            adamw, ours = (runs[name] for name in ("adamw", "natural_galore"))
-            share = ratio(ours["process_seconds"], adamw["process_seconds"])
-            yield trainer, layout, seconds(adamw), seconds(ours), share, seconds(runs.get("galore"))
+        adamw, ours = (runs[name] for name in ("adamw", "natural_galore"))
+        share = ratio(ours["process_seconds"], adamw["process_seconds"])
+        yield trainer, layout, seconds(adamw), seconds(ours), share, seconds(runs.get("galore"))
 
 
 # --- The update alone: benchmarks/speed/bench_step.py ---------------------------------------------

@@ -32,6 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TRAINERS = ("maxtext", "maxtext_models", "levanter", "nanodo", "ours")
+CHECKPOINTED = ("FSDP 8", "Linen, FSDP 8")  # layouts whose state is saved and restored
 PACKAGES = ("flax", "haliax", "levanter", "marin-haliax", "marin-levanter", "maxtext", "equinox")
 ENVIRONMENT = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -98,7 +99,7 @@ def main():
             for optimizer in args.optimizers.split(","):
                 name = optimizer + args.suffix
                 if name not in runs:
-                    checkpoint = layout == next(iter(module.LAYOUTS))
+                    checkpoint = layout in CHECKPOINTED
                     runs[name] = run_case(trainer, layout, optimizer, checkpoint)
                     if args.out:
                         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -90,7 +90,8 @@ def refresh_and_project(
         )
         for i, x in zip(full, after, strict=True):
             new[i] = x._replace(carried=with_keys_of(new[i].carried, x.carried))
-            # Expanded a second time: random bases kept from above would all be held through inner.
+            # Expanded a second time, and aligned again for the lift: full bases kept from above
+            # would all be held through inner.
             bases[i] = expand_bases(specs[i].unnamed, dtypes[i], x.stored)
     new = [
         x._replace(R=store(zero_where_not(x.finite, x.R), "linear", spec, leaf))

@@ -6,6 +6,7 @@ AI-Hypercomputer/maxtext): its `src/maxtext` is read from the folder in MAXTEXT_
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -66,6 +67,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "shard_optimizer_over_data": True,
     },
     "FSDP 8, unscanned": {**FSDP, "scan_layers": False},
+    "Pipeline 2 x FSDP 4": {
+        "ici_pipeline_parallelism": 2,
+        "ici_fsdp_parallelism": 4,
+        "num_layers_per_pipeline_stage": LAYERS // 2,
+        "num_pipeline_microbatches": 2,
+    },
     "FSDP 8, Explicit axes": {**FSDP, "shard_mode": "explicit"},
     "FSDP 8, 2 micro-batches": {**FSDP, "gradient_accumulation_steps": 2},
     "FSDP 8, spikes skipped": {**FSDP, "skip_step_on_spikes": True},
@@ -108,10 +115,12 @@ def run(optimizer: str, layout: str, checkpoint: bool) -> dict[str, Any]:
             )
 
         settings = LAYOUTS[layout]
+        metrics = Path(folder) / "metrics.jsonl"
         with compile_seconds() as seconds:
-            state = train.train_loop(config(STEPS, **settings), None)
+            state = train.train_loop(config(STEPS, metrics_file=str(metrics), **settings), None)
         trained = optimizer_state(state)
-        result = {**bytes_of(trained), **seconds}
+        losses = [json.loads(line)["learning/loss"] for line in metrics.read_text().splitlines()]
+        result = {**bytes_of(trained), "losses": losses, **seconds}
         if checkpoint:
             other = {**settings, "ici_fsdp_parallelism": 4, "ici_tensor_parallelism": 2}
             for name, mesh in (("same", settings), ("other", other)):
