@@ -75,7 +75,7 @@ class Config(settings.Config):
     lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
     Default: 5e-4 for natural_galore and galore, 2e-4 for adamw and muon, 2e-3 for lora."""
-    head_lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = 2e-3
+    head_lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = 5e-3
     """Peak learning rate of the classifier, which AdamW trains beside any optimizer: a new head
     needs a higher rate than pretrained weights. None: --optimizer trains it, at --lr."""
     rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 8
