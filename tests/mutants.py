@@ -1,4 +1,4 @@
-"""Plants faults in the library, one at a time, and reports which test fails: a nightly tool.
+"""Plants faults, one at a time, and reports which test fails: a nightly tool.
 
     make mutants                         all faults; writes docs/mutants.md
     make mutants ARGS="transport gate"   faults with one of these words in their name or module
@@ -29,12 +29,22 @@ TIMEOUT = 1800  # seconds of one run of pytest; a fault may make a loop endless
 
 
 class Mutant(NamedTuple):
-    """A fault: in `module`, the text `old`, which occurs once, becomes `new`."""
+    """A fault: in `module`, the text `old`, which occurs once, becomes `new`.
+
+    Attributes:
+        module: path in natgalore_jax/, or from examples/ or benchmarks/ on.
+        name: what is wrong.
+    """
 
     module: str
     name: str
     old: str
     new: str
+
+    @property
+    def file(self) -> str:
+        outside = self.module.startswith(("examples/", "benchmarks/"))
+        return f"{self.module}.py" if outside else f"natgalore_jax/{self.module}.py"
 
     @property
     def label(self) -> str:
@@ -310,6 +320,48 @@ MUTANTS = [
         '("length", "reverse", "unroll")',
         '("length", "unroll")',
     ),
+    Mutant(
+        "examples/common/roberta",
+        "gradients of embeddings in bfloat16",
+        "embedding_init=init, rngs=rngs",
+        "embedding_init=init, dtype=config.dtype, rngs=rngs",
+    ),
+    Mutant(
+        "examples/common/bert",
+        "separator in the second segment",
+        "axis=1) - is_separator",
+        "axis=1)",
+    ),
+    Mutant(
+        "examples/finetuning/settings",
+        "classifier at the rate of the encoder",
+        '"head" if name == "classifier" else "rest"',
+        '"rest"',
+    ),
+    Mutant(
+        "examples/finetuning/training",
+        "one order of records in all epochs",
+        "default_rng((seed, epoch))",
+        "default_rng(seed)",
+    ),
+    Mutant(
+        "examples/finetuning/finetune_text",
+        "last weights in place of the best",
+        "if score > self.score:",
+        "if True:",
+    ),
+    Mutant(
+        "benchmarks/learning/bench_finetune_text",
+        "classifier at the searched rate",
+        'head if name == "classifier" else state.peak',
+        "state.peak",
+    ),
+    Mutant(
+        "benchmarks/learning/bench_finetune_text",
+        "rate chosen after the first epoch",
+        'np.mean([run["validation"][-1]',
+        'np.mean([run["validation"][0]',
+    ),
 ]
 
 FIRST = {  # test files in which a module's faults show soonest; all other quick tests follow
@@ -375,6 +427,12 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
         "lowrank_grads/test_refresh",
     ],
     "lowrank_grads/refresh": ["lowrank_grads/test_refresh", "lowrank_grads/test_value_and_grad"],
+    "examples/common/roberta": ["examples/test_pretrained"],
+    "examples/common/bert": ["examples/test_pretrained"],
+    "examples/finetuning/settings": ["examples/test_finetune_text"],
+    "examples/finetuning/training": ["examples/test_finetune_glue"],
+    "examples/finetuning/finetune_text": ["examples/test_finetune_text"],
+    "benchmarks/learning/bench_finetune_text": ["benchmarks/test_finetune_text"],
 }
 
 
@@ -422,7 +480,7 @@ def verdict(mutant: Mutant, known: list[str]) -> str:
             shutil.copytree(ROOT / part, folder / part, ignore=ignore)
         for part in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / part, folder)
-        path = folder / "natgalore_jax" / f"{mutant.module}.py"
+        path = folder / mutant.file
         path.write_text(planted(mutant, path.read_text()))
         for tests in rounds(mutant, known):
             code, output = run_tests(folder, tests)
@@ -452,10 +510,11 @@ def write_report(verdicts: dict[Mutant, str]) -> None:
     lines = [
         "# Planted faults",
         "",
-        "Do the tests fail when the library is wrong? Each row is one fault, planted alone in a "
-        "copy of the repository, and the first quick test that failed there. A fault without a "
-        "failing test survives: a test is missing. The changes to `natgalore_jax/<module>.py` are "
-        "in [tests/mutants.py](../tests/mutants.py). `make mutants` plants the faults again and "
+        "Do the tests fail when the code is wrong? Each row is one fault, planted alone in a copy "
+        "of the repository, and the first quick test that failed there. A fault without a failing "
+        "test survives: a test is missing. A module is a path in `natgalore_jax/`, or from "
+        "`examples/` or `benchmarks/` on; the changes are in [tests/mutants.py]"
+        "(../tests/mutants.py). `make mutants` plants the faults again and "
         "writes this page.",
         "",
         f"Faults: {len(verdicts)}. Killed: {len(verdicts) - survivors}. Survived: {survivors}.",

@@ -78,8 +78,10 @@ def linear(config: RobertaConfig, m: int, n: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 def embedding(config: RobertaConfig, rows: int, rngs: nnx.Rngs) -> nnx.Embed:
+    # In float32; `norm` casts. The gradient of a row is a sum over its tokens, thousands for a
+    # token type, which bfloat16 would round at every addition.
     init = nnx.initializers.normal(0.02)
-    return nnx.Embed(rows, config.hidden, embedding_init=init, dtype=config.dtype, rngs=rngs)
+    return nnx.Embed(rows, config.hidden, embedding_init=init, rngs=rngs)
 
 
 def layer_norm(config: RobertaConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -44,6 +44,9 @@ class Config(finetune_text.Config):
     lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
     Default: 3e-5 for natural_galore and galore, 2e-5 for adamw, 4e-4 for lora."""
+    head_lr: Annotated[float | None, unset("FLOAT")] = None
+    """Peak learning rate of the classifier, then trained by AdamW. Default: --optimizer trains it,
+    at --lr, as in the paper."""
     text: tyro.conf.Suppress[str] = ""
     label: tyro.conf.Suppress[str] = ""
     rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 4

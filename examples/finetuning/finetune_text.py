@@ -75,6 +75,9 @@ class Config(settings.Config):
     lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
     Default: 5e-4 for natural_galore and galore, 2e-4 for adamw and muon, 2e-3 for lora."""
+    head_lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = 5e-3
+    """Peak learning rate of the classifier, which AdamW trains beside any optimizer: a new head
+    needs a higher rate than pretrained weights. None: --optimizer trains it, at --lr."""
     rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 8
     """Rank of the projection, and of LoRA."""
     batch_size: int = 32
@@ -87,6 +90,17 @@ class Config(settings.Config):
     """Steps between two validations."""
     save_every: int = 200
     """Steps between two checkpoints; one more is saved at the end and on Ctrl-C. 0: save none."""
+
+    def check(self) -> None:
+        super().check()
+        if self.head_lr is not None and not 0 < self.head_lr < float("inf"):
+            raise ValueError(f"--head-lr must be above 0 and finite, got {self.head_lr}")
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        tx = super().make_optimizer()
+        if self.head_lr is None:
+            return tx
+        return settings.with_head(tx, settings.adamw(self.schedule(self.head_lr), self))
 
     def get_model(self) -> str:
         return "python examples/finetuning/fetch_text.py fetches one into runs/text/encoder"

@@ -59,15 +59,15 @@ class Config(command_line.Run):
                 raise ValueError(f"{flag(name)} is required: {getattr(self, f'get_{name}')()}")
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        return self.OPTIMIZERS[self.optimizer].make(self.schedule(), self)
+        return self.OPTIMIZERS[self.optimizer].make(self.schedule(self.lr), self)
 
-    def schedule(self) -> optax.Schedule:
+    def schedule(self, peak: float) -> optax.Schedule:
         """Linear warm-up over 6 % of the steps (as in RoBERTa), then linear decay to zero."""
         steps = self.steps or 100
         warmup = max(1, steps * 6 // 100)
-        up = optax.linear_schedule(0.0, self.lr, warmup)
+        up = optax.linear_schedule(0.0, peak, warmup)
         return optax.join_schedules(
-            [up, optax.linear_schedule(self.lr, 0.0, steps - warmup)], [warmup]
+            [up, optax.linear_schedule(peak, 0.0, steps - warmup)], [warmup]
         )
 
 
@@ -100,6 +100,14 @@ def natural(schedule: optax.Schedule, config: Config) -> optax.GradientTransform
 
 def adamw(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
     return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+
+def with_head(
+    tx: optax.GradientTransformation, head: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`head` for the module `classifier`, `tx` for all other weights."""
+    labels = lambda params: {name: "head" if name == "classifier" else "rest" for name in params}
+    return optax.partition({"head": head, "rest": tx}, labels)
 
 
 def muon(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:

@@ -211,7 +211,7 @@ class TestBatches:
             training.steps_of(config, 2)
 
     def test_schedule_is_piecewise_linear(self):
-        rate = settings.Config(lr=1.0, steps=100).schedule()
+        rate = settings.Config(lr=1.0, steps=100).schedule(1.0)
         np.testing.assert_allclose(
             [rate(t) for t in (0, 3, 6, 53, 100)], [0, 0.5, 1, 0.5, 0], atol=1e-6
         )

@@ -1,13 +1,16 @@
 """Fine-tuning on labelled texts: tables and folders, metrics, command line, fetched corpora."""
 
+import dataclasses
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -64,7 +67,7 @@ def run(monkeypatch, tmp_path, tiny):
 
     def run(*arguments: str) -> int:
         given = ["--model", str(tiny / "encoder"), "--data", str(tiny / "colours")]
-        given += ["--rank", "4", "--batch-size", "16", "--lr", "1e-2"]
+        given += ["--rank", "4", "--batch-size", "16", "--lr", "1e-2", "--head-lr", "1e-2"]
         given = [] if "--resume" in arguments else given
         monkeypatch.setattr(sys, "argv", ["finetune_text.py", *given, *arguments])
         try:
@@ -255,6 +258,7 @@ class TestRuns:
             ("--model nowhere", "no checkpoint at nowhere: it has no config.json"),
             ("--data nowhere", "no train.jsonl, train.csv, train.tsv or folder train in nowhere"),
             ("--label kind", "train.jsonl, line 1: no column kind among text, label"),
+            ("--head-lr 0", "--head-lr must be above 0 and finite, got 0.0"),
             ("--optimizer sgd", "--optimizer must be one of natural_galore, galore, adamw, lora"),
             ("--model llama", "does not have model_type 'roberta' or 'bert'"),
         ],
@@ -283,6 +287,31 @@ class TestRuns:
         params = jax.eval_shape(functions.init, jax.random.key(0)).params
         assert set(params["frozen"]) == {"words", "positions", "kinds"}
         assert set(params["trained"]) == {"norm", "layers", "classifier"}
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+    def test_adamw_trains_classifier_at_its_own_rate(self, tiny, optimizer):
+        _, weights = hugging_face.read_encoder(tiny / "encoder", 3)
+        random = np.random.default_rng(0)
+        normal = lambda x: random.standard_normal(x.shape).astype(np.float32)
+        grads = [jax.tree.map(normal, weights) for _ in range(2)]
+
+        def updates(tx, *names):
+            select = lambda tree: {name: tree[name] for name in names or tree}
+            state, update = tx.init(select(grads[0])), jax.jit(tx.update)
+            for g in grads:  # the rate of the first step is 0
+                found, state = update(select(g), state, select(g))
+            return found
+
+        config = finetune_text.Config(optimizer=optimizer, lr=1e-4, head_lr=3e-3, steps=50)
+        found = updates(config.make_optimizer())
+        rest = updates(dataclasses.replace(config, head_lr=None).make_optimizer())
+        rate = config.schedule(3e-3)
+        expected = updates(optax.adamw(rate, weight_decay=0.0), "classifier") | {
+            name: part for name, part in rest.items() if name != "classifier"
+        }
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, expected)  # fusions
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(found["classifier"]))
+        assert 0.5 * rate(1) < largest < 1.5 * rate(1)  # Adam's second step of random gradients
 
     def test_muon_orthogonalises_layer_matrices_only(self, tiny):
         _, weights = hugging_face.read_encoder(tiny / "encoder", 3)

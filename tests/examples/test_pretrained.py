@@ -149,6 +149,18 @@ class TestBert:
         # Sums of the same terms in another order.
         np.testing.assert_allclose(short, encoder_logits(*read, PAIRS)[1:], atol=ROUNDING)
 
+    def test_gradients_of_embeddings_are_sums_in_float32(self):
+        config = bert.BertConfig(
+            hidden=4, intermediate=4, heads=1, layers=1, vocabulary=9, dtype=jnp.bfloat16
+        )
+        model = config.build(nnx.Rngs(0))
+        tokens = jnp.full((30, 20), 7)
+        grads = nnx.jit(nnx.grad(lambda model: model.embed(tokens).sum()))(model)
+        # In bfloat16 a sum of ones stops at 256.
+        np.testing.assert_array_equal(grads.kinds.embedding[0], 600)
+        np.testing.assert_array_equal(grads.words.embedding[7], 600)
+        assert nnx.eval_shape(lambda: model(tokens)).dtype == jnp.bfloat16
+
 
 class TestRoberta:
     def test_parameters_of_roberta_base(self):
