@@ -129,6 +129,10 @@ def runs() -> Iterator[Job]:
     for rate, scale in ((6.25e-4, 0.8), (1.25e-3, 0.4)):
         name = f"natural_galore:before=0.95+residual_scale={scale}" + IN_8_BITS + "+rank=16"
         yield small(name, rate)
+    yield small(MOMENTUM + IN_4_BITS + "+rank=16", 2.5e-3)
+    yield small("muon:bits=8+momentum_bits=4", 1e-2)
+    yield small(MOMENTUM + IN_8_BITS + "+rank=16+fisher=core+fisher.power=0.25", 2.5e-3)
+    yield small("natural_galore:bits=8+rank=16", 2.5e-3)
     yield small(MOMENTUM, 5e-3)
     yield small(BEFORE, 5e-3)
     yield small(MOMENTUM, 1.25e-3)
