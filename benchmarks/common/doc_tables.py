@@ -643,10 +643,13 @@ def batches() -> Iterator[Row]:
 @table(
     "learning-long",
     *("weights", "tokens", "per weight", "passes over the text", "method", "learning rate"),
-    "validation loss",
+    *("state to AdamW", "validation loss"),
 )
 def learning_long() -> Iterator[Row]:
-    """Runs of at least 1.5 tokens per weight, those with the most tokens per weight first."""
+    """Runs of at least 1.5 tokens per weight, those with the most tokens per weight first.
+
+    State is that of the layers' matrices, AdamW's in float32.
+    """
     found = []
     for about, runs in [*convergence.groups(RESULTS / "long-runs.jsonl"), *comparisons()]:
         size, tokens = about["setting"]["size"], runs[0].records[-1]["tokens"]
@@ -655,9 +658,11 @@ def learning_long() -> Iterator[Row]:
             found.append((per_weight, size.upper(), tokens, about["data"]["train_tokens"], runs))
     for per_weight, size, tokens, of_text, runs in sorted(found, key=lambda x: (-x[0], -x[3])):
         length = (f"{tokens / 1e6:.0f}M", f"{per_weight:.1f}", f"{tokens / of_text:.1f}")
+        adamw = next(x.matrix_state_bytes for x in runs if x.method in ("adamw", "adamw_b2_95"))
         for s in convergence.summaries(runs):
+            state = f"{s.runs[0].matrix_state_bytes / adamw:.2f}"
             spread = "" if s.spread is None else f" ± {s.spread:.3f}"
-            yield size, *length, f"`{s.method}`", f"{s.rate:g}", f"{s.loss:.3f}{spread}"
+            yield size, *length, f"`{s.method}`", f"{s.rate:g}", state, f"{s.loss:.3f}{spread}"
 
 
 @table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")

@@ -85,7 +85,6 @@ class Job(NamedTuple):
 
 
 MOMENTUM = "natural_galore:residual_momentum=0.95"
-BEFORE = "natural_galore:before=0.95+residual_scale=0.2"
 IN_8_BITS = "+bits=8"
 IN_4_BITS = "+bits=8+momentum_bits=4"
 GENTLE = {  # Fisher stages
@@ -114,11 +113,9 @@ def runs() -> Iterator[Job]:
     # 6M weights, 20 tokens per weight: with and without momentum, of the residual or before.
     yield small("natural_galore", 2.5e-3)
     yield small(MOMENTUM, 2.5e-3)
-    yield small(BEFORE, 2.5e-3)
     yield small("muon", 1e-2)
     yield small("adamw_b2_95", 2e-3)
     yield small(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
-    yield small(BEFORE + IN_8_BITS + "+rank=16", 2.5e-3)
     yield small("muon", 2e-2)
     yield small("muon:bits=8", 1e-2)
     yield small("adamw_b2_95", 1e-3)
@@ -126,19 +123,14 @@ def runs() -> Iterator[Job]:
     # best rate is 1e-2 / sqrt(n) in these units, 5e-4 to 7e-4.
     for rate, scale in ((1.25e-3, 0.4), (1.25e-3, 0.8), (2.5e-3, 0.4), (6.25e-4, 0.8)):
         yield small(MOMENTUM + IN_8_BITS + f"+rank=16+residual_scale={scale}", rate)
-    for rate, scale in ((6.25e-4, 0.8), (1.25e-3, 0.4)):
-        name = f"natural_galore:before=0.95+residual_scale={scale}" + IN_8_BITS + "+rank=16"
-        yield small(name, rate)
     yield small(MOMENTUM + IN_4_BITS + "+rank=16", 2.5e-3)
     yield small("muon:bits=8+momentum_bits=4", 1e-2)
     yield small(MOMENTUM + IN_8_BITS + "+rank=16+fisher=core+fisher.power=0.25", 2.5e-3)
     yield small("natural_galore:bits=8+rank=16", 2.5e-3)
     yield small(MOMENTUM, 5e-3)
-    yield small(BEFORE, 5e-3)
     yield small(MOMENTUM, 1.25e-3)
     yield small("natural_galore", 1.25e-3)
     yield small("muon", 5e-3)
-    yield small(BEFORE, 1.25e-3)
     yield small(MOMENTUM + IN_4_BITS + "+rank=16", 2.5e-3)
     yield small("natural_galore:bits=8", 2.5e-3)
     yield small("soap", 2e-3)
@@ -152,13 +144,11 @@ def runs() -> Iterator[Job]:
         yield small(MOMENTUM + stage, 2.5e-3)
     # 33M weights, 4 tokens per weight.
     yield Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3)
-    yield Job(BEFORE + IN_8_BITS + "+rank=32", 2.5e-3)
     yield Job("muon", 1e-2)
     yield Job("natural_galore", 2.5e-3)
     yield Job(MOMENTUM, 2.5e-3)
     yield Job("muon:bits=8", 1e-2)
     yield Job("adamw_b2_95", 1e-3)
-    yield Job(BEFORE, 2.5e-3)
     yield Job(MOMENTUM + IN_4_BITS + "+rank=32", 2.5e-3)
     yield Job("natural_galore:bits=8", 2.5e-3)
     # The same, 1 token per weight: stages of the Fisher beside the momentum.
@@ -176,7 +166,6 @@ def runs() -> Iterator[Job]:
             yield Job(method, rate, steps=4000, batch=16, settings=settings)
     # 11M weights, 20 tokens per weight.
     yield middle(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
-    yield middle(BEFORE + IN_8_BITS + "+rank=16", 2.5e-3)
     for rate in (1e-2, 2e-2):
         yield middle("muon", rate)
     for rate in (2e-3, 1e-3):
@@ -201,7 +190,6 @@ def runs() -> Iterator[Job]:
     for seed in (1, 2):
         for job in (
             small(MOMENTUM, 2.5e-3),
-            small(BEFORE, 2.5e-3),
             small("muon", 1e-2),
             small("adamw_b2_95", 2e-3),
             small("natural_galore", 2.5e-3),
