@@ -61,6 +61,7 @@ from .state import (
     SubspaceState,
     check_cores,
     check_fits,
+    check_tree,
     flatten,
 )
 from .transport import check_roles
@@ -186,6 +187,7 @@ class Engine:
         boxes = _params_at_cores(updates, params)
         updates, params, leaves = unbox(updates), unbox(params), unbox(boxes)
         check_fits(state)
+        check_tree(updates, state)
         state, momentum = self._without_momentum(state)
         check_cores(updates, state.basis, self.refresh)
         check_reduced(updates, state.skipped)

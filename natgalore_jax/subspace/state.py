@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 
 from ..quantization.quantized_array import TAKES_CODES, is_quantized
 from ..tree.flax_boxes import unbox_cores
-from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, replace_cores
+from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, path_name, replace_cores
 from ..tree.state_roles import (
     fits,
     is_per_matrix,
@@ -222,6 +222,26 @@ def flatten(state: SubspaceState, transport: Transport | None) -> Flattened:
 
     roles = [tuple(entries[i][0] for i in places[spec]) for spec in specs]
     return Flattened(specs, roles, states, unflatten)
+
+
+def check_tree(updates: PyTree, state: SubspaceState) -> None:
+    """Raises if the gradients have another tree than the params at `init`.
+
+    Raises:
+      ValueError: the message names a leaf that only one of the trees has.
+    """
+    (leaves, treedef), (known, expected) = (
+        jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_core)
+        for tree in (updates, state.skipped)
+    )
+    if treedef == expected:
+        return
+    apart = {path_name(path) for path, _ in leaves} ^ {path_name(path) for path, _ in known}
+    found = f"; only one of them has `{min(apart)}`" if apart else f": {treedef} and {expected}"
+    raise ValueError(
+        "the gradients are another tree than the params at `init`" + found + ". A mask, or the "
+        "labels of optax.partition, must be the same at `init` and `update`."
+    )
 
 
 def check_cores(updates: PyTree, bases: PyTree, refresh: Refresh) -> None:

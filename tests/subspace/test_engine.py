@@ -1,5 +1,6 @@
 """The engine on a small tree; whole trajectories against the oracle are in test_trajectory.py."""
 
+import collections
 import functools
 import re
 
@@ -257,6 +258,20 @@ class TestState:
         assert jnp.abs(a - b).max() > 0.1
         assert jnp.abs(a[0] - a[1]).max() > 0.1
         np.testing.assert_array_equal(a, first(0)["layers"]["up"]["kernel"].value)
+
+    def test_another_tree_than_at_init_is_refused(self, key):
+        """Labels that change between init and update leave another part of the params masked."""
+        params = tree(key)
+        tx = natgalore.galore(1e-3, RANK)
+        state = tx.init(params)
+        masked = params | {"layers": optax.MaskedNode()}
+        with pytest.raises(ValueError, match=r"only one of them has `layers/[a-z/]*`\. A mask"):
+            tx.update(masked, state, masked)
+        with pytest.raises(ValueError, match=r"only one of them has `other`"):
+            tx.update(params | {"other": jnp.ones(3)}, state)
+        renamed = collections.OrderedDict(params)  # the same names in a node of another type
+        with pytest.raises(ValueError, match=r"init`: .*OrderedDict"):
+            tx.update(renamed, state)
 
 
 class TestRandomBasis:
