@@ -128,8 +128,7 @@ def _take(spec: LeafSpec, G: Array, i: Int[Array, ""], state: Any) -> tuple[Arra
 @functools.partial(jax.jit, static_argnames="spec")
 def _put_if(spec: LeafSpec, here: Bool[Array, ""], i: Int[Array, ""], new: Any, state: Any) -> Any:
     """`state` with the i-th matrix's part replaced by `new`, if `here`."""
-    part = jax.tree.map(functools.partial(jnp.where, here), new, spec.take_all(state, i))
-    return spec.put_all(state, i, part)
+    return when(here, lambda state: spec.put_all(state, i, new), state)
 
 
 def _over_leaf(
