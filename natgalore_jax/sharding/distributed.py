@@ -1,6 +1,7 @@
 """Operations on the matrices of a leaf that is sharded over devices.
 
 over_shards         a loop over the matrices of a stack, on each device over its own matrices
+over_layers         on TPUs a loop over the layers of a stack
 on_whole_matrices   products of a matrix with itself, on devices that hold the whole matrix
 """
 
@@ -8,10 +9,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import (
     NamedSharding,
     PartitionSpec,
@@ -20,6 +23,7 @@ from jax.sharding import (
 from jaxtyping import Array, PyTree
 
 from ..tree.leaf_spec import LeafSpec
+from ..util.control_flow import by_platform
 from .partitioning import (
     LeafPartition,
     are_auto,
@@ -29,6 +33,9 @@ from .partitioning import (
     place,
     trim_partition,
 )
+
+
+LEAST_LAYER = 2**16  # numbers of a matrix; a TPU reads them in the time of an iteration, roughly
 
 
 def batch_partition(spec: LeafSpec, leaf: LeafPartition) -> PartitionSpec:
@@ -80,6 +87,62 @@ def over_shards(
         axis_names=names,
         check_vma=False,
     )(G.reshape(spec.sizes), inputs, state)
+
+
+def over_layers(
+    f: Callable[..., Array],
+    spec: LeafSpec,
+    leaf: LeafPartition,
+    *arrays: PyTree,
+    full: Sequence[bool] = (),
+    full_result: bool = False,
+) -> Array:
+    """`f(spec, leaf, *arrays)`, an array whose batch axes come first; on TPUs layer by layer.
+
+    For products of a stack that is sharded inside its matrices, or not at all. One for all layers
+    takes XLA:TPU several times longer to compile than one for a layer in a loop, sums or gathers
+    the operands of all layers at once, and may sum where the loop reduces and scatters
+    (`docs/performance.md`). It is kept for small matrices, for which an iteration takes longer than
+    the product, and on a mesh whose use by the leaf is unknown: it may divide the layers.
+
+    Args:
+      f: a function of the view of a stack or of a layer, its partition, and arrays.
+      spec: of the leaf.
+      leaf: the partition of the leaf.
+      *arrays: trees of arrays whose batch axes come first, or of the leaf's shape.
+      full: for each tree whether its arrays have the leaf's shape; by default none.
+      full_result: whether the result is an (*batch, m, n), whose layers are then written in the
+        leaf's order of axes.
+    """
+    batched = functools.partial(f, spec, leaf)
+    entries = axis_entries(spec, leaf.partition)
+    mesh = jax.typeof(jax.tree.leaves(arrays)[0]).sharding.mesh
+    known = leaf.mesh is not None or mesh.empty
+    if not spec.batch or spec.m * spec.n < LEAST_LAYER or entries[spec.batch[0]] or not known:
+        return batched(*arrays)
+    axis = spec.batch[0]
+    layer = spec.layer
+    layer_leaf = leaf._replace(partition=trim_partition(entries[:axis] + entries[axis + 1 :]))
+
+    def mapped(*arrays):
+        def take(x, i, full):
+            x, at = (x.reshape(spec.sizes), axis) if full else (x, 0)
+            return lax.dynamic_index_in_dim(x, i, at, keepdims=False)
+
+        def one(i):
+            at_i = [
+                jax.tree.map(functools.partial(take, i=i, full=is_full), tree)
+                for tree, is_full in itertools.zip_longest(arrays, full, fillvalue=False)
+            ]
+            result = f(layer, layer_leaf, *at_i)
+            return layer.from_view(result) if full_result else result
+
+        stack = lax.map(one, jnp.arange(spec.sizes[axis]))
+        if not full_result:
+            return stack
+        return spec.to_view(jnp.moveaxis(stack, 0, axis).reshape(spec.shape))
+
+    return by_platform(*arrays, tpu=mapped, default=batched)
 
 
 def on_whole_matrices(

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..quantization.quantized_array import decode_basis, with_keys_of, without_keys
-from ..sharding.distributed import on_whole_matrices
+from ..sharding.distributed import on_whole_matrices, over_layers
 from ..sharding.partitioning import LeafPartition, align, store
 from ..tree.leaf_spec import LeafSpec, is_core
 from ..util.linalg import max_abs
 from ..util.orthogonalize import polar
 from .basis import expand, from_core, to_core
 from .refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
-from .residual import RESIDUALS, Momentum, Residual, with_residual
+from .residual import RESIDUALS, Momentum, Products, Residual, with_residual
 
 
 class Projected(NamedTuple):
@@ -143,7 +143,28 @@ def to_subspace(
     bases: tuple[Array, ...],
 ) -> Float[Array, "*batch r k"]:
     """The core R of a gradient in the leaf's shape; k is n, or r on both sides."""
-    return to_core(spec.to_view(G).astype(dtype), *aligned_bases(spec, partition, bases))
+
+    def of_layer(spec, partition, G, bases):
+        R = to_core(spec.to_view(G).astype(dtype), *aligned_bases(spec, partition, bases))
+        return store(R, "linear", spec, partition)
+
+    return over_layers(of_layer, spec, partition, G, bases, full=(True, False))
+
+
+def lift(
+    spec: LeafSpec,
+    partition: LeafPartition,
+    dtype: Any,
+    U: Float[Array, "*batch r k"],
+    *bases: Array,
+) -> Float[Array, "*batch m n"]:
+    """P U, or P U Qᵀ, in `dtype`, sharded as the leaf."""
+
+    def of_layer(spec, partition, U, bases):
+        U = align(U, "linear", spec, partition)
+        return from_core(dtype, U, *aligned_bases(spec, partition, bases))
+
+    return over_layers(of_layer, spec, partition, U, bases, full_result=True)
 
 
 def aligned_bases(
@@ -193,27 +214,32 @@ def from_subspace(
       momentum: of the residual, if it has one.
       decay: a of inner's decoupled decay and the weight W, if inner decays this leaf.
     """
-    U = align(zero_where_not(finite, U), "linear", spec, partition)
-    bases = aligned_bases(spec, partition, bases)
+    U = zero_where_not(finite, U)
+    lifted = functools.partial(lift, spec, partition)
     M = None
     if gradient is None:
-        full = spec.from_view(from_core(dtype if decay is None else U.dtype, scale * U, *bases))
+        full = spec.from_view(lifted(dtype if decay is None else U.dtype, scale * U, *bases))
     else:
         G, R = gradient
-        R = align(R, "linear", spec, partition)
         G = spec.to_view(finite_part(spec, finite, G.astype(U.dtype)))
-        whole_polar = functools.partial(on_whole_matrices, polar, spec, partition)
+        products = Products(
+            to_core=lambda M, *bases: to_subspace(
+                spec, partition, M.dtype, spec.from_view(M), bases
+            ),
+            from_core=lifted,
+            polar=functools.partial(on_whole_matrices, polar, spec, partition),
+        )
         if momentum is not None:
             momentum = momentum._replace(M=align(momentum.M, "full", spec, partition))
         size, U, S, M = with_residual(
-            residual, G, R, U, *bases, scale=residual_scale, momentum=momentum, polar=whole_polar
+            residual, G, R, U, *bases, scale=residual_scale, momentum=momentum, products=products
         )
         M = None if M is None else store(M, "full", spec, partition)
         if residual not in RESIDUALS or momentum is not None:  # else zero for G = 0
             S = zero_where_not(finite, S)
         # Each product by itself: XLA then writes it in the leaf's layout, not in the view's.
-        products = spec.from_view(from_core(U.dtype, U, *bases)) + spec.from_view(S)
-        full = scale * size * products  # rounded once, below
+        total = spec.from_view(lifted(U.dtype, U, *bases)) + spec.from_view(S)
+        full = scale * size * total  # rounded once, below
     if decay is not None:
         a, W = decay
         full = full + finite_part(spec, finite, a * W.astype(U.dtype))

@@ -87,6 +87,20 @@ class Momentum(NamedTuple):
     beta: Scalar
 
 
+class Products(NamedTuple):
+    """The products of a residual; on a mesh those that know how G is sharded.
+
+    Attributes:
+      to_core: PᵀM of (3).
+      from_core: P R.
+      polar: of (2).
+    """
+
+    to_core: Callable[..., Array] = to_core
+    from_core: Callable[..., Array] = from_core
+    polar: Callable[..., Array] = polar
+
+
 def with_residual(
     residual: str | Residual,
     G: Float[Array, "*batch m n"],
@@ -95,7 +109,7 @@ def with_residual(
     *bases: Array,
     scale: Scalar = 1.0,
     momentum: Momentum | None = None,
-    polar: Callable[..., Array] = polar,
+    products: Products = Products(),
 ) -> tuple[
     float,
     Float[Array, "*batch r k"],
@@ -114,7 +128,7 @@ def with_residual(
       *bases: P, or P and Q.
       scale: γ.
       momentum: M and β of (3), or None.
-      polar: of (2); on a mesh one that knows how G is sharded.
+      products: to compute with.
 
     Raises:
       ValueError: if the function returns another shape.
@@ -126,10 +140,10 @@ def with_residual(
         of_T = jnp.sqrt(jnp.maximum(of_G - of_R, 0.0)) * jnp.sqrt(of_G + of_R)  # (5)
         phi = scale * isotropic(of_T, of_G, _outside(G, R, axes))
         return 1.0, U - phi * R, phi * G, None  # (4)
-    T, M, size = G - from_core(G.dtype, R, *bases), None, 1.0
+    T, M, size = G - products.from_core(G.dtype, R, *bases), None, 1.0
     if momentum is not None:
         M, beta = momentum
-        M = M - from_core(G.dtype, to_core(M, *bases), *bases)
+        M = M - products.from_core(G.dtype, products.to_core(M, *bases), *bases)
         M = beta * M + (1 - beta) * T  # (3)
         T, G = beta * M + (1 - beta) * T, (1 - beta) * G
     if residual == "isotropic":
@@ -144,8 +158,11 @@ def with_residual(
         else:
             size = math.sqrt((m * n - r * k) / directions)  # of (2), for the coordinates outside
             unit = unit_of(largest)
-            X = outside(G, R, *bases, unit=unit) if momentum is None else T / unit
-            S = polar(X, DAMPING * jnp.square(of_G / unit))
+            if momentum is None:
+                X = outside(G, R, *bases, unit=unit, from_core=products.from_core)
+            else:
+                X = T / unit
+            S = products.polar(X, DAMPING * jnp.square(of_G / unit))
     else:
         S = _each(residual, G.ndim - 2)(T, R, U)
         if jnp.shape(S) != G.shape:
@@ -180,6 +197,7 @@ def outside(
     R: Float[Array, "*batch r k"],
     *bases: Array,
     unit: Float[Array, "*batch 1 1"],
+    from_core: Callable[..., Array] = from_core,
 ) -> Float[Array, "*batch m n"]:
     """T / unit for (2), with P R in float16 on GPUs.
 

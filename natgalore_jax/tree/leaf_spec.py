@@ -83,6 +83,15 @@ class LeafSpec:
         return LeafSpec((), shape, (), rows, cols, self.rank, both=self.both)
 
     @functools.cached_property
+    def layer(self) -> "LeafSpec":
+        """The view of the leaf without its first batch axis."""
+        first, *batch = self.batch
+        shifted = lambda axes: tuple(axis - (axis > first) for axis in axes)
+        shape = tuple(n for axis, n in enumerate(self.sizes) if axis != first)
+        sides = shifted(self.rows), shifted(self.cols)
+        return LeafSpec((), shape, shifted(batch), *sides, self.rank, both=self.both)
+
+    @functools.cached_property
     def _matrix_axes(self) -> tuple[int, ...]:
         """The axes of one matrix, in the leaf's order."""
         return tuple(axis for axis in range(len(self.sizes)) if axis not in self.batch)
@@ -176,7 +185,7 @@ class LeafSpec:
         return jax.tree.map(lambda x, new: self.put(x, i, new), state, part)
 
     def _batch_index(self, i: Int[Array, ""]) -> tuple[Array, ...]:
-        return jnp.unravel_index(i, self.batch_shape) if self.batch else ()
+        return jnp.unravel_index(i, self.batch_shape) if len(self.batch) > 1 else (i,)
 
     def _slice(self, x: Array, i: Int[Array, ""]) -> tuple[list[Array], tuple[int, ...]]:
         """Start indices and sizes of the i-th matrix's slice."""

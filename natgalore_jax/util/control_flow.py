@@ -16,13 +16,14 @@ T = TypeVar("T")
 
 def by_platform(
     *args: Any,
-    gpu: Callable[..., T],
+    gpu: Callable[..., T] | None = None,
     tpu: Callable[..., T] | None = None,
     default: Callable[..., T],
 ) -> T:
     """`gpu(*args)` in programs for NVIDIA and AMD GPUs, `tpu(*args)` for TPUs, else `default`."""
-    tpu = default if tpu is None else tpu
-    return lax.platform_dependent(*args, cuda=gpu, rocm=gpu, tpu=tpu, default=default)
+    given = {"cuda": gpu, "rocm": gpu, "tpu": tpu}
+    branches = {name: f for name, f in given.items() if f is not None}
+    return lax.platform_dependent(*args, **branches, default=default)
 
 
 def when(predicate: Bool[Array, ""], f: Callable[[T], T], state: T) -> T:

@@ -124,8 +124,12 @@ def panel_qr(Y: Float[Array, "m r"], width: int = 32) -> Float[Array, "m r"]:
 
         def step(state):
             V, _, n = state
-            V = lax.fori_loop(0, (first + block - 1) // block, subtract, V)
-            return householder_qr(V), is_near_identity(matmul(V.mT, V)), n + 1
+            V = lax.fori_loop(0, lax.div(first + block - 1, block), subtract, V)
+            new = jnp.linalg.qr(V)[0]
+            # diag(R), as diag(QᵀV): R itself would need the upper rows of a V that is sharded.
+            diagonal = (new * V).sum(axis=0, keepdims=True)
+            new *= jnp.where(diagonal < 0, -1.0, 1.0).astype(V.dtype)
+            return new, is_near_identity(matmul(V.mT, V)), n + 1
 
         V = lax.dynamic_slice_in_dim(Y, first, width, axis=1)
         V, _, _ = lax.while_loop(lambda state: ~state[1] & (state[2] < 4), step, (V, False, 0))
@@ -259,10 +263,10 @@ def norms(
 
 @functools.partial(jax.jit, static_argnames="axes")  # traced once for equal arrays
 def max_abs(X: Float[Array, "..."], axes: tuple[int, ...] | None = (-2, -1)) -> Float[Array, "..."]:
-    """The largest absolute value over `axes`, or all axes if None; NaN if any is not finite.
+    """The largest absolute value over `axes`, or all axes if None; not finite if any is not.
 
-    XLA:CPU's max-reduction drops NaNs for 8192 elements or more (jaxlib 0.10.2), hence the explicit
-    isfinite.
+    Of the bits, as integers: their order is that of positive numbers, infinity and NaN. XLA:CPU's
+    max-reduction of numbers drops NaNs for 8192 elements or more (jaxlib 0.10.2).
     """
-    finite = jnp.isfinite(X).all(axis=axes)
-    return jnp.where(finite, jnp.abs(X).max(axis=axes), jnp.nan)
+    bits = lax.bitcast_convert_type(jnp.abs(X), f"int{jnp.finfo(X.dtype).bits}")
+    return lax.bitcast_convert_type(bits.max(axis=axes), X.dtype)

@@ -72,7 +72,7 @@ def polar(
     if highest_precision_requested():
         return own(X, ridge)
     gpu = functools.partial(own, dtype=jnp.float16)
-    tpu = functools.partial(own, dtype=jnp.bfloat16, gram=False)
+    tpu = functools.partial(own, dtype=jnp.bfloat16, gram=False, unroll=False)
     return by_platform(X, jnp.asarray(ridge, X.dtype), gpu=gpu, tpu=tpu, default=own)
 
 
