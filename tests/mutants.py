@@ -167,8 +167,8 @@ MUTANTS = [
     Mutant(
         "subspace/projection",
         "answers to nonfinite gradients not masked",
-        "align(zero_where_not(finite, U), ",
-        "align(U, ",
+        "U = zero_where_not(finite, U)",
+        "pass",
     ),
     Mutant(
         "subspace/projection",
@@ -179,8 +179,8 @@ MUTANTS = [
     Mutant(
         "subspace/projection",
         "residual not scaled",
-        "scale * size * (from_core(U.dtype, U, *bases) + S)",
-        "size * (scale * from_core(U.dtype, U, *bases) + S)",
+        "+ spec.from_view(S)",
+        "+ spec.from_view(S) / scale",
     ),
     Mutant(
         "subspace/projection",

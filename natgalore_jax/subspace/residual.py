@@ -101,6 +101,9 @@ class Products(NamedTuple):
     polar: Callable[..., Array] = polar
 
 
+PLAIN = Products()
+
+
 def with_residual(
     residual: str | Residual,
     G: Float[Array, "*batch m n"],
@@ -109,7 +112,7 @@ def with_residual(
     *bases: Array,
     scale: Scalar = 1.0,
     momentum: Momentum | None = None,
-    products: Products = Products(),
+    products: Products = PLAIN,
 ) -> tuple[
     float,
     Float[Array, "*batch r k"],
@@ -140,7 +143,9 @@ def with_residual(
         of_T = jnp.sqrt(jnp.maximum(of_G - of_R, 0.0)) * jnp.sqrt(of_G + of_R)  # (5)
         phi = scale * isotropic(of_T, of_G, _outside(G, R, axes))
         return 1.0, U - phi * R, phi * G, None  # (4)
-    T, M, size = G - products.from_core(G.dtype, R, *bases), None, 1.0
+    M, size = None, 1.0
+    if residual != "whitened" or momentum is not None:  # else in units, below
+        T = G - products.from_core(G.dtype, R, *bases)
     if momentum is not None:
         M, beta = momentum
         M = M - products.from_core(G.dtype, products.to_core(M, *bases), *bases)
