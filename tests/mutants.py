@@ -142,8 +142,8 @@ MUTANTS = [
     Mutant(
         "subspace/residual",
         "polar factor without damping",
-        "polar(T / unit, DAMPING * jnp.square(of_G / unit))",
-        "polar(T / unit)",
+        "polar(X, DAMPING * jnp.square(of_G / unit))",
+        "polar(X)",
     ),
     Mutant("subspace/residual", "size without damping", " + DAMPING * jnp.square(of_G / unit)", ""),
     Mutant(
@@ -185,8 +185,8 @@ MUTANTS = [
     Mutant(
         "subspace/projection",
         "decay doubled",
-        "zero_where_not(finite, a * spec",
-        "zero_where_not(finite, 2 * a * spec",
+        "finite_part(spec, finite, a * W",
+        "finite_part(spec, finite, 2 * a * W",
     ),
     Mutant(
         "subspace/engine",
@@ -230,10 +230,28 @@ MUTANTS = [
     Mutant(
         "util/linalg",
         "largest entry hides NaN",
-        "return jnp.where(finite, jnp.abs(X).max(axis=axes), jnp.nan)",
-        "return jnp.abs(X).max(axis=axes)",
+        "return lax.bitcast_convert_type(bits.max(axis=axes), X.dtype)",
+        "return jnp.nanmax(jnp.abs(X), axis=axes)",
     ),
-    Mutant("util/control_flow", "default branch on ROCm", "rocm=gpu", "rocm=default"),
+    Mutant(
+        "util/linalg",
+        "panels without sign convention",
+        "jnp.where(diagonal < 0, -1.0, 1.0)",
+        "jnp.where(diagonal < 0, 1.0, 1.0)",
+    ),
+    Mutant(
+        "sharding/distributed",
+        "layers first in the leaf",
+        "jnp.moveaxis(stack, 0, axis)",
+        "stack",
+    ),
+    Mutant(
+        "sharding/distributed",
+        "divided layers one by one",
+        " or entries[spec.batch[0]] or not known",
+        " or not known",
+    ),
+    Mutant("util/control_flow", "default branch on ROCm", '"rocm": gpu', '"rocm": None'),
     Mutant("util/orthogonalize", "no ridge", "(trace + ridge) * ratio", "trace * ratio"),
     Mutant(
         "util/orthogonalize",
@@ -411,6 +429,7 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
     "util/control_flow": ["util/test_control_flow", "util/test_orthogonalize"],
     "util/orthogonalize": ["util/test_orthogonalize"],
     "selection/select": ["selection/test_select"],
+    "sharding/distributed": ["sharding/test_distributed"],
     "sharding/partitioning": ["sharding/test_state_shardings", "sharding/test_shard_map"],
     "sharding/boxed_state": ["sharding/test_boxed_state"],
     "quantization/dynamic_8bit": ["quantization/test_quantized"],
