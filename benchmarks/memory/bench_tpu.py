@@ -49,9 +49,9 @@ NAMES = {REFERENCE: "AdamW", "galore_cores": "galore, low-rank gradients"}
 COMPARED = (REFERENCE, "galore", "natural_galore", "galore_cores")
 
 
-def mesh_of(topology: str) -> Mesh:
-    """Data, FSDP and tensor axes over the chips of a topology, all of them FSDP."""
-    devices = np.array(tpu_compiler.devices_of(topology)).reshape(1, -1, 1)
+def mesh_of(topology: str, chips: int | None = None) -> Mesh:
+    """Data, FSDP and tensor axes over the first chips of a topology (all), all of them FSDP."""
+    devices = np.array(tpu_compiler.devices_of(topology)[:chips]).reshape(1, -1, 1)
     return Mesh(devices, llama_sharding.AXES, axis_types=(AxisType.Auto,) * 3)
 
 

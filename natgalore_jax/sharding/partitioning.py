@@ -132,9 +132,14 @@ def align(x: Array, role: str, spec: LeafSpec, leaf: LeafPartition) -> Array:
 
     Without this constraint the compiler may gather or exchange the m x n operand of a product.
     """
-    aligned = aligned_partition(role, spec, leaf)
-    stored = state_partition(x.shape, role, spec, leaf)
-    return x if aligned == stored else _constrain(x, aligned, leaf)
+    if not is_divided_further(x, role, spec, leaf):
+        return x
+    return _constrain(x, aligned_partition(role, spec, leaf), leaf)
+
+
+def is_divided_further(x: Array, role: str, spec: LeafSpec, leaf: LeafPartition) -> bool:
+    """Whether :func:`align` gathers `x`."""
+    return state_partition(x.shape, role, spec, leaf) != aligned_partition(role, spec, leaf)
 
 
 def store(x: Array, role: str, spec: LeafSpec, leaf: LeafPartition) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..quantization.quantized_array import decode_basis, with_keys_of, without_keys
 from ..sharding.distributed import on_whole_matrices, over_layers
-from ..sharding.partitioning import LeafPartition, align, store
+from ..sharding.partitioning import LeafPartition, align, is_divided_further, store
 from ..tree.leaf_spec import LeafSpec, is_core
 from ..util.linalg import max_abs
 from ..util.orthogonalize import polar
@@ -158,12 +158,20 @@ def lift(
     U: Float[Array, "*batch r k"],
     *bases: Array,
 ) -> Float[Array, "*batch m n"]:
-    """P U, or P U Qᵀ, in `dtype`, sharded as the leaf."""
+    """P U, or P U Qᵀ, in `dtype`, sharded as the leaf.
+
+    On TPUs layer by layer where U or P is gathered for it. Elsewhere the product of a stack is
+    better: XLA adds it to the weight without writing it.
+    """
 
     def of_layer(spec, partition, U, bases):
         U = align(U, "linear", spec, partition)
         return from_core(dtype, U, *aligned_bases(spec, partition, bases))
 
+    views = (spec, spec.transposed)
+    factors = [(U, "linear", spec), *((P, "basis", v) for P, v in zip(bases, views, strict=False))]
+    if not any(is_divided_further(*factor, partition) for factor in factors):
+        return of_layer(spec, partition, U, bases)
     return over_layers(of_layer, spec, partition, U, bases, full_result=True)
 
 
