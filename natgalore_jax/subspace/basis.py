@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..tree.leaf_spec import LeafSpec
-from ..util.linalg import matmul, max_abs, orthonormalise, product, rounded_product
+from ..util.linalg import gram_product, max_abs, orthonormalise, product, rounded_product
 
 
 BasisUpdate = Callable[
@@ -48,7 +48,7 @@ def power(
 ) -> Float[Array, "m r"]:
     """One step of (1). Costs 4·m·n·r flops and one QR of m x r."""
     del key
-    return from_product(matmul(G, matmul(G.mT, P)), P)
+    return from_product(gram_product(G, P), P)
 
 
 def from_product(Y: Float[Array, "m r"], P: Float[Array, "m r"]) -> Float[Array, "m r"]:
