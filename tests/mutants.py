@@ -235,6 +235,12 @@ MUTANTS = [
     ),
     Mutant(
         "util/linalg",
+        "columns of two blocks counted twice",
+        "jnp.where(first + columns < j * width, 0, block)",
+        "block",
+    ),
+    Mutant(
+        "util/linalg",
         "panels without sign convention",
         "jnp.where(diagonal < 0, -1.0, 1.0)",
         "jnp.where(diagonal < 0, 1.0, 1.0)",

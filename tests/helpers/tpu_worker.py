@@ -76,6 +76,15 @@ def update(name: str, topology: str) -> dict[str, Any]:
     return facts(step.compile(options=OPTIONS))
 
 
+def one_chip(name: str, topology: str) -> dict[str, Any]:
+    """The update on one chip, and the bytes that `plan` counts."""
+    params, recipe = shapes(), getattr(natgalore, name)
+    program = update_step(OPTIMIZERS[name](), params, mesh_of(topology, 1)).compile(options=OPTIONS)
+    settings = {"bits": 32, "low_rank_gradients": False, "refresh_every": 10}
+    planned = natgalore.plan(params, rank=RANK, recipe=recipe, tpu=True, **settings)
+    return facts(program) | {"planned": sum(planned.bytes.values())}
+
+
 def training(name: str, topology: str) -> dict[str, Any]:
     mesh = mesh_of(topology)
     config = llama.CONFIGS["tiny"]
@@ -109,7 +118,13 @@ def padding(topology: str) -> list[tuple[str, int, int]]:
 
 def run(case: str) -> Any:
     kind, *arguments = case.split("/")
-    functions = {"update": update, "training": training, "example": example, "padding": padding}
+    functions = {
+        "update": update,
+        "one_chip": one_chip,
+        "training": training,
+        "example": example,
+        "padding": padding,
+    }
     return functools.partial(functions[kind], *arguments)()
 
 

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 )
 ROOT = Path(__file__).parents[2]
 V5E = "v5e:2x4"
-QUICK = (f"update/galore/{V5E}", f"update/natural_galore/{V5E}", f"padding/{V5E}")
+ONE_CHIP = [f"one_chip/{name}/{V5E}" for name in ("galore", "natural_galore")]
+QUICK = (f"update/galore/{V5E}", f"update/natural_galore/{V5E}", f"padding/{V5E}", ONE_CHIP[0])
 UPDATES = [
     *(f"update/{name}/{V5E}" for name in OPTIMIZERS if name not in ("adamw", "cores")),
     *(f"update/natural_galore/{name}" for name in ("v5e:4x4", "v5p:2x2x1", "v6e:2x4")),
@@ -72,7 +73,17 @@ def test_bytes_moved_are_those_of_the_sharding_page():
     facts = facts_of(QUICK[0])
     # Beside them, the finite masks and largest entries of the cores: a percent at this small size.
     assert expected <= facts["moved"] <= 1.02 * expected
-    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) < M * N
+    # One layer at a time: no cores or answers of the whole stack.
+    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) == RANK * N
+
+
+@pytest.mark.parametrize("case", quick(QUICK[3:], ONE_CHIP))
+def test_bytes_on_one_chip_are_those_of_the_plan(case):
+    """Weights, gradients and state, with padding. The table of results and code are not counted."""
+    facts = facts_of(case)
+    assert facts["arguments"] == facts["planned"]
+    assert facts["unaliased"] <= 1024
+    assert facts["hot"] == []
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from natgalore_jax.fisher.core import damped
 from natgalore_jax.util import linalg
 from natgalore_jax.util.linalg import (
     cholesky_qr,
+    gram_product_by_blocks,
     householder_qr,
     inverse_root,
     newton_schulz,
@@ -81,6 +82,15 @@ def test_newton_schulz_scales_converge_in_few_steps(condition):
     for scale in scales:
         x = scale * x * (3 - (scale * x) ** 2) / 2
     np.testing.assert_allclose(x, 1, atol=1e-7)  # float32 rounding
+
+
+@pytest.mark.parametrize("n", [5, 8, 16, 21])  # one block, whole blocks, a part of one
+def test_gram_product_by_blocks_matches_numpy(n):
+    rng = np.random.default_rng(n)
+    G, P = rng.normal(size=(12, n)), rng.normal(size=(12, 3))
+    Y = gram_product_by_blocks(jnp.asarray(G, jnp.float32), jnp.asarray(P, jnp.float32), width=8)
+    # Two sums of at most 21 products in float32, of size 12 n.
+    np.testing.assert_allclose(Y, G @ (G.T @ P), rtol=1e-5, atol=1e-4)
 
 
 def sketches():
