@@ -96,6 +96,7 @@ def over_layers(
     *arrays: PyTree,
     full: Sequence[bool] = (),
     full_result: bool = False,
+    size: int = 1,
 ) -> Array:
     """`f(spec, leaf, *arrays)`, an array whose batch axes come first; on TPUs layer by layer.
 
@@ -113,6 +114,7 @@ def over_layers(
       full: for each tree whether its arrays have the leaf's shape; by default none.
       full_result: whether the result is an (*batch, m, n), whose layers are then written in the
         leaf's order of axes.
+      size: layers at a time, a divisor of their number. The view of one has no axis of layers.
     """
     batched = functools.partial(f, spec, leaf)
     entries = axis_entries(spec, leaf.partition)
@@ -121,13 +123,18 @@ def over_layers(
     if not spec.batch or spec.m * spec.n < LEAST_LAYER or entries[spec.batch[0]] or not known:
         return batched(*arrays)
     axis = spec.batch[0]
-    layer = spec.layer
-    layer_leaf = leaf._replace(partition=trim_partition(entries[:axis] + entries[axis + 1 :]))
+    if size == 1:
+        layer, entries = spec.layer, entries[:axis] + entries[axis + 1 :]
+    else:
+        sizes = (*spec.sizes[:axis], size, *spec.sizes[axis + 1 :])
+        layer = dataclasses.replace(spec.unnamed, shape=sizes, split=())
+    layer_leaf = leaf._replace(partition=trim_partition(entries))
 
     def mapped(*arrays):
         def take(x, i, full):
             x, at = (x.reshape(spec.sizes), axis) if full else (x, 0)
-            return lax.dynamic_index_in_dim(x, i, at, keepdims=False)
+            part = lax.dynamic_slice_in_dim(x, i * size, size, at)
+            return part.squeeze(at) if size == 1 else part
 
         def one(i):
             at_i = [
@@ -137,9 +144,9 @@ def over_layers(
             result = f(layer, layer_leaf, *at_i)
             return layer.from_view(result) if full_result else result
 
-        stack = lax.map(one, jnp.arange(spec.sizes[axis]))
+        stack = lax.map(one, jnp.arange(spec.sizes[axis] // size))
         if not full_result:
-            return stack
+            return stack.reshape(-1, *stack.shape[2 - (size == 1) :])
         return spec.to_view(jnp.moveaxis(stack, 0, axis).reshape(spec.shape))
 
     return by_platform(*arrays, tpu=mapped, default=batched)
@@ -152,7 +159,7 @@ def on_whole_matrices(
 
     For products of a matrix with itself, each of which would gather the shards. The matrices of a
     stack are distributed over the devices that share each of them; where their number is not
-    divisible, each of these devices computes all matrices.
+    divisible, each of these devices computes all matrices. On TPUs one matrix at a time on each.
     """
     context = get_abstract_mesh()
     mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
@@ -162,11 +169,20 @@ def on_whole_matrices(
     shared = [name for side in sides for name in mesh_axes(side)]
     if mesh is None or not shared or not are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x, *args)
-    sharding = NamedSharding(mesh, PartitionSpec(*[entries[axis] for axis in spec.batch], *sides))
+    before = [entries[axis] for axis in spec.batch]
     for name in shared:
         for names, size in zip(batch, spec.batch_shape, strict=True):
             if size % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
                 names.append(name)
                 break
-    whole = NamedSharding(mesh, trim_partition([tuple(names) or None for names in batch]))
-    return place(place(f(place(x, whole), *args), whole), sharding)
+    after = [tuple(names) or None for names in batch]
+
+    def of_layers(view, leaf, x, *args):
+        del leaf
+        first = len(batch) - len(view.batch)
+        whole = NamedSharding(mesh, trim_partition(after[first:]))
+        sharding = NamedSharding(mesh, PartitionSpec(*before[first:], *sides))
+        return place(place(f(place(x, whole), *args), whole), sharding)
+
+    at_once = math.prod(mesh.shape[name] for names in batch[:1] for name in names)
+    return over_layers(of_layers, spec, leaf, x, *args, full_result=True, size=at_once)
