@@ -96,7 +96,6 @@ def over_layers(
     *arrays: PyTree,
     full: Sequence[bool] = (),
     full_result: bool = False,
-    size: int = 1,
 ) -> Array:
     """`f(spec, leaf, *arrays)`, an array whose batch axes come first; on TPUs layer by layer.
 
@@ -114,7 +113,6 @@ def over_layers(
       full: for each tree whether its arrays have the leaf's shape; by default none.
       full_result: whether the result is an (*batch, m, n), whose layers are then written in the
         leaf's order of axes.
-      size: layers at a time, a divisor of their number. The view of one has no axis of layers.
     """
     batched = functools.partial(f, spec, leaf)
     entries = axis_entries(spec, leaf.partition)
@@ -123,18 +121,13 @@ def over_layers(
     if not spec.batch or spec.m * spec.n < LEAST_LAYER or entries[spec.batch[0]] or not known:
         return batched(*arrays)
     axis = spec.batch[0]
-    if size == 1:
-        layer, entries = spec.layer, entries[:axis] + entries[axis + 1 :]
-    else:
-        sizes = (*spec.sizes[:axis], size, *spec.sizes[axis + 1 :])
-        layer = dataclasses.replace(spec.unnamed, shape=sizes, split=())
-    layer_leaf = leaf._replace(partition=trim_partition(entries))
+    layer = spec.layer
+    layer_leaf = leaf._replace(partition=trim_partition(entries[:axis] + entries[axis + 1 :]))
 
     def mapped(*arrays):
         def take(x, i, full):
             x, at = (x.reshape(spec.sizes), axis) if full else (x, 0)
-            part = lax.dynamic_slice_in_dim(x, i * size, size, at)
-            return part.squeeze(at) if size == 1 else part
+            return lax.dynamic_index_in_dim(x, i, at, keepdims=False)
 
         def one(i):
             at_i = [
@@ -144,9 +137,9 @@ def over_layers(
             result = f(layer, layer_leaf, *at_i)
             return layer.from_view(result) if full_result else result
 
-        stack = lax.map(one, jnp.arange(spec.sizes[axis] // size))
+        stack = lax.map(one, jnp.arange(spec.sizes[axis]))
         if not full_result:
-            return stack.reshape(-1, *stack.shape[2 - (size == 1) :])
+            return stack
         return spec.to_view(jnp.moveaxis(stack, 0, axis).reshape(spec.shape))
 
     return by_platform(*arrays, tpu=mapped, default=batched)
@@ -159,7 +152,7 @@ def on_whole_matrices(
 
     For products of a matrix with itself, each of which would gather the shards. The matrices of a
     stack are distributed over the devices that share each of them; where their number is not
-    divisible, each of these devices computes all matrices. On TPUs one matrix at a time on each.
+    divisible, each of these devices computes all matrices, on TPUs one layer at a time.
     """
     context = get_abstract_mesh()
     mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
@@ -184,5 +177,6 @@ def on_whole_matrices(
         sharding = NamedSharding(mesh, PartitionSpec(*before[first:], *sides))
         return place(place(f(place(x, whole), *args), whole), sharding)
 
-    at_once = math.prod(mesh.shape[name] for names in batch[:1] for name in names)
-    return over_layers(of_layers, spec, leaf, x, *args, full_result=True, size=at_once)
+    if after[:1] == [None]:
+        return over_layers(of_layers, spec, leaf, x, *args, full_result=True)
+    return of_layers(spec, leaf, x, *args)

@@ -104,8 +104,8 @@ SETTINGS = {
 def test_sharded_updates_layer_by_layer_equal_those_of_stacks(name, key, request):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     kernels = {
-        "up": (P(None, "fsdp", "tensor"), (4, 16, 24)),
-        "down": (P(None, "tensor"), (4, 24, 16)),
+        "up": (P(None, "fsdp", "tensor"), (4, 16, 24)),  # a layer on every fourth device
+        "down": (P(None, "tensor"), (3, 24, 16)),  # each layer on every device
     }
     params, shardings = {}, {}
     for i, (leaf, (partition, shape)) in enumerate(kernels.items()):
