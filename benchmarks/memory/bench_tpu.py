@@ -176,8 +176,9 @@ def pieces(topology: str, sizes: list[tuple[int, int, int]]) -> Iterator[tuple[s
             },
             "P U, high": (linalg.product, (basis, core)),
             "G (Gᵀ P), highest": (lambda G, P: linalg.matmul(G, linalg.matmul(G.T, P)), (G, basis)),
+            "G (Gᵀ P), by blocks": (linalg.gram_product, (G, basis)),
             "QR by panels": (linalg.panel_qr, (basis,)),
-            "four Newton-Schulz steps": (polar, (G,)),
+            "three Newton-Schulz steps": (polar, (G,)),
         }
         if r <= 512:  # minutes beyond
             functions["QR"] = (linalg.householder_qr, (basis,))
