@@ -2,6 +2,8 @@
 
 The settings of an example are a subclass of the dataclass `Run`; tyro turns its fields into flags.
 A resumed run starts from the settings in its log. Invalid input raises a one-line ValueError.
+
+Only `parse` needs tyro: benchmarks make settings in Python, on machines without it.
 """
 
 import contextlib
@@ -14,14 +16,28 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import optax
-import tyro
 
 from examples.common import run_log
 
 
+try:
+    import tyro
+except ModuleNotFoundError:
+    tyro = None
+
+
+HIDDEN = tyro and tyro.conf.Suppress  # not a flag
+POSITIONAL = tyro and tyro.conf.Positional
+
+
+def shown_as(metavar: str, **options: Any) -> Any:
+    """A flag with this placeholder of the value in --help."""
+    return tyro and tyro.conf.arg(metavar=metavar, **options)
+
+
 def one_of(names: Iterable[str]) -> Any:
     """A flag with these values, shown in --help."""
-    return tyro.conf.arg(metavar="{" + ",".join(names) + "}")
+    return shown_as("{" + ",".join(names) + "}")
 
 
 def unset(metavar: str | Iterable[str]) -> Any:
@@ -31,7 +47,7 @@ def unset(metavar: str | Iterable[str]) -> Any:
         metavar: placeholder of the value in --help, or the possible values.
     """
     shown = metavar if isinstance(metavar, str) else "{" + ",".join(metavar) + "}"
-    return tyro.conf.arg(metavar=shown, help_behavior_hint="")
+    return shown_as(shown, help_behavior_hint="")
 
 
 def flag(name: str) -> str:
@@ -214,8 +230,11 @@ def parse(kind: type[Kind], **options: Any) -> Kind:
     """Parses the command line with tyro.
 
     Raises:
+        ModuleNotFoundError: tyro is not installed.
         ValueError: an argument is unknown or has the wrong type.
     """
+    if tyro is None:
+        raise ModuleNotFoundError("tyro parses the command line: pip install tyro", name="tyro")
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

@@ -3,10 +3,8 @@
 import textwrap
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -14,6 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.common.run_log import Run
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def megabytes(size: int) -> str:
@@ -135,7 +137,7 @@ def show_table(runs: Sequence[Run]) -> None:
         console.print(table)
 
 
-def plot(runs: Sequence[Run], title: str = "") -> Figure:
+def plot(runs: Sequence[Run], title: str = "") -> "Figure":
     """Draws training loss (thin) and validation loss (dots) of each run against tokens.
 
     The loss axis is logarithmic, since final losses differ by a few tenths.
@@ -144,6 +146,10 @@ def plot(runs: Sequence[Run], title: str = "") -> Figure:
         runs: logs.
         title: by default the size of the Llama.
     """
+    # Here, so that a benchmark of a training step needs no matplotlib.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, FixedLocator
+
     header = runs[0].header
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

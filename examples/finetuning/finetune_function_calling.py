@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
@@ -43,7 +42,7 @@ from examples.common import (
     run_display,
     training_loop,
 )
-from examples.common.command_line import unset
+from examples.common.command_line import shown_as, unset
 from examples.finetuning import settings, tinyagent, training
 from examples.finetuning.records import Records
 from examples.pretraining import generate
@@ -64,7 +63,7 @@ class Config(settings.Config):
     lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
     Default: 7e-5."""
-    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 32
+    rank: Annotated[int | None, shown_as("INT")] = 32
     """Rank of the projection, and of LoRA."""
     scale: float = 1.0
     """Factor on the updates of projected weights."""

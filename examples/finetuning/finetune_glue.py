@@ -21,10 +21,8 @@ pass the model and its loss to make_functions (examples/finetuning/training.py).
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import tyro
-
 from examples.common import command_line
-from examples.common.command_line import one_of, unset
+from examples.common.command_line import HIDDEN, one_of, shown_as, unset
 from examples.finetuning import finetune_text, glue, settings, training
 
 
@@ -47,9 +45,9 @@ class Config(finetune_text.Config):
     head_lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate of the classifier, then trained by AdamW. Default: --optimizer trains it,
     at --lr, as in the paper."""
-    text: tyro.conf.Suppress[str] = ""
-    label: tyro.conf.Suppress[str] = ""
-    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 4
+    text: Annotated[str, HIDDEN] = ""
+    label: Annotated[str, HIDDEN] = ""
+    rank: Annotated[int | None, shown_as("INT")] = 4
     """Rank of the projection, and of LoRA."""
     batch_size: int = 16
     """Records per batch."""

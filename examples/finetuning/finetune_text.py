@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.console import Console
@@ -48,7 +47,7 @@ from examples.common import (
     run_log,
     training_loop,
 )
-from examples.common.command_line import unset
+from examples.common.command_line import shown_as, unset
 from examples.finetuning import classification, records, settings, training
 from examples.finetuning.classification import Example, Task
 
@@ -75,10 +74,10 @@ class Config(settings.Config):
     lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
     Default: 5e-4 for natural_galore and galore, 2e-4 for adamw and muon, 2e-3 for lora."""
-    head_lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = 5e-3
+    head_lr: Annotated[float | None, shown_as("FLOAT")] = 5e-3
     """Peak learning rate of the classifier, which AdamW trains beside any optimizer: a new head
     needs a higher rate than pretrained weights. None: --optimizer trains it, at --lr."""
-    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 8
+    rank: Annotated[int | None, shown_as("INT")] = 8
     """Rank of the projection, and of LoRA."""
     batch_size: int = 32
     """Records per batch."""

@@ -8,12 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import optax
 import optax.contrib
-import tyro
-from flax import traverse_util
 
 import natgalore_jax as natgalore
-from examples.common import command_line
-from examples.common.command_line import flag, unset
+from examples.common import command_line, llama
+from examples.common.command_line import flag, shown_as, unset
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Config(command_line.Run):
     """Folder with the records. Required."""
     skip_malformed: bool = False
     """Skip malformed records instead of stopping with an error."""
-    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 4
+    rank: Annotated[int | None, shown_as("INT")] = 4
     """Rank of the projection, and of LoRA."""
     scale: float = 4.0
     """Factor on the updates of projected weights."""
@@ -112,20 +110,11 @@ def with_head(
 
 def muon(schedule: optax.Schedule, config: Config) -> optax.GradientTransformation:
     """Muon for the matrices of the layers, AdamW for the rest, at one rate (arXiv 2502.16982)."""
-
-    def matrices(params):
-        is_matrix = lambda path: path[0] == "layers" and path[-1] == "kernel"
-        dims = {
-            path: optax.contrib.MuonDimensionNumbers() if is_matrix(path) else None
-            for path in traverse_util.flatten_dict(params)
-        }
-        return traverse_util.unflatten_dict(dims)
-
     return optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
         adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=llama.muon_dimension_numbers,
         consistent_rms=0.2,
     )
 

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -42,7 +41,7 @@ from examples.pretraining import c4, pretrain, settings, seven_billion, sharded
 class Config:
     """Settings of this script."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, command_line.POSITIONAL]
     """Output folder of a run, or a folder with a Hugging Face checkpoint."""
     prompt: str = "def "
     """Text to continue."""

@@ -28,11 +28,10 @@ from typing import Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
 import optax
-import tyro
 
 import natgalore_jax as natgalore
 from examples.common import command_line, llama
-from examples.common.command_line import one_of, unset
+from examples.common.command_line import one_of, shown_as, unset
 from examples.pretraining import pretrain, settings
 
 
@@ -77,7 +76,7 @@ class Config(settings.Config):
     """Sequences per batch."""
     micro_batches: int = 4
     """Micro-batches per batch, computed one after the other to save memory."""
-    rank: Annotated[int | None, tyro.conf.arg(metavar="INT")] = 256
+    rank: Annotated[int | None, shown_as("INT")] = 256
     """Rank of the projection."""
     refresh_every: int = 200
     """Steps between two refreshes of the bases."""

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import jax
-import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
 from examples.common import command_line, run_display
+from examples.common.command_line import shown_as
 from examples.common.training_loop import TrainState
 from examples.pretraining import llama_sharding, pretrain, settings
 
@@ -38,7 +38,7 @@ class Config(settings.Config):
     ABOUT_THE_CALL: ClassVar = (*settings.Config.ABOUT_THE_CALL, "distributed")
     CHANGEABLE: ClassVar = (*settings.Config.CHANGEABLE, "mesh", "zero", "devices")
 
-    mesh: Annotated[str, tyro.conf.arg(metavar="DATA,FSDP,TENSOR")] = "1,-1,1"
+    mesh: Annotated[str, shown_as("DATA,FSDP,TENSOR")] = "1,-1,1"
     """Sizes of the mesh axes; one size may be -1 and is computed from the others."""
     zero: bool = False
     """Shard the optimizer state of replicated weights over the data axis (ZeRO-1)."""

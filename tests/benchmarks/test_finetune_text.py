@@ -1,6 +1,8 @@
 """The study of fine-tuning on texts: schedule, rounds, runs together, results."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -109,6 +111,19 @@ def test_finished_searches_are_not_left(tmp_path):
     assert summary.accuracy == pytest.approx(80)
     assert summary.deviation == pytest.approx(10)
     assert study.summary(study.read(out), search._replace(task="sections")) is None
+
+
+@pytest.mark.parametrize(("script", "argument"), [("_text", "--list"), ("", "--help")])
+def test_no_command_line_package_is_needed(script, argument):
+    """The GPU machines of the study have JAX, Flax and Hugging Face's readers alone."""
+    code = (
+        "import runpy, sys; sys.modules |= dict.fromkeys(('tyro', 'matplotlib')); "
+        "name = sys.argv.pop(1); runpy.run_module(name, run_name='__main__')"
+    )
+    module = f"benchmarks.learning.bench_finetune{script}"
+    done = subprocess.run([sys.executable, "-c", code, module, argument], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"searches left" in done.stdout or b"usage" in done.stdout
 
 
 @pytest.mark.slow
