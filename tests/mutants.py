@@ -351,6 +351,12 @@ MUTANTS = [
         "embedding_init=init, dtype=config.dtype, rngs=rngs",
     ),
     Mutant(
+        "examples/common/roberta",
+        "one dropout for all layers",
+        "jax.random.split(rngs.dropout(), self.config.layers)",
+        "jnp.repeat(rngs.dropout()[None], self.config.layers)",
+    ),
+    Mutant(
         "examples/common/bert",
         "separator in the second segment",
         "axis=1) - is_separator",

@@ -7,6 +7,7 @@ methods have the same model and batch and take turns, step by step; compare with
     python benchmarks/learning/bench_finetune.py [--out benchmarks/results/finetune.json]
     python benchmarks/learning/bench_finetune.py --tasks roberta-base --rank 8 --length 512
     python benchmarks/learning/bench_finetune.py --tasks minilm --methods adamw,lora-8,window-8
+    python benchmarks/learning/bench_finetune.py --tasks minilm,roberta-base --batch-size 32
     python benchmarks/learning/bench_finetune.py --tasks tiny --steps 2    a quick run on a CPU
 
 Methods are those of the examples and those of bench_finetune_text.py, by their names. `window`
@@ -36,7 +37,13 @@ from rich.table import Table
 from benchmarks.common.environment import environment
 from benchmarks.learning import bench_finetune_text
 from examples.common import bert, llama, roberta, run_log
-from examples.finetuning import finetune_function_calling, finetune_glue, settings, training
+from examples.finetuning import (
+    finetune_function_calling,
+    finetune_glue,
+    finetune_text,
+    settings,
+    training,
+)
 
 
 METHODS = ("adamw", "lora", "galore", "natural_galore", "window")
@@ -65,14 +72,14 @@ class Task(NamedTuple):
     targets: Callable[[np.ndarray], np.ndarray]
 
 
-def glue(shape: roberta.RobertaConfig, length: int, batch_size: int = 16) -> Task:
+def texts(config: finetune_text.Config, shape: roberta.RobertaConfig) -> Task:
     return Task(
-        finetune_glue.Config(rank=8, batch_size=batch_size),
+        config,
         shape.build,
         bench_finetune_text.loss,
         "classifier",
         shape.vocabulary,
-        length,
+        128,
         lambda tokens: (tokens[:, 1] % 2).astype(np.int32),
     )
 
@@ -91,13 +98,15 @@ def plans(shape: llama.LlamaConfig, length: int) -> Task:
     )
 
 
-TINYLLAMA = replace(llama.CONFIGS["tinyllama"], remat=True, dtype=jnp.bfloat16)
+SCANNED = {"scan": True, "remat": True}
+TINYLLAMA = replace(llama.CONFIGS["tinyllama"], **SCANNED, dtype=jnp.bfloat16)
+ROBERTA = roberta.RobertaConfig(dtype=jnp.bfloat16)
 MINILM = bert.BertConfig(hidden=384, intermediate=1536, layers=6, labels=64, dtype=jnp.bfloat16)
 TASKS = {
-    "minilm": lambda: glue(MINILM, 128, batch_size=32),
-    "roberta-base": lambda: glue(roberta.RobertaConfig(dtype=jnp.bfloat16), 128),
+    "minilm": lambda: texts(finetune_text.Config(), MINILM),  # as in bench_finetune_text.py
+    "roberta-base": lambda: texts(finetune_glue.Config(rank=8), ROBERTA),
     "tinyllama": lambda: plans(TINYLLAMA, 512),
-    "tiny": lambda: plans(replace(llama.CONFIGS["tiny"], remat=True), 16),
+    "tiny": lambda: plans(replace(llama.CONFIGS["tiny"], **SCANNED), 16),
 }
 
 

@@ -222,7 +222,7 @@ def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Param
 
 
 def stacked(params: pretrained.Params) -> pretrained.Params:
-    """Stacks the weights of the layers, for a Llama with `scan=True`."""
+    """Stacks the weights of the layers, for an encoder or a Llama with `scan=True`."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return params | {"layers": jax.tree.map(lambda *ws: np.stack(ws), *layers)}
 
@@ -291,13 +291,14 @@ def read_encoder(folder: Path, labels: int) -> tuple[roberta.RobertaConfig, pret
     names = encoder_names(kind)
     if not any(name.startswith(f"{kind}.") for name in pretrained.tensor_names(folder)):
         names = {ours: theirs.removeprefix(f"{kind}.") for ours, theirs in names.items()}
-    return config, pretrained.load(
+    params = pretrained.load(
         folder,
-        roberta.abstract_params(config),
+        jax.eval_shape(unstacked, roberta.abstract_params(config)),
         names,
         unused=ENCODERS[kind].unused,
         optional=ENCODERS[kind].optional,
     )
+    return config, stacked(params)
 
 
 def save_encoder(
@@ -318,7 +319,7 @@ def save_encoder(
     labels = labels or [f"LABEL_{i}" for i in range(config.labels)]
     pretrained.save(
         folder,
-        params,
+        unstacked(params),
         encoder_names(kind),
         {
             "architectures": [ENCODERS[kind].architecture],

@@ -6,6 +6,9 @@
         x = norm(x + down(gelu(up(x))))      exact GELU (error function)
     logits = head(tanh(dense(x of the first token)))
 
+The layers are one stack of weights, (layers, m, n) for a matrix, and the model scans over them: an
+optimizer updates one array for each kind of weight, and one layer is compiled.
+
 Positions start at `padding + 1`, and padding tokens have position `padding`: a table of 514
 positions serves 512 tokens. Dropout is active only with `rngs`: on the embeddings, the attention
 weights, the output of each attention and MLP block, and in the head.
@@ -183,7 +186,7 @@ class Roberta(nnx.Module):
         self.positions = embedding(config, config.positions, rngs)
         self.kinds = embedding(config, config.kinds, rngs)
         self.norm = layer_norm(config, rngs)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+        self.layers = nnx.vmap(partial(Layer, config))(rngs.split(config.layers))
         self.classifier = Classifier(config, rngs)
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length hidden"]:
@@ -194,10 +197,23 @@ class Roberta(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "batch length"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "batch labels"]:
+        return self.classifier(self.encode(tokens, rngs)[:, 0], rngs)
+
+    def encode(
+        self, tokens: Int[Array, "batch length"], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "batch length hidden"]:
+        """The embeddings of the tokens after all layers."""
+        structure, weights = nnx.split(self.layers)
+        is_token = tokens != self.config.padding
+
+        def apply(x, layer):
+            weights, key = layer
+            rngs = None if key is None else nnx.Rngs(dropout=key)
+            return nnx.merge(structure, weights)(x, is_token, rngs), None
+
         x = drop(self.norm(self.embed(tokens)), self.config.dropout, rngs)
-        for layer in self.layers:
-            x = layer(x, tokens != self.config.padding, rngs)
-        return self.classifier(x[:, 0], rngs)
+        keys = None if rngs is None else jax.random.split(rngs.dropout(), self.config.layers)
+        return jax.lax.scan(apply, x, (weights, keys))[0]
 
 
 def abstract_params(config: RobertaConfig) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def read(config: Config) -> Inputs:
         ValueError: a file is damaged, or a record is malformed.
     """
     shape, weights = hugging_face.read_llama(config.model)
-    shape = replace(shape, dtype=jnp.dtype(config.dtype), remat=config.remat)
+    weights = hugging_face.stacked(weights)
+    shape = replace(shape, scan=True, dtype=jnp.dtype(config.dtype), remat=config.remat)
     tokenizer = hugging_face.read_tokenizer(config.model, shape.vocabulary)
     tokenizer.no_truncation()
     sets: dict[str, Records[tinyagent.Example]] = {

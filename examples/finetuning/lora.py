@@ -7,13 +7,19 @@ from flax import nnx
 
 
 def with_adapters(model: nnx.Module, rank: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Adds LoRA to each linear of the layers: x W + (x A) B, with B initially zero."""
-    for _, module in list(nnx.iter_modules(model.layers)):
-        for name, child in list(vars(module).items()):
-            if isinstance(child, nnx.Linear):
-                m, n = child.in_features, child.out_features
-                lora = nnx.LoRA(m, rank, n, base_module=child, dtype=child.dtype, rngs=rngs)
-                setattr(module, name, lora)
+    """Adds LoRA to each linear of the stack of layers: x W + (x A) B, with B initially zero."""
+
+    @nnx.vmap
+    def extended(layer: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+        for _, module in list(nnx.iter_modules(layer)):
+            for name, child in list(vars(module).items()):
+                if isinstance(child, nnx.Linear):
+                    m, n = child.in_features, child.out_features
+                    lora = nnx.LoRA(m, rank, n, base_module=child, dtype=child.dtype, rngs=rngs)
+                    setattr(module, name, lora)
+        return layer
+
+    model.layers = extended(model.layers, rngs.split(model.config.layers))
     return model
 
 

@@ -218,7 +218,7 @@ class TestBatches:
 
 
 SHAPE = roberta.RobertaConfig(
-    hidden=16, intermediate=24, heads=2, layers=1, vocabulary=20, positions=12
+    hidden=16, intermediate=24, heads=2, layers=2, vocabulary=20, positions=12
 )
 TOKENS = np.random.default_rng(0).integers(4, 20, size=(2, 8)).astype(np.int32)
 
@@ -259,10 +259,11 @@ class TestMethods:
         frozen = jax.tree.map(np.asarray, state.params["frozen"])
         trained = jax.tree.map(np.asarray, state.params["trained"])
         assert set(trained) == {"layers", "classifier"}
-        layer = trained["layers"][0]
-        assert set(layer) == {"query", "key", "value", "out", "up", "down"}
-        assert layer["up"]["lora_a"].shape == (16, 3)
-        assert layer["up"]["lora_b"].shape == (3, 24)
+        layers = trained["layers"]
+        assert set(layers) == {"query", "key", "value", "out", "up", "down"}
+        assert layers["up"]["lora_a"].shape == (2, 16, 3)
+        assert layers["up"]["lora_b"].shape == (2, 3, 24)
+        assert np.all(layers["up"]["lora_a"][0] != layers["up"]["lora_a"][1])
         for step in range(1, 4):
             batch = np.int32(step), TOKENS, labels
             state, _ = lora.train_step(state, batch)
@@ -309,9 +310,9 @@ class TestMethods:
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(2):
             updates, state = update(params, state, params)
-        layer = updates["layers"][0]
-        ranks = [np.linalg.matrix_rank(layer[n]["kernel"], tol=1e-6) for n in ("query", "down")]
-        assert ranks == [3, 3]
+        for name in ("query", "down"):
+            ranks = np.linalg.matrix_rank(updates["layers"][name]["kernel"], tol=1e-6)
+            assert ranks.tolist() == [3, 3]
         assert np.linalg.matrix_rank(updates["classifier"]["dense"]["kernel"], tol=1e-6) == 16
 
     @pytest.mark.slow

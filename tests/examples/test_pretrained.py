@@ -180,6 +180,19 @@ class TestRoberta:
         # Sums of the same terms in another order.
         np.testing.assert_allclose(short, encoder_logits(config, params)[1:], atol=ROUNDING)
 
+    def test_each_layer_has_its_own_dropout(self):
+        config = roberta.RobertaConfig(
+            hidden=16, intermediate=24, heads=2, layers=3, vocabulary=9, positions=4, dropout=0.5
+        )
+        output = lambda model: model.encode(jnp.array([[7]]), nnx.Rngs(dropout=1))
+        weights = np.random.default_rng(0).standard_normal(config.hidden)
+        loss = lambda model: output(model)[0, 0] @ weights
+        grads = nnx.jit(nnx.grad(loss))(config.build(nnx.Rngs(0)))
+        # With one token, the gradient of an output bias is zero where the output is dropped.
+        kept = np.asarray(grads.layers.down.bias[...] != 0)
+        assert len(np.unique(kept, axis=0)) == config.layers
+        assert 0 < kept.mean() < 1
+
     @pytest.mark.slow
     def test_dropout_needs_rngs_and_a_rate(self, roberta_folder):
         config, params = hugging_face.read_encoder(roberta_folder, LABELS)
