@@ -6,8 +6,9 @@
         x = norm(x + down(gelu(up(x))))      exact GELU (error function)
     logits = head(tanh(dense(x of the first token)))
 
-The layers are one stack of weights, (layers, m, n) for a matrix, and the model scans over them: an
-optimizer updates one array for each kind of weight, and one layer is compiled.
+The layers are one stack of weights, (layers, m, n) for a matrix: an optimizer updates one array for
+each kind of weight. The scan over the stack is unrolled: on a CPU, a loop made AdamW's step of
+all-MiniLM-L6-v2 1.07 times as long (32 x 128 tokens).
 
 Positions start at `padding + 1`, and padding tokens have position `padding`: a table of 514
 positions serves 512 tokens. Dropout is active only with `rngs`: on the embeddings, the attention
@@ -213,7 +214,7 @@ class Roberta(nnx.Module):
 
         x = drop(self.norm(self.embed(tokens)), self.config.dropout, rngs)
         keys = None if rngs is None else jax.random.split(rngs.dropout(), self.config.layers)
-        return jax.lax.scan(apply, x, (weights, keys))[0]
+        return jax.lax.scan(apply, x, (weights, keys), unroll=True)[0]
 
 
 def abstract_params(config: RobertaConfig) -> dict[str, Any]:
