@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from natgalore_jax.util.control_flow import BRANCHES, run_if_due, select_value, when
+from tests.helpers.cases import slow
 
 
 @pytest.mark.parametrize("predicate", [False, True])
@@ -13,11 +14,9 @@ def test_when_applies_f_if_true(predicate):
     assert result == 1 + predicate
 
 
-COUNTS = [1, 5, BRANCHES, BRANCHES + 1, BRANCHES**2 + 3]
-
-
-@settings(max_examples=6, deadline=None)
-@given(count=st.sampled_from(COUNTS), places=st.sets(st.integers(0), max_size=3))
+@pytest.mark.parametrize("count", [1, 5, BRANCHES, BRANCHES + 1, *slow(BRANCHES**2 + 3)])
+@settings(max_examples=3, deadline=None)
+@given(places=st.sets(st.integers(0), max_size=3))
 def test_due_functions_run_once_and_few_others(count, places):
     """States count the runs of their functions."""
     due = np.zeros(count, bool)
