@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant(
         "subspace/basis",
         "power step without the gradient",
-        "from_product(matmul(G, matmul(G.mT, P)), P)",
+        "from_product(gram_product(G, P), P)",
         "P",
     ),
     Mutant("subspace/basis", "no shift towards the old basis", "SHIFT = 1e-6", "SHIFT = 0.0"),
@@ -128,6 +128,18 @@ MUTANTS = [
     ),
     Mutant("subspace/transport", "D transposed", "D[0].mT) if D", "D[0]) if D"),
     Mutant(
+        "subspace/refresh_loop",
+        "first due matrix refreshed again",
+        "jnp.argmax(due & (places > i))",
+        "jnp.argmax(due)",
+    ),
+    Mutant(
+        "subspace/residual",
+        "float16 without units",
+        "R = (R / unit).astype(jnp.float16)",
+        "R = R.astype(jnp.float16)",
+    ),
+    Mutant(
         "subspace/residual",
         "mean over all coordinates",
         "(G.shape[a] for a in axes) - math.prod(",
@@ -195,6 +207,12 @@ MUTANTS = [
         "count=state.count",
     ),
     Mutant("subspace/engine", "state of another rank accepted", "        check_fits(state)\n", ""),
+    Mutant(
+        "subspace/engine",
+        "gradients of another tree accepted",
+        "        check_tree(updates, state)\n",
+        "",
+    ),
     Mutant("fisher/window", "slot off by one", "slot = count % size", "slot = (count + 1) % size"),
     Mutant(
         "fisher/window",
@@ -304,7 +322,7 @@ MUTANTS = [
     Mutant(
         "sharding/partitioning",
         "cores multiplied as they are stored",
-        "    return x if aligned == stored else _constrain(x, aligned, leaf)\n",
+        "    return _constrain(x, aligned_partition(role, spec, leaf), leaf)\n",
         "    return x\n",
     ),
     Mutant(
@@ -478,7 +496,7 @@ def rounds(mutant: Mutant, known: list[str]) -> list[list[str]]:
     """What to run, in order: the tests known to fail, the files in FIRST, all other files."""
     first = [f"tests/{name}.py" for name in FIRST[mutant.module]]
     every = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py"))
-    skipped = ("tests/examples/", "tests/docs/", "tests/benchmarks/")
+    skipped = ("tests/examples/", "tests/docs/", "tests/benchmarks/", "tests/test_mutants")
     others = [name for name in every if name not in first and not name.startswith(skipped)]
     return [known, first, others] if known else [first, others]
 

@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..sharding.array_partitions import with_auto_axes
-from ..tree.leaf_spec import core_arrays, replace_cores, require_cores, zeros_at_cores
+from ..tree.cores import core_arrays, replace_cores, require_cores, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.control_flow import run_if_due, when
 from ..util.linalg import POWERS, eye_like, inverse_root, power_of_two, product

@@ -29,7 +29,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..sharding.array_partitions import with_auto_axes
-from ..tree.leaf_spec import core_arrays, replace_cores, require_cores, zeros_at_cores
+from ..tree.cores import core_arrays, replace_cores, require_cores, zeros_at_cores
 from ..tree.state_roles import register_state
 from ..util.linalg import POWERS, eye_like, power_of_two, rounded, symmetric_inverse_root
 from ..util.validation import Scalar, check_choice, check_int, check_number

@@ -16,8 +16,9 @@ from jaxtyping import Array, PyTree
 from ..sharding.array_partitions import use_mesh_of
 from ..subspace.projection import core_dtype, expand_bases
 from ..subspace.state import bases_in, decisions_of, subspace_states
+from ..tree.cores import Basis
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import Basis, LeafSpec, path_name
+from ..tree.leaf_spec import LeafSpec, path_name
 from ..util.text_tables import group_similar, human_bytes, rich_table, table
 from .interpreter import Use, as_arrays, evaluate
 from .loss import Bases, bases_of, program_of

@@ -13,8 +13,8 @@ from jaxtyping import Array, PyTree
 from ..sharding.shard_map import varying_as
 from ..subspace.projection import core_dtype, expand_bases, working_dtype
 from ..subspace.state import SubspaceState, bases_in
+from ..tree.cores import Basis, Core
 from ..tree.flax_boxes import rebox, unbox
-from ..tree.leaf_spec import Basis, Core
 from .interpreter import Use, as_arrays, evaluate
 from .tangent_weight import TangentWeight, tag
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
-from ..tree.leaf_spec import is_core
+from ..tree.cores import is_core
 from .value_and_grad import value_and_grad as pure_value_and_grad
 
 

@@ -35,8 +35,8 @@ from ..sharding.partitioning import ParamPartitions, aligned_partition
 from ..subspace.projection import refresh_and_project
 from ..subspace.refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
 from ..subspace.state import Flattened, SubspaceState, bases_in, flatten, settings_of
+from ..tree.cores import Basis, Core, cores
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import Basis, Core, cores
 from ..util.control_flow import when
 from ..util.linalg import max_abs, norms
 from .loss import Bases, Result, bases_of, like_params, zeros_of

@@ -14,8 +14,9 @@ from ..lowrank_grads.loss import Bases, bases_of
 from ..reporting.memory_report import bytes_by_leaf, nbytes
 from ..subspace.projection import core_dtype
 from ..subspace.state import decisions_of, subspace_states
+from ..tree.cores import Basis
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import Basis, LeafSpec, path_name
+from ..tree.leaf_spec import LeafSpec, path_name
 
 
 @dataclasses.dataclass(frozen=True)

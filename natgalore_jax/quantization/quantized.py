@@ -13,9 +13,9 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from ..sharding.boxed_state import box_parts, box_state, named_leaves
+from ..tree.cores import cores
 from ..tree.flax_boxes import is_box, rebox_like, unbox, unbox_cores
 from ..tree.flax_serialization import register_with_flax
-from ..tree.leaf_spec import cores
 from ..tree.state_roles import Undeclared, register_state, roles_of, walk
 from ..util.validation import check_choice, check_int
 from .dynamic_8bit import GENERATOR, LINEAR, LINEAR_4BIT, SQUARE, Code

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, PyTree
 
 from ..sharding.array_partitions import array_partition, explicit_mesh, with_auto_axes
 from ..sharding.partitioning import add_axes, divisible_partition, mesh_axes
+from ..tree.cores import Basis
 from ..tree.flax_serialization import serializable
-from ..tree.leaf_spec import Basis
 from ..util.linalg import matmul
 from .dynamic_8bit import Code, block_size, code_of, decode, encode
 

@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from ..sharding.array_partitions import array_partition, with_auto_axes
-from ..tree.leaf_spec import cores
+from ..tree.cores import cores
 from ..tree.state_roles import register_state
 from ..util.validation import check_int
 from .dynamic_8bit import GENERATOR

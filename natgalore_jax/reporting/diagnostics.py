@@ -16,8 +16,9 @@ from ..fisher.window import FisherState
 from ..subspace.basis import normalised, to_core
 from ..subspace.projection import expand_bases
 from ..subspace.state import SubspaceState, bases_in
+from ..tree.cores import cores, is_core
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import LeafSpec, cores, is_core, path_name
+from ..tree.leaf_spec import LeafSpec, path_name
 from ..util.linalg import matmul
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from ..tree.cores import Basis, Core
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import Basis, Core, path_name
+from ..tree.leaf_spec import path_name
 from ..tree.state_roles import owner
 from ..util.text_tables import human_bytes, table
 

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from ..tree.leaf_spec import is_core, path_name
+from ..tree.cores import is_core
+from ..tree.leaf_spec import path_name
 
 
 def varying_axes(x: Any) -> frozenset[str]:

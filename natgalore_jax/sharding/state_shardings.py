@@ -8,8 +8,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from ..tree.cores import is_core
 from ..tree.flax_boxes import unbox
-from ..tree.leaf_spec import LeafSpec, is_core
+from ..tree.leaf_spec import LeafSpec
 from ..tree.state_roles import owner, walk
 from ..util.validation import check_choice
 from .array_partitions import use_partitions

@@ -24,27 +24,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from ..quantization.quantized_array import dequantize, is_quantized, requantize
-from ..quantization.staged_update import in_stages
+from ..quantization.quantized_array import dequantize, requantize
 from ..sharding.array_partitions import partitions_of, with_auto_axes
 from ..sharding.boxed_state import box_state, named_leaves
 from ..sharding.partitioning import LeafPartition, ParamPartitions, role_partition, state_partition
 from ..sharding.shard_map import check_reduced, varying_as
+from ..tree.cores import Basis, Core, allow_no_cores, cores, is_core, replace_cores
 from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores, with_boxes
 from ..tree.flax_serialization import register_with_flax
-from ..tree.leaf_spec import (
-    Basis,
-    Core,
-    LeafSpec,
-    allow_no_cores,
-    cores,
-    is_core,
-    replace_cores,
-)
+from ..tree.leaf_spec import LeafSpec
 from ..tree.state_roles import walk
 from ..util.validation import Scalar
 from .basis import basis_key
-from .learning_rate_check import RateFree, check_learning_rate
+from .inner import Inner
+from .learning_rate_check import check_learning_rate
 from .projection import (
     Projected,
     from_subspace,
@@ -65,7 +58,7 @@ from .state import (
     flatten,
 )
 from .transport import check_roles
-from .weight_decay import inspect, refuse_evaluation, update_with_decay
+from .weight_decay import inspect
 
 
 class Engine:
@@ -81,14 +74,12 @@ class Engine:
         residual_momentum: Scalar | None,
         residual_scale: Scalar,
     ):
-        self.inner = optax.with_extra_args_support(inner)
-        self.rate_free = isinstance(inner, RateFree)
+        self.inner = Inner(inner)
         self.refresh = refresh
         self.scale = scale
         self.residual = residual
         self.residual_momentum = residual_momentum
         self.residual_scale = residual_scale
-        self._jitted_inner = jax.jit(self._inner_update, static_argnums=0)
 
     def init(self, params: PyTree, specs: PyTree, reasons: dict[str, str]) -> SubspaceState:
         """The state for `params`.
@@ -100,7 +91,7 @@ class Engine:
         """
         register_with_flax()
         named = named_leaves(params)
-        inner, params = with_boxes(self.inner, params), unbox(params)
+        inner, params = with_boxes(self.inner.transformation, params), unbox(params)
         partitions = partitions_of(params)
         settings = self.settings(reasons)
         specs = jax.tree.map(
@@ -143,7 +134,7 @@ class Engine:
         proxies = jax.tree.map(proxy, params, specs)
         inner_state = allow_no_cores(inner.init(proxies))
         origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
-        if self.residual is not None and not self.rate_free and cores(proxies):
+        if self.residual is not None and not self.inner.rate_free and cores(proxies):
             check_learning_rate(inner, proxies, sized=self.residual in RESIDUALS)
         if self.refresh.transport is not None:
             check_roles(inner_state, origins)
@@ -214,7 +205,7 @@ class Engine:
         for i, spec, x in zip(places, specs, states, strict=True):
             finite[i], inputs[i] = x.finite, Core(x.R, spec)
         cores_in = treedef.unflatten([inputs[i] for i in range(len(gradients))])
-        answer, decay, inner_state = self.run_inner(
+        answer, decay, inner_state = self.inner.update(
             boxes, cores_in, state.inner_state, params, extra_args
         )
 
@@ -292,59 +283,6 @@ class Engine:
         momentum, inner_state = state.inner_state
         return state._replace(inner_state=inner_state), momentum
 
-    def run_inner(
-        self,
-        boxes: PyTree,
-        updates: PyTree,
-        state: PyTree,
-        params: PyTree,
-        extra_args: dict[str, Any],
-    ) -> tuple[PyTree, list[Any], PyTree]:
-        """Inner's answer, its decay of each Core and its new state, decoded in stages."""
-        proxies = None
-        if params is not None:
-            proxy = lambda x, w: (
-                x.replace(jnp.zeros_like(x.value)) if is_core(x) else to_working_dtype(w)
-            )
-            proxies = jax.tree.map(proxy, updates, params, is_leaf=is_core)
-        has_boxes = jax.tree.structure(boxes) != jax.tree.structure(unbox(boxes))
-        box_def = jax.tree.structure(boxes) if has_boxes else None
-        # Arrays and numbers are traced; functions, such as a loss, would need whole weights.
-        static = {k: x for k, x in extra_args.items() if not _is_numeric(x)}
-        static = {k: refuse_evaluation if callable(x) else x for k, x in static.items()}
-        arrays = {k: x for k, x in extra_args.items() if k not in static}
-        if static:
-            update = jax.jit(
-                lambda updates, state, params: self._inner_update(
-                    box_def, updates, state, params, arrays | static
-                )
-            )
-        else:
-            update = lambda *trees: self._jitted_inner(box_def, *trees, arrays)
-
-        leaves, treedef = jax.tree.flatten(state, is_leaf=is_quantized)
-        coded = [i for i, x in enumerate(leaves) if is_quantized(x)]
-        if not coded:
-            return update_with_decay(update, updates, state, proxies)
-
-        def on_codes(codes):
-            now = treedef.unflatten(_replaced(leaves, coded, codes))
-            answer, decay, new = update_with_decay(update, updates, dequantize(now), proxies)
-            new = treedef.flatten_up_to(requantize(new, now))
-            others = _replaced(new, coded, [None] * len(coded))
-            return (answer, decay, others), [new[i] for i in coded]
-
-        (answer, decay, new), codes = in_stages(on_codes, [leaves[i] for i in coded])
-        return answer, decay, treedef.unflatten(_replaced(new, coded, codes))
-
-    def _inner_update(
-        self, box_def: Any, updates: PyTree, state: PyTree, params: PyTree, extra_args: Any
-    ) -> tuple[PyTree, PyTree]:
-        inner = self.inner
-        if box_def is not None:
-            inner = with_boxes(inner, box_def.unflatten(range(box_def.num_leaves)))
-        return inner.update(updates, state, params, **extra_args)
-
 
 def _params_at_cores(updates: PyTree, params: PyTree) -> PyTree:
     """`updates` with the params, in their boxes, where it has Cores.
@@ -383,17 +321,6 @@ def _placed(state: SubspaceState, partitions: ParamPartitions) -> SubspaceState:
         return partitions.place(x, jax.sharding.PartitionSpec()) if jnp.ndim(x) == 0 else x
 
     return walk(state, at)
-
-
-def _is_numeric(x: Any) -> bool:
-    """Whether x is a tree of arrays and numbers."""
-    return all(isinstance(leaf, jax.typing.ArrayLike) for leaf in jax.tree.leaves(x))
-
-
-def _replaced(values: list[Any], places: list[int], new: list[Any]) -> list[Any]:
-    """The list with the values at `places` replaced."""
-    replaced = dict(zip(places, new, strict=True))
-    return [replaced.get(i, x) for i, x in enumerate(values)]
 
 
 def _count(n: Any, event: Array) -> Any:

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import AbstractMesh, use_abstract_mesh
 from jaxtyping import PyTree
 
-from ..tree.leaf_spec import Core, cores, is_core
+from ..tree.cores import Core, cores, is_core
 from .weight_decay import Misread
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from ..quantization.quantized_array import decode_basis, with_keys_of, without_keys
 from ..sharding.distributed import on_whole_matrices, over_layers
 from ..sharding.partitioning import LeafPartition, align, is_divided_further, store
-from ..tree.leaf_spec import LeafSpec, is_core
+from ..tree.cores import is_core
+from ..tree.leaf_spec import LeafSpec
 from ..util.linalg import max_abs
 from ..util.orthogonalize import polar
 from .basis import expand, from_core, to_core
@@ -188,6 +189,12 @@ def zero_where_not(finite: Bool[Array, "*batch"], x: Float[Array, "*batch a b"])
     return jnp.where(finite[..., None, None], x, 0)
 
 
+def finite_part(spec: LeafSpec, finite: Bool[Array, "*batch"], x: Float[Array, "..."]) -> Array:
+    """x, in the leaf's shape, with zeros for the matrices that are not finite."""
+    mask = jnp.broadcast_to(finite[..., None, None], (*spec.batch_shape, spec.m, spec.n))
+    return jnp.where(spec.from_view(mask), x, 0)
+
+
 @functools.partial(jax.jit, static_argnames=("spec", "partition", "residual", "dtype"))
 def from_subspace(
     spec: LeafSpec,
@@ -252,9 +259,3 @@ def from_subspace(
         a, W = decay
         full = full + finite_part(spec, finite, a * W.astype(U.dtype))
     return full.astype(dtype), M
-
-
-def finite_part(spec: LeafSpec, finite: Bool[Array, "*batch"], x: Float[Array, "..."]) -> Array:
-    """x, in the leaf's shape, with zeros for the matrices that are not finite."""
-    mask = jnp.broadcast_to(finite[..., None, None], (*spec.batch_shape, spec.m, spec.n))
-    return jnp.where(spec.from_view(mask), x, 0)

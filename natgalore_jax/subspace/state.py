@@ -11,8 +11,9 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from ..quantization.quantized_array import TAKES_CODES, is_quantized
+from ..tree.cores import Basis, cores, is_core, replace_cores
 from ..tree.flax_boxes import unbox_cores
-from ..tree.leaf_spec import Basis, LeafSpec, cores, is_core, path_name, replace_cores
+from ..tree.leaf_spec import LeafSpec, path_name
 from ..tree.state_roles import (
     fits,
     is_per_matrix,
@@ -230,14 +231,13 @@ def check_tree(updates: PyTree, state: SubspaceState) -> None:
     Raises:
       ValueError: the message names a leaf that only one of the trees has.
     """
-    (leaves, treedef), (known, expected) = (
-        jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_core)
-        for tree in (updates, state.skipped)
-    )
-    if treedef == expected:
+    given, known = (jax.tree.structure(x, is_leaf=is_core) for x in (updates, state.skipped))
+    if given == known:
         return
-    apart = {path_name(path) for path, _ in leaves} ^ {path_name(path) for path, _ in known}
-    found = f"; only one of them has `{min(apart)}`" if apart else f": {treedef} and {expected}"
+    named = jax.tree_util.tree_leaves_with_path
+    names = lambda tree: {path_name(path) for path, _ in named(tree, is_leaf=is_core)}
+    apart = names(updates) ^ names(state.skipped)
+    found = f"; only one of them has `{min(apart)}`" if apart else f": {given} and {known}"
     raise ValueError(
         "the gradients are another tree than the params at `init`" + found + ". A mask, or the "
         "labels of optax.partition, must be the same at `init` and `update`."

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from ..sharding.array_partitions import with_auto_axes
-from ..tree.leaf_spec import cores, is_core, replace_cores
+from ..tree.cores import cores, is_core, replace_cores
 from ..util.jaxprs import CALLS, called, read
 
 

@@ -20,7 +20,8 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from .leaf_spec import Basis, Core, is_core, path_name
+from .cores import Basis, Core, is_core
+from .leaf_spec import path_name
 
 
 VALUE = (jax.tree_util.GetAttrKey("value"),)

@@ -16,7 +16,8 @@ import optax
 import optax.contrib
 from jaxtyping import PyTree
 
-from .leaf_spec import Basis, Core, LeafSpec
+from .cores import Basis, Core
+from .leaf_spec import LeafSpec
 
 
 Role = str

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
-from natgalore_jax.tree.leaf_spec import Core
+from natgalore_jax.tree.cores import Core
 from tests.helpers.fisher import N, R, as_core
 
 

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from natgalore_jax.tree.leaf_spec import Core, LeafSpec
+from natgalore_jax.tree.cores import Core
+from natgalore_jax.tree.leaf_spec import LeafSpec
 
 
 R, N = 4, 6

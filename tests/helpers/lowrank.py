@@ -18,7 +18,7 @@ import natgalore_jax as natgalore
 from natgalore_jax.lowrank_grads.loss import backward
 from natgalore_jax.subspace.basis import expand, to_core
 from natgalore_jax.subspace.state import SubspaceState
-from natgalore_jax.tree.leaf_spec import Basis, Core, cores
+from natgalore_jax.tree.cores import Basis, Core, cores
 from tests.helpers.compiling import AS_FOR_USERS
 
 

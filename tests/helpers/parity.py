@@ -22,7 +22,8 @@ import optax
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import svd
-from natgalore_jax.tree.leaf_spec import Core, LeafSpec
+from natgalore_jax.tree.cores import Core
+from natgalore_jax.tree.leaf_spec import LeafSpec
 from tests.oracle import oracles
 
 

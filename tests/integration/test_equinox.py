@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
-from natgalore_jax.tree.leaf_spec import Core, cores
+from natgalore_jax.tree.cores import Core, cores
 
 
 STEPS = 4  # through two refreshes of each matrix

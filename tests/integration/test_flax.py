@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
 import natgalore_jax as natgalore
-from natgalore_jax.tree.leaf_spec import Basis, Core
+from natgalore_jax.tree.cores import Basis, Core
 from tests.helpers.cases import quick
 
 

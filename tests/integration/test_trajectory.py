@@ -21,7 +21,7 @@ import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand, svd
 from natgalore_jax.subspace.refresh import due
 from natgalore_jax.subspace.state import SubspaceState
-from natgalore_jax.tree.leaf_spec import Basis, core_arrays
+from natgalore_jax.tree.cores import Basis, core_arrays
 from tests.helpers.compiling import AS_FOR_USERS
 from tests.oracle import oracles
 

@@ -16,7 +16,7 @@ import natgalore_jax as natgalore
 from benchmarks.common.hlo import collectives
 from examples.common.llama import Llama, LlamaConfig, next_token_loss
 from natgalore_jax.lowrank_grads.loss import backward
-from natgalore_jax.tree.leaf_spec import core_arrays, cores
+from natgalore_jax.tree.cores import core_arrays, cores
 from tests.helpers.cases import slow
 from tests.helpers.compiling import AS_FOR_USERS
 from tests.helpers.lowrank import (

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import natgalore_jax as natgalore
-from natgalore_jax.tree.leaf_spec import Core
+from natgalore_jax.tree.cores import Core
 
 
 RANK, ATOL = 3, 2e-5

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
 from natgalore_jax.lowrank_grads import value_and_grad as module
-from natgalore_jax.tree.leaf_spec import core_arrays
+from natgalore_jax.tree.cores import core_arrays
 from tests.helpers.cases import slow
 from tests.helpers.lowrank import (
     OPTIMIZERS,

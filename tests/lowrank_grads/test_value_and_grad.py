@@ -13,8 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import natgalore_jax as natgalore
 from examples.common.llama import Llama, LlamaConfig, next_token_loss
+from natgalore_jax.tree.cores import Core, cores
 from natgalore_jax.tree.flax_boxes import unbox
-from natgalore_jax.tree.leaf_spec import Core, cores
 from tests.helpers.cases import quick
 from tests.helpers.lowrank import (
     OPTIMIZERS,

@@ -11,7 +11,7 @@ from flax import linen
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand
-from natgalore_jax.tree.leaf_spec import cores
+from natgalore_jax.tree.cores import cores
 from tests.helpers.cases import slow
 
 

@@ -16,7 +16,7 @@ import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand
 from natgalore_jax.subspace.refresh import GROUPS, due
 from natgalore_jax.subspace.state import FORMAT_VERSION
-from natgalore_jax.tree.leaf_spec import cores
+from natgalore_jax.tree.cores import cores
 from tests.helpers.cases import quick, slow
 from tests.helpers.compiling import AS_FOR_USERS
 

@@ -10,8 +10,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from natgalore_jax.tree.cores import Core
 from natgalore_jax.tree.flax_boxes import axis_names, is_box, rebox, unbox
-from natgalore_jax.tree.leaf_spec import Core, LeafSpec
+from natgalore_jax.tree.leaf_spec import LeafSpec
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
-from natgalore_jax.tree.leaf_spec import Basis, Core, LeafSpec
+from natgalore_jax.tree.cores import Basis, Core
+from natgalore_jax.tree.leaf_spec import LeafSpec
 from natgalore_jax.tree.state_roles import ROLES, Undeclared, register_state, walk
 
 

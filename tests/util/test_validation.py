@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import natgalore_jax as natgalore
-from natgalore_jax.tree.leaf_spec import Basis
+from natgalore_jax.tree.cores import Basis
 from natgalore_jax.util.validation import check_bytes
 
 
