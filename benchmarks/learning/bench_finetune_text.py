@@ -3,7 +3,7 @@
     python examples/finetuning/fetch_text.py --out runs/text              the encoder and the texts
     python benchmarks/learning/bench_finetune_text.py --prepare runs/text  tokens, into runs/study
     python benchmarks/learning/bench_finetune_text.py --minutes 12        the first searches
-    python benchmarks/learning/bench_finetune_text.py --workers 12 --gpus 4   all searches
+    python benchmarks/learning/bench_finetune_text.py --workers 6        six at a time
     python benchmarks/learning/bench_finetune_text.py --list              remaining searches
     python benchmarks/learning/bench_finetune_text.py --show              the table
 
@@ -23,8 +23,8 @@ batches, dropout and initial head follow from a run's seed. One program serves a
 heads have 64 outputs, of which a task uses as many as it has labels.
 
 A search is one line of --out; a search that --out already has is not repeated. `--shard 0/4` does
-every fourth search only. Peak memory and step times are measured for one run alone, by
-bench_finetune.py with the same methods.
+the searches of every fourth method only. Peak memory and step times are measured for one run alone,
+by bench_finetune.py with the same methods.
 """
 
 import argparse
@@ -88,10 +88,10 @@ def methods() -> Iterator[tuple[str, Method]]:
         return method(optimizer, first, **{"rank": 8, "freeze_embeddings": True} | settings)
 
     # natural_galore as the library's defaults have it; `scale` is that of the subspace.
-    natural = partial(low_rank, "natural_galore", 2e-5, fisher="none", residual="whitened", scale=1)
+    natural = partial(low_rank, "natural_galore", 5e-5, fisher="none", residual="whitened", scale=1)
     yield "adamw", method("adamw", 2e-5)
     yield "lora-8", method("lora", 2e-4, rank=8)
-    yield "galore-8", low_rank("galore", 1e-4)
+    yield "galore-8", low_rank("galore", 5e-5)
     yield "natural_galore-8", natural()
     yield "window-8", low_rank("natural_galore", 1e-4, fisher="window")  # the paper's form
     yield "muon", method("muon", 5e-5)
@@ -100,10 +100,10 @@ def methods() -> Iterator[tuple[str, Method]]:
     yield "adamw-frozen", method("adamw", 2e-5, freeze_embeddings=True)
     for rank in (4, 32):
         yield f"lora-{rank}", method("lora", 2e-4, rank=rank)
-        yield f"galore-{rank}", low_rank("galore", 1e-4, rank=rank)
+        yield f"galore-{rank}", low_rank("galore", 5e-5, rank=rank)
         yield f"natural_galore-{rank}", natural(rank=rank)
     yield "window-4", low_rank("natural_galore", 1e-4, fisher="window", rank=4)
-    yield "galore-8-all", low_rank("galore", 1e-4, freeze_embeddings=False)
+    yield "galore-8-all", low_rank("galore", 5e-5, freeze_embeddings=False)
     yield "natural_galore-8-all", natural(freeze_embeddings=False)
 
 
@@ -128,22 +128,20 @@ class Search(NamedTuple):
 
 
 def searches() -> list[Search]:
-    """All searches of the study, in the order of their importance."""
-    first, last = TASKS[:2], TASKS[2:]
+    """All searches of the study, in the order of their importance; a program's together."""
     others = [name for name in METHODS if name not in MAIN]
     parts = [
-        ("pretrained", 32, MAIN, first),
-        ("pretrained", 32, others, first),
-        ("pretrained", 32, METHODS, last),
-        ("pretrained", 16, MAIN, TASKS),
-        ("random", 32, MAIN, TASKS),
-        ("pretrained", 128, MAIN, TASKS),
+        ("pretrained", 32, MAIN),
+        ("pretrained", 32, others),
+        ("pretrained", 16, MAIN),
+        ("random", 32, MAIN),
+        ("pretrained", 128, MAIN),
     ]
     return [
         Search(start, size, name, task)
-        for start, size, names, tasks in parts
-        for task in tasks
+        for start, size, names in parts
         for name in names
+        for task in TASKS
     ]
 
 
@@ -478,17 +476,25 @@ def search_of(line: dict[str, Any]) -> Search:
 
 
 def left(args: argparse.Namespace) -> list[Search]:
-    """The searches that --out does not have yet."""
+    """The searches of the shard that --out does not have yet."""
+    index, number = map(int, args.shard.split("/"))
     have = done(args.out)
-    return [
+    wanted = [
         search
         for search in searches()
-        if search not in have
-        and search.method in args.methods
+        if search.method in args.methods
         and search.batch_size in args.batches
         and search.start in args.starts
         and search.task in args.tasks
     ]
+    compiled = list(dict.fromkeys(program_key(search) for search in wanted))
+    mine = compiled[index::number]
+    return [search for search in wanted if program_key(search) in mine and search not in have]
+
+
+def program_key(search: Search) -> tuple[str, int, str]:
+    """The searches of a program differ in their task alone."""
+    return search.start, search.batch_size, search.method
 
 
 def show(file: Path) -> None:
@@ -588,7 +594,7 @@ def main() -> None:
     parser.add_argument("--starts", type=words, default=["pretrained", "random"])
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--minutes", type=float, default=600, help="begin nothing after this time")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th search from I")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th program from I")
     parser.add_argument("--workers", type=int, help="start this many processes, one shard each")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs for the workers")
     args = parser.parse_args()
@@ -607,10 +613,8 @@ def main() -> None:
     elif args.workers:
         spawn(args)
     else:
-        index, number = map(int, args.shard.split("/"))
-        mine = searches()[index::number]
-        todo = [search for search in left(args) if search in mine]
-        if index == 0:
+        todo = left(args)
+        if args.shard.startswith("0/"):
             append(args.out, {"environment": environment()})
         for search in todo:
             if time.time() < args.until:

@@ -88,6 +88,7 @@ def test_finished_searches_are_not_left(tmp_path):
             "methods": list(study.METHODS),
             "batches": [16, 32, 128],
             "starts": ["pretrained", "random"],
+            "shard": "0/1",
             **options,
         },
     )
@@ -104,6 +105,10 @@ def test_finished_searches_are_not_left(tmp_path):
     study.append(out, {"environment": {}})
     study.append(out, search._asdict() | {"runs": runs})
     assert study.left(args()) == study.searches()[1:]
+    shards = [study.left(args(shard=f"{i}/4")) for i in range(4)]
+    assert sorted(x for shard in shards for x in shard) == sorted(study.left(args()))
+    programs = [{study.program_key(x) for x in shard} for shard in shards]
+    assert sum(map(len, programs)) == len(set.union(*programs))  # each is compiled once
     assert {x.batch_size for x in study.left(args(batches=[16]))} == {16}
     assert {x.task for x in study.left(args(tasks=["r52"]))} == {"r52"}
     summary = study.summary(study.read(out), search)
