@@ -112,9 +112,8 @@ TASKS = {
 
 def config_of(task: Task, method: str, args: argparse.Namespace) -> settings.Config:
     """The example's settings for a method."""
-    window = method == "window"
-    settings: dict[str, Any] = {"optimizer": "natural_galore" if window else method}
-    settings["fisher"] = "window" if window else task.config.fisher
+    paper = {"optimizer": "natural_galore", "fisher": "window", "residual": "none"}
+    settings: dict[str, Any] = paper if method == "window" else {"optimizer": method}
     settings |= {"steps": 1000, "rank": args.rank or task.config.rank}
     if method in bench_finetune_text.METHODS:
         settings |= bench_finetune_text.METHODS[method].settings

@@ -87,22 +87,23 @@ def methods() -> Iterator[tuple[str, Method]]:
     def low_rank(optimizer: str, first: float, **settings: Any) -> Method:
         return method(optimizer, first, **{"rank": 8, "freeze_embeddings": True} | settings)
 
-    # natural_galore as the library's defaults have it; `scale` is that of the subspace.
-    natural = partial(low_rank, "natural_galore", 5e-5, fisher="none", residual="whitened", scale=1)
+    # natural_galore as the defaults of the library have it, and without residual.
+    natural = partial(low_rank, "natural_galore", 5e-5, fisher="none", residual="whitened")
+    fisher = partial(low_rank, "natural_galore", 1e-4, residual="none")
     yield "adamw", method("adamw", 2e-5)
     yield "lora-8", method("lora", 2e-4, rank=8)
     yield "galore-8", low_rank("galore", 5e-5)
     yield "natural_galore-8", natural()
-    yield "window-8", low_rank("natural_galore", 1e-4, fisher="window")  # the paper's form
+    yield "window-8", fisher(fisher="window")  # the paper's form
     yield "muon", method("muon", 5e-5)
     yield "natural_galore-core-8", natural(fisher="core")
-    yield "core-8", low_rank("natural_galore", 1e-4)
+    yield "core-8", fisher(fisher="core")
     yield "adamw-frozen", method("adamw", 2e-5, freeze_embeddings=True)
     for rank in (4, 32):
         yield f"lora-{rank}", method("lora", 2e-4, rank=rank)
         yield f"galore-{rank}", low_rank("galore", 5e-5, rank=rank)
         yield f"natural_galore-{rank}", natural(rank=rank)
-    yield "window-4", low_rank("natural_galore", 1e-4, fisher="window", rank=4)
+    yield "window-4", fisher(fisher="window", rank=4)
     yield "galore-8-all", low_rank("galore", 5e-5, freeze_embeddings=False)
     yield "natural_galore-8-all", natural(freeze_embeddings=False)
 

@@ -19,7 +19,7 @@ pass the model and its loss to make_functions (examples/finetuning/training.py).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from examples.common import command_line
 from examples.common.command_line import HIDDEN, one_of, shown_as, unset
@@ -49,6 +49,12 @@ class Config(finetune_text.Config):
     label: Annotated[str, HIDDEN] = ""
     rank: Annotated[int | None, shown_as("INT")] = 4
     """Rank of the projection, and of LoRA."""
+    scale: Annotated[float | None, shown_as("FLOAT")] = 4.0
+    """Factor on the updates of projected weights."""
+    fisher: Literal["core", "window", "none"] = "core"
+    """Fisher stage of natural_galore; window is the paper's form."""
+    residual: Literal["none", "whitened"] = "none"
+    """Residual of natural_galore; whitened orthogonalises the rest of each gradient."""
     batch_size: int = 16
     """Records per batch."""
     epochs: int = 30

@@ -25,7 +25,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ from examples.finetuning import classification, records, settings, training
 from examples.finetuning.classification import Example, Task
 
 
-OPTIMIZERS = settings.optimizers(natural_galore=5e-4, galore=5e-4, adamw=2e-4, lora=2e-3, muon=2e-4)
+OPTIMIZERS = settings.optimizers(natural_galore=2e-4, galore=2e-4, adamw=1e-4, lora=1e-3, muon=1e-4)
 VALIDATION = ("validation", "dev", "valid")
 LARGEST_TABLE = 12  # labels; for more, the most frequent confusions are printed
 
@@ -73,12 +73,18 @@ class Config(settings.Config):
     """Optimizer. Default: natural_galore."""
     lr: Annotated[float | None, unset("FLOAT")] = None
     """Peak learning rate, after linear warm-up (6 % of the steps), before linear decay to 0.
-    Default: 5e-4 for natural_galore and galore, 2e-4 for adamw and muon, 2e-3 for lora."""
+    Default: 2e-4 for natural_galore and galore, 1e-4 for adamw and muon, 1e-3 for lora."""
     head_lr: Annotated[float | None, shown_as("FLOAT")] = 5e-3
     """Peak learning rate of the classifier, which AdamW trains beside any optimizer: a new head
     needs a higher rate than pretrained weights. None: --optimizer trains it, at --lr."""
     rank: Annotated[int | None, shown_as("INT")] = 8
     """Rank of the projection, and of LoRA."""
+    scale: Annotated[float | None, unset("FLOAT")] = None
+    """Factor on the updates of projected weights. Default: 1 with a residual, 4 without."""
+    fisher: Literal["core", "window", "none"] = "none"
+    """Fisher stage of natural_galore; window is the paper's form."""
+    residual: Literal["none", "whitened"] = "whitened"
+    """Residual of natural_galore; whitened orthogonalises the rest of each gradient."""
     batch_size: int = 32
     """Records per batch."""
     epochs: int = 3

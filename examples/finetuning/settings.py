@@ -30,7 +30,7 @@ class Config(command_line.Run):
     """Skip malformed records instead of stopping with an error."""
     rank: Annotated[int | None, shown_as("INT")] = 4
     """Rank of the projection, and of LoRA."""
-    scale: float = 4.0
+    scale: Annotated[float | None, shown_as("FLOAT")] = 4.0
     """Factor on the updates of projected weights."""
     fisher: Literal["core", "window", "none"] = "core"
     """Fisher stage of natural_galore; window is the paper's form."""
@@ -49,7 +49,7 @@ class Config(command_line.Run):
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.scale < float("inf"):
+        if self.scale is not None and not 0 < self.scale < float("inf"):
             raise ValueError(f"--scale must be above 0 and finite, got {self.scale}")
         for name in ("model", "data"):
             path = getattr(self, name)
@@ -78,10 +78,11 @@ class Recipe(NamedTuple):
 
 def low_rank(schedule: optax.Schedule, config: Config, **settings: Any):
     """natural_galore with b2 = 0.999, as AdamW has here and the paper has."""
+    scale = 4.0 if settings["residual"] is None else 1.0
     return natgalore.natural_galore(
         schedule,
         rank=config.rank,
-        scale=config.scale,
+        scale=scale if config.scale is None else config.scale,
         refresh_every=config.refresh_every,
         weight_decay=config.weight_decay,
         b2=0.999,

@@ -74,7 +74,7 @@ def test_methods_are_settings_of_the_example():
         assert config.freeze_embeddings == frozen
     assert study.config_of("window-4").fisher == "window"
     config = study.config_of("natural_galore-8")  # the library's defaults
-    assert (config.fisher, config.residual, config.scale) == ("none", "whitened", 1)
+    assert (config.fisher, config.residual, config.scale) == ("none", "whitened", None)
 
 
 def test_finished_searches_are_not_left(tmp_path):
