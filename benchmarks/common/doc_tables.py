@@ -16,12 +16,14 @@ import argparse
 import itertools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learning import bench_finetune_text as study
 from benchmarks.learning.convergence import results as convergence
 
 
@@ -565,6 +567,44 @@ def finetune() -> Iterator[Row]:
                 *(megabytes(row[f"{x}_bytes"]) for x in ("weights", "state", "temp", "total")),
                 ratio(row["total_bytes"], adamw["total_bytes"]),
             )
+
+
+FINETUNED = {
+    "adamw": "AdamW",
+    "adamw-frozen": "AdamW, embeddings fixed",
+    "muon": "Muon",
+    "lora-8": "LoRA, rank 8",
+    "lora-32": "LoRA, rank 32",
+    "galore-4": "GaLore, rank 4",
+    "galore-8": "GaLore, rank 8",
+    "window-8": "paper's form, rank 8",
+    "core-8": "core Fisher, rank 8",
+    "natural_galore-core-8": "core Fisher and residual, rank 8",
+    "natural_galore-4": "`natural_galore`, rank 4",
+    "natural_galore-8": "**`natural_galore`, rank 8**",
+}
+
+
+@table(
+    "finetune-text",
+    *("optimizer", "state", "Reuters R52", "Debian sections", "20 Newsgroups", "mean", "macro-F1"),
+)
+def finetune_text() -> Iterator[Row]:
+    found = study.read(RESULTS / "finetune_text.jsonl")
+    states = read("finetune-bytes")["tasks"]["minilm"]["methods"]
+    for method, name in FINETUNED.items():
+        searches = [study.Search("pretrained", 32, method, task) for task in study.TASKS]
+        results = [study.summary(found, search) for search in searches]
+        assert None not in results, f"the study lacks a task of {method}"
+        yield (
+            name,
+            megabytes(states[method]["state_bytes"], 1),
+            *(f"{x.accuracy:.2f} ± {x.deviation:.2f}" for x in results),
+            *(
+                f"{statistics.mean(getattr(x, y) for x in results):.2f}"
+                for y in ("accuracy", "macro_f1")
+            ),
+        )
 
 
 @cache
