@@ -439,7 +439,7 @@ def run(search: Search, args: argparse.Namespace) -> None:
     runs = first + one(runs=rounds(METHODS[search.method].rates, first))
     seconds = round(time.perf_counter() - begin, 1)
     line = search._asdict() | {"epochs": args.epochs, "runs": runs, "seconds": seconds}
-    append(args.out, line)
+    append(args.out, line | {"environment": environment()})
     found = summary([line], search)
     print(*search, f"accuracy {found}, {seconds} s", flush=True)
 
@@ -463,7 +463,7 @@ def append(file: Path, line: dict[str, Any]) -> None:
 def read(file: Path) -> list[dict[str, Any]]:
     """The searches in a results file."""
     lines = file.read_text().splitlines() if file.exists() else []
-    return [line for line in map(json.loads, lines) if "method" in line]
+    return [json.loads(line) for line in lines]
 
 
 def done(file: Path) -> set[Search]:
@@ -614,10 +614,7 @@ def main() -> None:
     elif args.workers:
         spawn(args)
     else:
-        todo = left(args)
-        if args.shard.startswith("0/"):
-            append(args.out, {"environment": environment()})
-        for search in todo:
+        for search in left(args):
             if time.time() < args.until:
                 run(search, args)
 

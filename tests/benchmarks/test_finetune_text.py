@@ -102,7 +102,6 @@ def test_finished_searches_are_not_left(tmp_path):
         for rate, accuracies in ((1.0, (0.1,)), (2.0, (0.7, 0.8, 0.9)), (3.0, (0.5,)))
         for seed, accuracy in enumerate(accuracies)
     ]
-    study.append(out, {"environment": {}})
     study.append(out, search._asdict() | {"runs": runs})
     assert study.left(args()) == study.searches()[1:]
     shards = [study.left(args(shard=f"{i}/4")) for i in range(4)]
