@@ -16,6 +16,9 @@ TRIPS = r'known_trip_count"?:\{"n":"(\d+)"'
 CONSTANT = r"%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)"
 BELOW = r"ROOT .* compare\(%[\w.\-]+, %([\w.\-]+)\), direction=LT"
 CONDITION = r"condition=%?([\w.\-]+)"
+# XLA:TPU runs a collective in parts beside other operations. Each part repeats the instruction with
+# the id of its chain; it is counted where the chain starts.
+LINK, CHAIN_START = 'chain_id="', 'custom_call_target="AsyncCollectiveStart"'
 CALLED = r"(calls|to_apply|body|(?:true|false|branch|called)_computations?)=(\{[^}]*\}|%?[\w.\-]+)"
 
 
@@ -63,9 +66,10 @@ def collectives(program: str) -> list[Collective]:
     everyone = int(devices[1]) if devices else 1
     limits = trip_counts(program)
     here = entry = ""
+    links: list[Collective] = []
     for line in program.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            here = head[2]
+            here, links = head[2], []
             entry = here if head[1] else entry
             continue
         group = group_size(line) or everyone
@@ -82,7 +86,9 @@ def collectives(program: str) -> list[Collective]:
             if here.startswith("all-reduce-scatter"):
                 # XLA:TPU's reduce-scatter: an all-reduce and a slice in one fused computation.
                 one = one._replace(kind="reduce-scatter", size=size // one.group)
-            own[here].append(one)
+            (links if LINK in line else own[here]).append(one)
+        elif CHAIN_START in line:
+            own[here] += links
         noted, condition = re.search(TRIPS, line), re.search(CONDITION, line)
         trips = int(noted[1]) if noted else limits.get(condition[1]) if condition else None
         for how, names in re.findall(CALLED, line):

@@ -58,7 +58,7 @@ def polar(
     """Approximates U Vᵀ of X = U Σ Vᵀ.
 
     Low precision is sufficient: GPUs compute in float16, TPUs, which have none, in bfloat16 by the
-    direct form, unless `jax_default_matmul_precision` is "highest". The result is rounded once.
+    direct form, unless `jax_default_matmul_precision` is "highest".
 
     Args:
       X: with a Frobenius norm of at most 8, for float16 to hold A², and with ridge = 0 of
@@ -91,37 +91,45 @@ def orthogonalised(
     coefficients: tuple[tuple[float, float, float], ...] = COEFFICIENTS,
     unroll: bool = True,
 ) -> Float[Array, "*batch m n"]:
-    """`polar` for m ≤ n, with factors in `dtype` and sums in X's, by (3) or the direct form."""
+    """`polar` for m ≤ n, with factors in `dtype`, by (3) or the direct form.
+
+    Unrolled, the last product is summed in X's dtype. The loop of the direct form has one body for
+    all steps, half the products to compile, and its result is rounded to `dtype`.
+    """
     wide, X = X.dtype, X.astype(dtype)
     steps, last = jnp.asarray(coefficients, wide), len(coefficients) - 1
-    A = X @ X.mT
-    s = schatten_norm(A.astype(wide), ridge)
 
-    def q(A, i, unit=1.0):
-        """q(A / s²) / unit. Products stay in units of s²: another pass would divide them."""
+    def q(A, s, i):
+        """q(A / s²), over s in the last step. Products stay in units of s²: a pass would divide."""
         a, b, c = steps[i]
+        unit = jnp.where(i == last, s, 1.0)
         return ((a * eye_like(A) + b / s**2 * A + c / s**4 * (A @ A)) / unit).astype(dtype)
 
     if gram:
+        A = X @ X.mT
+        s = schatten_norm(A.astype(wide), ridge)
 
         def on_gram(i, AqQ):
             A, factor, Q = AqQ
             A = (A @ factor) @ factor
-            factor = q(A, i, jnp.where(i == last, s, 1.0))
+            factor = q(A, s, i)
             return A, factor, factor @ Q
 
-        first = q(A, 0)
+        first = q(A, s, 0)
         *_, Q = lax.fori_loop(1, last + 1, on_gram, (A, first, first), unroll=unroll)
-    else:
+        return jnp.matmul(Q, X, preferred_element_type=wide)
 
-        def direct(i, XA):
-            X, A = XA
-            X = q(A, i) @ X
-            return X, X @ X.mT
+    def direct(i, Xs, result=dtype):
+        X, s = Xs
+        A = X @ X.mT
+        s = jnp.where(i == 0, schatten_norm(A.astype(wide), ridge), s)
+        return jnp.matmul(q(A, s, i), X, preferred_element_type=result), s
 
-        X, A = lax.fori_loop(0, last, direct, (X, A), unroll=unroll)
-        Q = q(A, last, s)
-    return jnp.matmul(Q, X, preferred_element_type=wide)
+    one = jnp.ones_like(X[..., :1, :1], wide)
+    if unroll:
+        Xs = lax.fori_loop(0, last, direct, (X, one), unroll=True)
+        return direct(last, Xs, wide)[0]
+    return lax.fori_loop(0, last + 1, direct, (X, one))[0].astype(wide)
 
 
 def schatten_norm(

@@ -111,6 +111,50 @@ ENTRY %main (x: f32[128,2048]) -> f32[128,256] {
     assert (one.kind, one.hot, one.received) == ("reduce-scatter", True, 128 * 2048 * 4 * 7 / 8)
 
 
+def test_chained_collective_of_tpus_counts_once():
+    """XLA:TPU runs it in parts, beside other products; each part repeats it in the program."""
+    program = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%start (p: bf16[16,32]) -> (bf16[16,32], bf16[128,32]) {
+  %all-gather.1 = bf16[128,32]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}, \
+frontend_attributes={chain_id="5"}
+  ROOT %custom-call.1 = (bf16[16,32], bf16[128,32]) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%part (p: bf16[16,32], q: bf16[128,32]) -> (f32[64,64], bf16[128,32]) {
+  %convolution.1 = f32[64,64]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+  %all-gather.2 = bf16[128,32]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}, \
+frontend_attributes={chain_id="5"}
+  ROOT %tuple = (f32[64,64], bf16[128,32]) tuple(%convolution.1, %all-gather.2)
+}
+
+%done (p: bf16[16,32], q: bf16[128,32]) -> bf16[128,32] {
+  %all-gather.3 = bf16[128,32]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}, \
+frontend_attributes={chain_id="5"}
+  ROOT %custom-call.2 = bf16[128,32] custom-call(%p, %q, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+%body (t: (s32[])) -> (s32[]) {
+  %fusion.2 = (f32[64,64], bf16[128,32]) fusion(%s), kind=kOutput, calls=%part
+}
+
+%end (t: (s32[])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[16,32]) -> bf16[128,32] {
+  %async-collective-start = (bf16[16,32], bf16[128,32]) fusion(%x), kind=kCustom, calls=%start
+  %products = (s32[]) while(%t), condition=%end, body=%body, \
+backend_config={"known_trip_count":{"n":"8"}}
+  ROOT %async-collective-done = bf16[128,32] fusion(%s, %q), kind=kCustom, calls=%done
+}
+"""
+    assert collectives(program) == [Collective("all-gather", [(128, 32)], 2 * 128 * 32, 8)]
+
+
 def test_doctests():
     from benchmarks.common import hlo
 

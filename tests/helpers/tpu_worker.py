@@ -72,8 +72,11 @@ def facts(program: Program) -> dict[str, Any]:
 
 
 def update(name: str, topology: str) -> dict[str, Any]:
+    """The update, and the bytes that `plan` counts for one chip's part of its arguments."""
     step = update_step(OPTIMIZERS[name](), shapes(), mesh_of(topology))
-    return facts(step.compile(options=OPTIONS))
+    part = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+    planned = sum(nbytes_on_tpu(part(x)) for x in jax.tree.leaves(step.arguments))
+    return facts(step.compile(options=OPTIONS)) | {"planned": planned}
 
 
 def one_chip(name: str, topology: str) -> dict[str, Any]:
