@@ -200,7 +200,7 @@ def tpu_cells(row: dict[str, Any]) -> Row:
         gib("peak"),
         gib("weights", "state"),
         gib("temporaries"),
-        gib("moved"),
+        gib("moved") if "moved" in row else "",
         f"{row['compile_seconds']:.0f}",
     )
 
