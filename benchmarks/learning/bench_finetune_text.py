@@ -3,7 +3,7 @@
     python examples/finetuning/fetch_text.py --out runs/text              the encoder and the texts
     python benchmarks/learning/bench_finetune_text.py --prepare runs/text  tokens, into runs/study
     python benchmarks/learning/bench_finetune_text.py --minutes 12        the first searches
-    python benchmarks/learning/bench_finetune_text.py --workers 6        six at a time
+    python benchmarks/learning/bench_finetune_text.py --workers 6           six at a time
     python benchmarks/learning/bench_finetune_text.py --list              remaining searches
     python benchmarks/learning/bench_finetune_text.py --show              the table
 
@@ -87,7 +87,7 @@ def methods() -> Iterator[tuple[str, Method]]:
     def low_rank(optimizer: str, first: float, **settings: Any) -> Method:
         return method(optimizer, first, **{"rank": 8, "freeze_embeddings": True} | settings)
 
-    # natural_galore as the defaults of the library have it, and without residual.
+    # The defaults of the library, and the Fisher stages without a residual.
     natural = partial(low_rank, "natural_galore", 5e-5, fisher="none", residual="whitened")
     fisher = partial(low_rank, "natural_galore", 1e-4, residual="none")
     yield "adamw", method("adamw", 2e-5)

@@ -3,17 +3,7 @@ import jax.numpy as jnp
 import optax
 
 from natgalore_jax.tree.cores import Core, cores, replace_cores
-from natgalore_jax.tree.leaf_spec import LeafSpec
-
-
-KERNEL = LeafSpec(
-    path=(jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel")),
-    shape=(3, 8, 20),
-    batch=(0,),
-    rows=(1,),
-    cols=(2,),
-    rank=4,
-)
+from tests.helpers.leaf_specs import KERNEL
 
 
 def test_key_of_a_core_child_repeats_its_parents_key():

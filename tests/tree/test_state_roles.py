@@ -7,18 +7,8 @@ import pytest
 
 import natgalore_jax as natgalore
 from natgalore_jax.tree.cores import Basis, Core
-from natgalore_jax.tree.leaf_spec import LeafSpec
 from natgalore_jax.tree.state_roles import ROLES, Undeclared, register_state, walk
-
-
-KERNEL = LeafSpec(
-    path=(jax.tree_util.DictKey("up"), jax.tree_util.DictKey("kernel")),
-    shape=(3, 8, 20),
-    batch=(0,),
-    rows=(1,),
-    cols=(2,),
-    rank=4,
-)
+from tests.helpers.leaf_specs import KERNEL
 
 
 def test_walk_passes_role_and_spec_of_every_array():
