@@ -160,13 +160,17 @@ def plot(runs: Sequence[Run], title: str = "") -> "Figure":
         axes.plot(tokens, losses, color=f"C{i}", marker="o", markersize=4, label=label)
     title = title or f"Llama {header['config']['size']}"
     axes.set_title(f"{title} ({header['parameters'] / 1e6:,.2f} M parameters)", loc="left")
-    in_bytes = header["config"].get("dataset", "text") == "text"
+    pretraining = "size" in header["config"]
+    in_bytes = pretraining and header["config"].get("dataset", "text") == "text"
     axes.set_xlabel("tokens (bytes of text)" if in_bytes else "tokens")
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set_ylabel(f"loss (nats per {'byte' if in_bytes else 'token'})")
+    unit = f"nats per {'byte' if in_bytes else 'token'}" if pretraining else "nats"
+    axes.set_ylabel(f"loss ({unit})")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(
-        FixedLocator([0.6, 0.8, 1, 1.2, 1.4, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10])
+        FixedLocator(
+            [0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10]
+        )
     )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()

@@ -96,6 +96,9 @@ class TestReport:
         (axes,) = run_display.plot(runs).axes
         assert axes.get_xlabel() == "tokens (bytes of text)"
         assert axes.get_ylabel() == "loss (nats per byte)"
+        tuning = [run._replace(header=header | {"config": {"optimizer": "adamw"}}) for run in runs]
+        (tuned,) = run_display.plot(tuning, "r8").axes
+        assert (tuned.get_xlabel(), tuned.get_ylabel()) == ("tokens", "loss (nats)")
         train, validation, *other = axes.lines
         np.testing.assert_array_equal(train.get_xydata(), [[2048, 5.0], [4096, 4.0]])
         np.testing.assert_array_equal(validation.get_xydata(), [[0, 5.5], [4096, 4.5]])
