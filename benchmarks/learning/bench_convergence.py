@@ -25,7 +25,7 @@ from benchmarks.common.environment import environment
 from benchmarks.learning.convergence import corpus, results
 from benchmarks.learning.convergence.contenders import contender
 from benchmarks.learning.convergence.search import next_run
-from benchmarks.learning.convergence.training import SIZES, Setting, compiled, train
+from benchmarks.learning.convergence.training import SIZES, Setting, Start, compiled, train
 
 
 USUAL = {  # size: vocabulary, steps, batch, length
@@ -149,7 +149,7 @@ def search(args: argparse.Namespace, setting: Setting, text: corpus.Corpus) -> N
         program, records = programs[name], []
         print(f"{name}, rate {rate:g}, seed {seed}: ", end="", flush=True)
         began = time.time()
-        for record in train(program, setting, text, rate, seed):
+        for (record,) in train(program, setting, text, [Start(rate, seed)]):
             records.append(record)
             if len(records) % 4 == 0 or record["validation_loss"] is None:
                 print(f"{results.loss_of(record):.3f} ", end="", flush=True)

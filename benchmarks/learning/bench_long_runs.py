@@ -8,9 +8,13 @@ The runs are those of RUNS, in order of importance. Every worker process takes t
 not finished, is not taken by another worker, and can end before the time is over; each finished
 run is a file of one line in --out, so the same command continues, and `--done` names files of
 results whose runs are not repeated. A run that is cut leaves its records so far, NAME.part.
+
+Runs that differ in rate and seed alone are one program under `vmap`, --together of them: a small
+model does not fill a GPU. Their lines have `together`, and their seconds are those of all of them.
 """
 
 import argparse
+import collections
 import hashlib
 import json
 import os
@@ -27,7 +31,7 @@ import jax
 from benchmarks.common.environment import environment
 from benchmarks.learning.convergence import corpus, results
 from benchmarks.learning.convergence.search import near
-from benchmarks.learning.convergence.training import SIZES, Setting, compiled, train
+from benchmarks.learning.convergence.training import SIZES, Setting, Start, compiled, train
 
 
 class Job(NamedTuple):
@@ -83,6 +87,11 @@ class Job(NamedTuple):
         flops = 6 * weights * setting.batch * setting.length
         return 40 + self.steps * (model.layers * launching + flops / 1.5e14)
 
+    @property
+    def program(self) -> "Job":
+        """Equal for runs of one program."""
+        return self._replace(rate=0.0, seed=0)
+
 
 MOMENTUM = "natural_galore:residual_momentum=0.95"
 IN_8_BITS = "+bits=8"
@@ -108,8 +117,30 @@ def middle(method: str, rate: float, **settings: Any) -> Job:
     return Job(method, rate, "11m", 13_700, settings=tuple(settings.items()))
 
 
+def seeds(job: Job) -> Iterator[Job]:
+    """The job with three seeds."""
+    for seed in range(3):
+        yield job._replace(seed=seed)
+
+
+def around(method: str, rate: float) -> Iterator[Job]:
+    """Small runs at twice and half a rate, and with three seeds at the rate."""
+    yield from seeds(small(method, rate))
+    yield small(method, 2 * rate)
+    yield small(method, rate / 2)
+
+
 def runs() -> Iterator[Job]:
     """All runs, the most telling of each size first."""
+    # 6M weights, 20 tokens per weight: three seeds, the rates beside the best, and variants.
+    best = MOMENTUM + IN_8_BITS + "+rank=16+residual_scale=0.4"
+    yield from around(best, 2.5e-3)
+    yield from around("muon", 1e-2)
+    yield from around("adamw_b2_95", 2e-3)
+    for variant in ("+b2=0.95", GENTLE["power 1/4, damping 1"], GENTLE["power 1/4"]):
+        yield from seeds(small(best + variant, 2.5e-3))
+    yield from around("natural_galore:bits=8", 2.5e-3)
+    yield from around("muon:bits=8", 1e-2)
     # 6M weights, 20 tokens per weight: with and without momentum, of the residual or before.
     yield small("natural_galore", 2.5e-3)
     yield small(MOMENTUM, 2.5e-3)
@@ -223,6 +254,19 @@ def remaining(args: argparse.Namespace, text: corpus.Corpus | None = None) -> li
     return [job for job in shortened if job.size in args.sizes and not is_done(job)]
 
 
+# Peers with a condition on every step, which `vmap` would turn into both of its branches.
+ALONE = ("soap", "cosmos", "ldadam", "dion", "fira", "apollo", "apollo_mini")
+
+
+def claimed(job: Job, taken: Path) -> bool:
+    """Takes the job, unless another worker has."""
+    try:
+        (taken / job.name).mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
 def work(args: argparse.Namespace) -> None:
     """One worker: takes runs until the time is over."""
     jax.config.update("jax_compilation_cache_dir", str(args.cache.absolute() / "programs"))
@@ -231,48 +275,59 @@ def work(args: argparse.Namespace) -> None:
     pace = args.workers * args.pace  # processes of one GPU share it
     while True:
         left = args.until - time.time()
-        fitting = (job for job in remaining(args, text) if job.seconds * pace < left)
-        for job in fitting:
-            try:
-                (taken / job.name).mkdir()
-            except FileExistsError:
-                continue
-            break
-        else:
+        jobs = remaining(args, text)
+        alike = collections.Counter(job.program for job in jobs)
+        seconds = [together_seconds(job, alike[job.program], args) for job in jobs]
+        fitting = (job for job, x in zip(jobs, seconds, strict=True) if x * pace < left)
+        first = next((job for job in fitting if claimed(job, taken)), None)
+        if first is None:
             print(f"no run fits into {left:.0f} s", flush=True)
             return
+        chosen = [first]
+        if first.method.partition(":")[0] not in ALONE:
+            for job in jobs:
+                if len(chosen) < args.together and job.program == first.program:
+                    chosen += [job] if claimed(job, taken) else []
         began = time.time()
-        part = args.out / f"{job.name}.part"
         try:
-            line = result(job, text, part)
-        except Exception:  # of one run; the others go on
-            print(f"{tuple(job)} failed", flush=True)
+            lines = result(chosen, text, args.out)
+        except Exception:  # of one program; the others go on
+            print(f"{tuple(first)} failed", flush=True)
             traceback.print_exc()
             continue
-        pace = 1.1 * (time.time() - began) / job.seconds
-        losses = " ".join(f"{results.loss_of(x):.3f}" for x in line["records"][3::4])
-        print(f"{tuple(job)}: {losses} in {time.time() - began:.0f} s", flush=True)
-        part.rename(part.with_suffix(".jsonl"))
+        pace = 1.1 * (time.time() - began) / together_seconds(first, len(chosen), args)
+        for job, line in zip(chosen, lines, strict=True):
+            losses = " ".join(f"{results.loss_of(x):.3f}" for x in line["records"][3::4])
+            print(f"{tuple(job)}: {losses} in {time.time() - began:.0f} s", flush=True)
+            part = args.out / f"{job.name}.part"
+            part.rename(part.with_suffix(".jsonl"))
 
 
-def result(job: Job, text: corpus.Corpus, path: Path) -> dict[str, Any]:
-    """The line of a run in the results file, also written to `path` at every validation."""
-    program = compiled(job.method, job.setting)
-    line = {
-        "setting": job.setting.recorded,
+def together_seconds(job: Job, alike: int, args: argparse.Namespace) -> float:
+    """Estimated time of the runs of one program: another run costs half of the first."""
+    return job.seconds * (1 + min(alike, args.together)) / 2
+
+
+def result(jobs: list[Job], text: corpus.Corpus, folder: Path) -> list[dict[str, Any]]:
+    """The lines of runs in the results file, also written to NAME.part at every validation."""
+    first = jobs[0]
+    program = compiled(first.method, first.setting, together=len(jobs) > 1)
+    about = {
+        "setting": first.setting.recorded,
         "data": text.about,
         "environment": environment(),
-        "method": job.method,
-        "rate": job.rate,
-        "seed": job.seed,
+        "method": first.method,
         "state_bytes": program.state_bytes,
         "matrix_state_bytes": program.matrix_state_bytes,
-        "records": [],
     }
-    for record in train(program, job.setting, text, job.rate, job.seed):
-        line["records"].append(record)
-        path.write_text(json.dumps(line) + "\n")
-    return line
+    about |= {"together": len(jobs)} if len(jobs) > 1 else {}
+    lines = [about | {"rate": job.rate, "seed": job.seed, "records": []} for job in jobs]
+    starts = [Start(job.rate, job.seed) for job in jobs]
+    for records in train(program, first.setting, text, starts):
+        for job, line, record in zip(jobs, lines, records, strict=True):
+            line["records"].append(record)
+            (folder / f"{job.name}.part").write_text(json.dumps(line) + "\n")
+    return lines
 
 
 def supervise(args: argparse.Namespace) -> None:
@@ -317,6 +372,9 @@ def arguments() -> argparse.Namespace:
         type=int,
         default=1,
         help="processes of one GPU; with 5 a step of AdamW took 23 ms, of ours more than 70 ms",
+    )
+    parser.add_argument(
+        "--together", type=int, default=6, help="runs of one program, of several rates and seeds"
     )
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument(

@@ -24,6 +24,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 import natgalore_jax as natgalore
@@ -123,13 +124,23 @@ ldadam = functools.partial(peers.ldadam, b1=0.908, b2=0.99)
 adamw_b2_95 = functools.partial(optax.adamw, b2=0.95)
 
 
+def matrices_of_stacks(params: Any) -> Any:
+    """Each kernel as a stack of matrices, for Muon."""
+    return jax.tree.map(
+        lambda w: optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1), params
+    )
+
+
+muon = functools.partial(optax.contrib.muon, muon_weight_dimension_numbers=matrices_of_stacks)
+
+
 FUNCTIONS: dict[str, tuple[Any, float, bool]] = {  # function, first rate, stacked
     "adamw": (optax.adamw, 2.5e-4, True),
     "adamw_b2_95": (adamw_b2_95, 2.5e-4, True),
     "galore": (natgalore.galore, 6.25e-4, True),
     "natural_galore": (natgalore.natural_galore, 1.25e-3, True),
     "contrib_galore": (contrib_galore, 6.25e-4, False),
-    "muon": (optax.contrib.muon, 2.5e-3, False),
+    "muon": (muon, 2.5e-3, True),
     "soap": (peers.soap, 5e-4, True),
     "cosmos": (peers.cosmos, 1.25e-4, True),
     "fira": (peers.fira, 6.25e-4, True),

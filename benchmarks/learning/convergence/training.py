@@ -9,7 +9,7 @@ compiled once, with the learning rate as an argument.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -102,13 +102,14 @@ class Setting:
 
 
 class Program(NamedTuple):
-    """An optimizer's compiled functions, and the size of its state.
+    """An optimizer's compiled functions, for one run or several, and the size of its state.
 
     Attributes:
-      init: seed -> (weights, state).
-      step: ((weights, state), tokens, starts, rate, rest_rate) -> ((weights, state), loss).
-      loss: (weights, tokens, starts) -> the mean loss.
-      state_bytes: bytes of the full state.
+      init: seeds, one of each run -> (weights, state) of the runs.
+      step: ((weights, state), tokens, starts, rates, rest_rate) -> ((weights, state), losses).
+        Starts and rates have a first axis for the runs, as have seeds and losses.
+      loss: (weights, tokens, starts) -> the mean loss of each run, of the same sequences.
+      state_bytes: bytes of the full state of a run.
       matrix_state_bytes: bytes of the state of the layers' matrices.
     """
 
@@ -136,8 +137,16 @@ def stacked(params: dict[str, Any]) -> dict[str, Any]:
     return params | {"layers": jax.tree.map(lambda *ws: jnp.stack(ws), *each)}
 
 
-def compiled(name: str, setting: Setting) -> Program:
-    """The compiled functions of a contender."""
+def compiled(name: str, setting: Setting, together: bool = False) -> Program:
+    """The compiled functions of a contender.
+
+    Args:
+      name: of the contender.
+      setting: of the runs.
+      together: whether the functions are those of several runs in one program, by `vmap`, or of a
+        single one. A small model alone does not fill a GPU. A peer that is refreshed under a
+        condition computes both branches of the condition on every step under `vmap`.
+    """
     config, contender = setting.model, contender_of(name)
     structure = llama.structure(config)
     to_contender = (lambda x: x) if contender.stacked else (lambda x: unstacked(x, config.layers))
@@ -173,12 +182,27 @@ def compiled(name: str, setting: Setting) -> Program:
         )
         return (optax.apply_updates(params, from_contender(updates)), state), value
 
+    def several():
+        return (
+            jax.vmap(init),
+            jax.vmap(step, in_axes=(0, None, 0, 0, None)),
+            jax.vmap(loss, in_axes=(0, None, None)),
+        )
+
+    def single():
+        def first(carry, tokens, starts, rates, rest_rate):
+            carry, value = step(carry, tokens, starts[0], rates[0], rest_rate)
+            return carry, value[None]
+
+        return lambda seeds: init(seeds[0]), first, lambda *args: loss(*args)[None]
+
     _, state = jax.eval_shape(init, 0)
     size = lambda tree: sum(map(nbytes, jax.tree.leaves(tree)))
+    init_runs, step_runs, loss_runs = several() if together else single()
     return Program(
-        jax.jit(init),
-        jax.jit(step, donate_argnums=0),
-        jax.jit(loss),
+        jax.jit(init_runs),
+        jax.jit(step_runs, donate_argnums=0),
+        jax.jit(loss_runs),
         size(state),
         size(state[1].inner_states["matrices"]),
     )
@@ -190,45 +214,57 @@ def starts_of(tokens: Any, setting: Setting, seed: int, step: int) -> np.ndarray
     return random.integers(len(tokens) - setting.length, size=setting.batch, dtype=np.int32)
 
 
-def train(
-    program: Program, setting: Setting, corpus: Corpus, rate: float, seed: int
-) -> Iterator[dict[str, Any]]:
-    """Trains and yields a record at each validation: step, tokens, seconds, and both losses.
+class Start(NamedTuple):
+    """What differs between the runs of a program: peak learning rate, and seed."""
 
-    Seconds are those of the steps, without the first, which compiles. A run whose loss is not
-    finite ends there, with None for the losses.
+    rate: float
+    seed: int
+
+
+def train(
+    program: Program, setting: Setting, corpus: Corpus, runs: Sequence[Start]
+) -> Iterator[list[dict[str, Any]]]:
+    """Trains and yields the records of all runs at each validation.
+
+    A record has step, tokens, seconds, and both losses. Seconds are those of the steps of all runs,
+    without the first step, which compiles. The losses of a run that is not finite are None, and
+    training ends if no run is finite.
     """
     tokens, held_out = jnp.asarray(corpus.train), jnp.asarray(corpus.validation)
     spread = np.linspace(
         0, len(corpus.validation) - setting.length - 1, VALIDATION_BATCHES * setting.batch
     )
     groups = np.split(spread.astype(np.int32), VALIDATION_BATCHES)
-    carry = program.init(seed)
+    rates = np.array([run.rate for run in runs])
+    carry = program.init(np.array([run.seed for run in runs]))
     losses, seconds, mark = [], 0.0, time.perf_counter()
     every = max(1, setting.steps // VALIDATIONS)
     for step in range(setting.steps):
         part = setting.schedule(step)
-        starts = starts_of(corpus.train, setting, seed, step)
-        carry, loss = program.step(carry, tokens, starts, rate * part, setting.rest_rate * part)
+        starts = np.stack([starts_of(corpus.train, setting, run.seed, step) for run in runs])
+        carry, loss = program.step(carry, tokens, starts, rates * part, setting.rest_rate * part)
         losses.append(loss)
         if step == 0:
             jax.block_until_ready(carry)
             mark = time.perf_counter()
         if (step + 1) % every and step + 1 < setting.steps:
             continue
-        train_loss = float(np.mean(jax.device_get(losses)))
+        train_losses = np.mean(jax.device_get(losses), axis=0)
         jax.block_until_ready(carry)
         seconds += time.perf_counter() - mark
         whole = [program.loss(carry[0], held_out, group) for group in groups]
-        validation_loss = float(np.mean(jax.device_get(whole)))
-        finite = math.isfinite(train_loss) and math.isfinite(validation_loss)
-        yield {
-            "step": step + 1,
-            "tokens": (step + 1) * setting.batch * setting.length,
-            "seconds": round(seconds, 4),
-            "train_loss": train_loss if finite else None,
-            "validation_loss": validation_loss if finite else None,
-        }
-        if not finite:
+        validation_losses = np.mean(jax.device_get(whole), axis=0)
+        finite = np.isfinite(train_losses) & np.isfinite(validation_losses)
+        yield [
+            {
+                "step": step + 1,
+                "tokens": (step + 1) * setting.batch * setting.length,
+                "seconds": round(seconds, 4),
+                "train_loss": float(train_losses[i]) if is_finite else None,
+                "validation_loss": float(validation_losses[i]) if is_finite else None,
+            }
+            for i, is_finite in enumerate(finite)
+        ]
+        if not finite.any():
             return
         losses, mark = [], time.perf_counter()
