@@ -13,7 +13,8 @@ methods have the same model and batch and take turns, step by step; compare with
 Methods are those of the examples and those of bench_finetune_text.py, by their names. `window`
 is `natural_galore` in the paper's form. Bytes are those of the compiled step: weights and state,
 which are its arguments, and temporaries. With --steps 0 nothing is run. Methods that --out already
-holds for the same task and machine are not measured again.
+holds for the same task and machine are not measured again. With --profile further steps are traced:
+kernels, and their time on the device.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +38,7 @@ from rich.table import Table
 
 from benchmarks.common.environment import environment
 from benchmarks.learning import bench_finetune_text
+from benchmarks.speed.profile_step import operations
 from examples.common import bert, llama, roberta, run_log
 from examples.finetuning import (
     finetune_function_calling,
@@ -182,6 +185,16 @@ def measure(task: Task, args: argparse.Namespace, found: dict[str, Any], save) -
                 "median_step_seconds": median,
                 "tokens_per_second": tokens.size / median,
             }
+    for method in states if args.profile else ():
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(args.profile):
+                    step(method)
+            found = operations(folder).values()
+        methods[method] |= {
+            "kernels": sum(x.times for x in found) / args.profile,
+            "device_ms": sum(x.taken for x in found) / args.profile / 1e3,
+        }
     save()
 
 
@@ -222,6 +235,7 @@ def main():
     parser.add_argument("--batch-size", type=int, help="records; by default the example's")
     parser.add_argument("--length", type=int, help="tokens of a record")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", type=int, default=0, help="steps to trace")
     parser.add_argument("--minutes", type=float, default=60, help="compile nothing after this time")
     parser.add_argument("--out", type=pathlib.Path, default="runs/finetune.json")
     args = parser.parse_args()

@@ -137,8 +137,11 @@ def runs() -> Iterator[Job]:
     yield from around(best, 2.5e-3)
     yield from around("muon", 1e-2)
     yield from around("adamw_b2_95", 2e-3)
-    for variant in ("+b2=0.95", GENTLE["power 1/4, damping 1"], GENTLE["power 1/4"]):
-        yield from seeds(small(best + variant, 2.5e-3))
+    yield from seeds(small(best + GENTLE["power 1/4, damping 1"], 2.5e-3))
+    # Fewer bytes.
+    yield from around("natural_galore:bits=8+rank=16", 2.5e-3)
+    yield from around("muon:bits=8+momentum_bits=4", 1e-2)
+    yield from around(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
     yield from around("natural_galore:bits=8", 2.5e-3)
     yield from around("muon:bits=8", 1e-2)
     # 6M weights, 20 tokens per weight: with and without momentum, of the residual or before.

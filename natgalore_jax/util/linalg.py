@@ -170,7 +170,7 @@ def cholesky_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """`orthonormalise` by Cholesky factors of YᵀY, or by reflections if these do not converge.
 
     Columns of Y are first scaled to length 1. Q ← Q R⁻¹, with R the Cholesky factor of QᵀQ + εI,
-    brings Q nearer to orthonormal; ε keeps the factorisation from failing. After one to four steps
+    brings Q nearer to orthonormal; ε keeps the factorisation from failing. After two to four steps
     a last step with ε = 0 is orthonormal to rounding. R is triangular, so all steps have the Q of
     Y.
 
@@ -182,22 +182,27 @@ def cholesky_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
         R = jnp.linalg.cholesky(gram).mT
         return matmul(Q, lax.linalg.triangular_solve(R, eye_like(R), left_side=True, lower=False))
 
-    def step(Qn):
-        Q, gram, n = Qn
+    def step(Q, gram):
         shift = 4 * jnp.finfo(Q.dtype).eps * jnp.trace(gram)
         Q = times_inverse(Q, gram + shift * eye_like(gram))
-        return Q, matmul(Q.mT, Q), n + 1
+        return Q, matmul(Q.mT, Q)
+
+    def by_reflections(Q, gram):
+        # Row-major, else every step that reads P would transpose cuSOLVER's column-major result.
+        return with_layout_constraint(householder_qr(Y), Layout((0, 1))), eye_like(gram)
+
+    def next_step(state):
+        Q, gram, n = state
+        return *lax.cond(n < 4, step, by_reflections, Q, gram), n + 1
 
     length = jnp.sqrt(jnp.square(Y).sum(axis=0, keepdims=True))
     Q = Y / jnp.where(length > 0, length, 1.0)
-    is_far = lambda Qn: ~is_near_identity(Qn[1]) & (Qn[2] < 4)
-    Q, gram, _ = lax.while_loop(is_far, step, (Q, matmul(Q.mT, Q), 0))
-
-    def by_reflections():
-        # Row-major, else every step that reads P would transpose cuSOLVER's column-major result.
-        return with_layout_constraint(householder_qr(Y), Layout((0, 1)))
-
-    return lax.cond(is_near_identity(gram), lambda: times_inverse(Q, gram), by_reflections)
+    # Two steps without a test: the host of a GPU waits for each condition, which takes as long as
+    # a step. Bases in training need two or three.
+    Q, gram = step(*step(Q, matmul(Q.mT, Q)))
+    is_far = lambda state: ~is_near_identity(state[1]) & (state[2] <= 4)
+    Q, gram, _ = lax.while_loop(is_far, next_step, (Q, gram, 2))
+    return times_inverse(Q, gram)
 
 
 def is_near_identity(gram: Float[Array, "r r"]) -> Bool[Array, ""]:

@@ -143,6 +143,38 @@ def test_cholesky_qr_needs_no_fallback(sketch, monkeypatch):
     assert np.isfinite(cholesky_qr(jnp.asarray(sketches()[sketch], jnp.float32))).all()
 
 
+def test_several_cholesky_qrs_equal_single_ones():
+    """One matrix of them needs more steps than the others, another one the fallback."""
+    names = ["normal", "one step from a warm basis", "zero"]
+    stack = jnp.asarray(np.stack([sketches()[name] for name in names]), jnp.float32)
+    together = jax.jit(jax.vmap(cholesky_qr))(stack)
+    for i, one in enumerate(stack):
+        # Rounding of the products, times the condition of the second sketch, 1e3.
+        np.testing.assert_allclose(together[i], jax.jit(cholesky_qr)(one), atol=1e-4)
+
+
+def test_cholesky_qr_waits_for_one_condition(monkeypatch):
+    """Also under `vmap`, where a condition on the fallback would become a select of both."""
+    calls = []
+
+    def recorded(Y):
+        jax.debug.callback(lambda: calls.append(1))
+        return householder_qr(Y)
+
+    monkeypatch.setattr(linalg, "householder_qr", recorded)
+    Y = jnp.asarray(sketches()["normal"], jnp.float32)
+    for factorise, y in ((cholesky_qr, Y), (jax.vmap(cholesky_qr), jnp.stack([Y, 2 * Y]))):
+        names = [eqn.primitive.name for eqn in jax.make_jaxpr(factorise)(y).eqns]
+        assert names.count("while") == 1
+        assert "cond" not in names
+        jax.block_until_ready(jax.jit(lambda y, f=factorise: f(y))(y))
+        jax.effects_barrier()
+        assert not calls
+    jax.block_until_ready(jax.jit(lambda y: cholesky_qr(y))(0 * Y))
+    jax.effects_barrier()
+    assert calls
+
+
 def test_cholesky_qr_propagates_nan():
     assert not np.isfinite(cholesky_qr(jnp.full((8, 2), jnp.nan))).any()
 
