@@ -75,13 +75,16 @@ class Display:
                 f"validation {record['validation_loss']:.3f}",
                 *(f"{name} {value:.3f}" for name, value in record.get("metrics", {}).items()),
             ]
-        step, status = record["step"], self.validation
+        # In a terminal the last validation stays in the status; a line has only its own.
+        keeps = self.console.is_interactive or "validation_loss" in record
+        validation = self.validation if keeps else []
+        step, status = record["step"], validation
         if "train_loss" in record:
             taken = step - self.first
             per_step = (time.perf_counter() - self.started) / taken
             status = [
                 f"loss {record['train_loss']:.3f}",
-                *self.validation,
+                *validation,
                 f"{record['tokens_per_second']:,.0f} tokens/s",
                 f"optimizer state {megabytes(self.state_bytes)}",
             ]

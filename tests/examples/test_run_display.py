@@ -69,6 +69,16 @@ class TestReport:
         assert line.isprintable()
         assert line.startswith("step  50/100  " + "  ".join(self.PARTS))
 
+    def test_a_line_has_no_earlier_validation(self, capsys):
+        later = {k: v for k, v in RECORD.items() if k != "validation_loss"} | {"step": 60}
+        with run_display.Display(0, 100, 1_500_000) as display:
+            display.show(RECORD)
+            display.show(later)
+        first, second = capsys.readouterr().out.splitlines()
+        assert "validation 2.750" in first
+        assert "validation" not in second
+        assert "loss 2.500" in second
+
     @pytest.mark.parametrize(("columns", "tables"), [(100, 1), (50, 2), (40, 4)])
     def test_table_fits_the_terminal(self, monkeypatch, capsys, columns, tables):
         monkeypatch.setenv("COLUMNS", str(columns))
