@@ -28,6 +28,7 @@ holds for the same settings and machine are not measured again; --minutes limits
 import argparse
 import collections
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -372,11 +373,15 @@ def main():
         measure(name, args, results["layouts"].setdefault(name, {}), save)
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    # XLA's threads, by default one for each simulated device. Two collectives at once need more on
+    # few cores, or each waits for devices whose threads wait in the other.
+    threads = {"NPROC": str(8 * args.devices)} if args.devices else {}
     for name in args.layouts:
         if time.time() < args.until and not is_done(results["layouts"].get(name, {}), args):
             which = ["--mesh", name] if args.mesh else ["--layouts", name]
             again = [sys.executable, __file__, *sys.argv[1:], *which, "--one"]
-            subprocess.run([*again, "--until", str(args.until)], check=False)
+            again += ["--until", str(args.until)]
+            subprocess.run(again, check=False, env=os.environ | threads)
     show(read(args))
 
 
