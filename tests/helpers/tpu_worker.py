@@ -24,7 +24,8 @@ from natgalore_jax.reporting.memory_report import nbytes_on_tpu
 
 
 RANK, M, N = 16, 128, 720  # n is no multiple of 128, the width of a tile
-SHAPES = {"up": (2, M, N), "gate": (2, M, N), "down": (2, N, M), "norm": (M,)}
+LAYERS = 16
+SHAPES = {"up": (LAYERS, M, N), "gate": (LAYERS, M, N), "down": (LAYERS, N, M), "norm": (M,)}
 # Fewer optimisations: the same collectives and precisions in a fraction of the time.
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 SETTINGS = {"refresh_every": 10, "weight_decay": 0.1}

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.common.tpu_compiler import ENVIRONMENT
 from tests.helpers.cases import quick
-from tests.helpers.tpu_worker import OPTIMIZERS, RANK, SHAPES, M, N
+from tests.helpers.tpu_worker import LAYERS, OPTIMIZERS, RANK, SHAPES, M, N
 
 
 pytestmark = pytest.mark.skipif(
@@ -66,18 +66,24 @@ def test_update_compiles_for_tpus(case):
         assert facts["arguments"] == facts["planned"]
 
 
-def test_bytes_moved_are_those_of_the_sharding_page():
-    """Of `galore` under FSDP over 8 chips: R summed and U gathered, or P gathered twice.
+@pytest.mark.parametrize("name", ["galore", "natural_galore"])
+def test_bytes_moved_are_those_of_the_sharding_page(name):
+    """Under FSDP over 8 chips: R summed and U gathered, or P gathered twice.
 
     `divided` shards the m side of up and gate and the n side of down. XLA:TPU sums R on all chips.
+    The orthogonalised residual gathers R or P once more, for P R, and exchanges each matrix: its
+    rows or columns on every chip, the whole matrix on one, and back.
     """
-    received = 7 / 8 * 4 * SHAPES["up"][0]  # of one number per layer
-    expected = received * (2 * 3 * RANK * N + 2 * M * RANK)
-    facts = facts_of(QUICK[0])
+    received = 7 / 8 * 4 * LAYERS  # of one number per layer
+    expected, largest = received * (2 * 3 * RANK * N + 2 * M * RANK), RANK * N
+    if name == "natural_galore":
+        expected += received * (2 * RANK * N + M * RANK + 3 * 2 * M * N / 8)
+        largest = M * N
+    facts = facts_of(f"update/{name}/{V5E}")
     # Beside them, the finite masks and largest entries of the cores: a percent at this small size.
     assert expected <= facts["moved"] <= 1.02 * expected
-    # One layer at a time: no cores or answers of the whole stack.
-    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) == RANK * N
+    # One layer at a time, and in the exchange one matrix a chip, not the whole stack.
+    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) == largest
 
 
 @pytest.mark.parametrize("case", quick(QUICK[3:], ONE_CHIP))
