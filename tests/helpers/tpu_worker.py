@@ -3,6 +3,7 @@
 python -m tests.helpers.tpu_worker CASE ...
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -21,6 +22,7 @@ from benchmarks.memory.bench_tpu import mesh_of, training_step, update_step
 from examples.common import llama
 from examples.pretraining import llama_sharding, sharded
 from natgalore_jax.reporting.memory_report import nbytes_on_tpu
+from natgalore_jax.tree.cores import cores as cores_of
 
 
 RANK, M, N = 16, 128, 720  # n is no multiple of 128, the width of a tile
@@ -65,6 +67,7 @@ def facts(program: Program) -> dict[str, Any]:
         ),
         "unaliased": program.unaliased,
         "arguments": program.arguments,
+        "temporaries": program.temporaries,
         "hot": [
             [x.kind, list(shape), x.times] for x in program.hot_collectives() for shape in x.shapes
         ],
@@ -97,6 +100,31 @@ def training(name: str, topology: str) -> dict[str, Any]:
     return facts(step.compile(options=OPTIONS))
 
 
+def peak(topology: str) -> dict[str, Any]:
+    """The training step of a Llama 60m on one chip, and the bytes that `plan` counts.
+
+    With all optimisations: without them temporaries are larger.
+    """
+    config, rank, mesh = llama.CONFIGS["60m"], 128, mesh_of(topology, 1)
+    params = llama.abstract_params(dataclasses.replace(config, scan=True))
+    found = {}
+    for name in ("adamw", "galore", "natural_galore"):
+        recipe = getattr(natgalore, name, None)
+        tx = recipe(1e-3, rank, weight_decay=0.1) if recipe else optax.adamw(1e-3)
+        step = training_step(tx, False, config, mesh, 1, 1024)
+        found[name] = facts(step.compile())
+        if recipe:
+            settings = {"bits": 32, "low_rank_gradients": False, "tpu": True}
+            planned = natgalore.plan(params, rank=rank, recipe=recipe, **settings)
+            cores = [nbytes_on_tpu(core.value) for core in cores_of(step.arguments[1])]
+            found[name] |= {
+                "planned": planned.bytes,
+                "tokens": nbytes_on_tpu(step.arguments[2]),
+                "cores": sum(cores) // 2,  # of two moments
+            }
+    return found
+
+
 def example(topology: str) -> dict[str, Any]:
     """The training step of `make train ACCELERATOR=tpu ARGS="--dtype bfloat16 --scan"`."""
     mesh = mesh_of(topology)
@@ -127,6 +155,7 @@ def run(case: str) -> Any:
         "update": update,
         "one_chip": one_chip,
         "training": training,
+        "peak": peak,
         "example": example,
         "padding": padding,
     }

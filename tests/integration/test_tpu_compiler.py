@@ -107,6 +107,19 @@ def test_training_step_compiles_for_tpus(case):
     assert facts["unaliased"] <= 2048  # and the loss, padded
 
 
+@pytest.mark.slow
+def test_peak_of_a_training_step_is_the_plan_and_activations():
+    """Llama 60m on one chip: the plan has weights, gradients and state, AdamW's step the rest."""
+    found = facts_of(f"peak/{V5E}")
+    for facts in (found["galore"], found["natural_galore"]):
+        planned, tokens = facts["planned"], facts["tokens"]
+        assert facts["arguments"] == planned["weights"] + planned["state"] + tokens
+        activations = found["adamw"]["temporaries"] - planned["gradients"]
+        peak = facts["arguments"] + facts["temporaries"]
+        # This step's cores live beside the moments: a bound, since XLA may compute in place.
+        assert peak <= sum(planned.values()) + tokens + activations + facts["cores"]
+
+
 def test_padding_is_that_of_the_compiler():
     for shape, by_compiler, counted in compiled(*QUICK)[f"padding/{V5E}"]:
         assert by_compiler == counted, shape
