@@ -98,6 +98,7 @@ def over_layers(
     full: Sequence[bool] = (),
     full_result: bool = False,
     at_once: int = 1,
+    kept_in: Any = None,
 ) -> Array:
     """`f(spec, leaf, *arrays)`, an array whose batch axes come first; on TPUs layer by layer.
 
@@ -116,6 +117,7 @@ def over_layers(
       full_result: whether the result is an (*batch, m, n), whose layers are then written in the
         leaf's order of axes.
       at_once: the number of layers in an iteration, a divisor of the number of layers.
+      kept_in: the dtype in which the loop has the first array and the result; None for their own.
     """
     batched = functools.partial(f, spec, leaf)
     entries = axis_entries(spec, leaf.partition)
@@ -131,7 +133,9 @@ def over_layers(
         layers = dataclasses.replace(spec, shape=tuple(sizes), split=())
     layers_leaf = leaf._replace(partition=trim_partition(entries))
 
-    def mapped(*arrays):
+    def mapped(first, *others):
+        arrays = (first if kept_in is None else first.astype(kept_in), *others)
+
         def take(x, i, full):
             x, at = (x.reshape(spec.sizes), axis) if full else (x, 0)
             part = lax.dynamic_slice_in_dim(x, i * at_once, at_once, at)
@@ -146,6 +150,7 @@ def over_layers(
             return layers.from_view(result) if full_result else result
 
         stack = lax.map(one, jnp.arange(spec.sizes[axis] // at_once))
+        stack = stack if kept_in is None else stack.astype(first.dtype)
         if not full_result:
             return stack.reshape(spec.sizes[axis], *stack.shape[1 + (at_once > 1) :])
         return spec.to_view(jnp.moveaxis(stack, 0, axis).reshape(spec.shape))
@@ -154,13 +159,22 @@ def over_layers(
 
 
 def on_whole_matrices(
-    f: Callable[..., Array], spec: LeafSpec, leaf: LeafPartition, x: Array, *args: Any
+    f: Callable[..., Array],
+    spec: LeafSpec,
+    leaf: LeafPartition,
+    x: Array,
+    *args: Any,
+    kept_in: Any = None,
 ) -> Array:
     """`f(x, *args)` for the matrices of a leaf, (*batch, m, n), each matrix whole on some device.
 
     For products of a matrix with itself, each of which would gather the shards. The matrices of a
     stack are distributed over the devices that share each of them, on TPUs one layer a device at a
     time; where their number is not divisible, each of these devices computes all matrices.
+
+    Args:
+      kept_in: on TPUs, the dtype in which x and the result are stored and exchanged; None for their
+        own.
     """
     context = get_abstract_mesh()
     mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
@@ -168,7 +182,12 @@ def on_whole_matrices(
     sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
     batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]
-    if mesh is None or not shared or not are_auto(mesh, [*itertools.chain(*batch), *shared]):
+    wide = x.dtype
+    of_whole = lambda x, *args: f(x.astype(wide), *args).astype(x.dtype)
+    loop = functools.partial(over_layers, full_result=True, kept_in=kept_in)
+    if mesh is None or not shared:
+        return loop(lambda spec, leaf, *args: of_whole(*args), spec, leaf, x, *args)
+    if not are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x, *args)
     before = [entries[axis] for axis in spec.batch]
     for name in shared:
@@ -187,6 +206,6 @@ def on_whole_matrices(
         sharding = NamedSharding(mesh, PartitionSpec(*before[dropped:], *sides))
         # Without the first one XLA:TPU gathers each matrix of x, on 8 chips 8 times the bytes.
         x = place(place(x, sharding), whole)
-        return place(place(f(x, *args), whole), sharding)
+        return place(place(of_whole(x, *args), whole), sharding)
 
-    return over_layers(of_layers, spec, leaf, x, *args, full_result=True, at_once=at_once)
+    return loop(of_layers, spec, leaf, x, *args, at_once=at_once)

@@ -71,13 +71,13 @@ def test_bytes_moved_are_those_of_the_sharding_page(name):
     """Under FSDP over 8 chips: R summed and U gathered, or P gathered twice.
 
     `divided` shards the m side of up and gate and the n side of down. XLA:TPU sums R on all chips.
-    The orthogonalised residual gathers R or P once more, for P R, and exchanges each matrix: its
-    rows or columns on every chip, the whole matrix on one, and back.
+    The orthogonalised residual gathers R or P once more, for P R, and exchanges each matrix in
+    bfloat16: its rows or columns on every chip, the whole matrix on one, and back.
     """
     received = 7 / 8 * 4 * LAYERS  # of one number per layer
     expected, largest = received * (2 * 3 * RANK * N + 2 * M * RANK), RANK * N
     if name == "natural_galore":
-        expected += received * (2 * RANK * N + M * RANK + 3 * 2 * M * N / 8)
+        expected += received * (2 * RANK * N + M * RANK + 3 * 2 * M * N / 8 / 2)
         largest = M * N
     facts = facts_of(f"update/{name}/{V5E}")
     # Beside them, the finite masks and largest entries of the cores: a percent at this small size.
