@@ -6,6 +6,7 @@ python -m tests.helpers.tpu_worker CASE ...
 import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 import natgalore_jax as natgalore
 from benchmarks.common import tpu_compiler
+from benchmarks.common.hlo import collectives
 from benchmarks.common.tpu_compiler import Program
 from benchmarks.memory.bench_tpu import mesh_of, training_step, update_step
 from examples.common import llama
@@ -72,6 +74,15 @@ def facts(program: Program) -> dict[str, Any]:
             [x.kind, list(shape), x.times] for x in program.hot_collectives() for shape in x.shapes
         ],
         "moved": program.moved()["step"],
+        "gathered": max(
+            (
+                math.prod(shape)
+                for x in collectives(text)
+                for shape in x.shapes
+                if x.kind == "all-gather"
+            ),
+            default=0,
+        ),
         "copied": sorted(map(json.loads, {*re.findall(r"= \w+(\[[\d,]+\])\S* copy\(", text)})),
     }
 

@@ -84,6 +84,7 @@ def test_bytes_moved_are_those_of_the_sharding_page(name):
     assert expected <= facts["moved"] <= 1.02 * expected
     # One layer at a time, and in the exchange one matrix a chip, not the whole stack.
     assert max(math.prod(shape) for _, shape, _ in facts["hot"]) == largest
+    assert facts["gathered"] == RANK * N  # at a refresh too
 
 
 @pytest.mark.parametrize("case", quick(QUICK[3:], ONE_CHIP))
