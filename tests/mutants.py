@@ -99,20 +99,20 @@ MUTANTS = [
     Mutant(
         "subspace/refresh_loop",
         "one index for all matrices of a stack",
-        "spec.cut(G, i), order[i]",
-        "spec.cut(G, i), order[0]",
+        "_cut(spec, layout, G, i), order[i]",
+        "_cut(spec, layout, G, i), order[0]",
     ),
     Mutant(
         "subspace/transport",
         "lost energy not replaced",
-        "matmul(squares, v) + lost * v.mean",
-        "matmul(squares, v) + 0 * v.mean",
+        "state_product(squares, v) + lost * v.mean",
+        "state_product(squares, v) + 0 * v.mean",
     ),
     Mutant(
         "subspace/transport",
         "squares rotated as momentum",
-        "return matmul(squares, v)",
-        "return matmul(C, v)",
+        "return state_product(squares, v)",
+        "return state_product(C, v)",
     ),
     Mutant(
         "subspace/transport",
@@ -268,6 +268,12 @@ MUTANTS = [
         "layers first in the leaf",
         "jnp.moveaxis(stack, 0, axis)",
         "stack",
+    ),
+    Mutant(
+        "sharding/distributed",
+        "overlapping groups of layers",
+        "dynamic_slice_in_dim(x, i * at_once, at_once, at)",
+        "dynamic_slice_in_dim(x, i, at_once, at)",
     ),
     Mutant(
         "sharding/distributed",

@@ -8,6 +8,7 @@ Llama with recomputed layers under FSDP over all chips, with donated weights and
         --batch 16 --seq-len 2048                                              one question
     python -m benchmarks.memory.bench_tpu --out benchmarks/results/tpu.json    the table
     python -m benchmarks.memory.bench_tpu --update --models 350m               the update alone
+    python -m benchmarks.memory.bench_tpu --update --models 350m --topologies v5e:2x4 --chips 1
     python -m benchmarks.memory.bench_tpu --shapes FILE --topologies v5e:2x4   of any shapes
     python -m benchmarks.memory.bench_tpu --pieces                             compile seconds
 
@@ -220,6 +221,7 @@ def main() -> None:
     )
     words = lambda text: text.split(",")
     parser.add_argument("--topologies", type=words, default=TOPOLOGIES)
+    parser.add_argument("--chips", type=int, help="the first chips of a topology; default: all")
     parser.add_argument("--models", type=words, default=("350m", "1b", "7b"))
     parser.add_argument("--update", action="store_true", help="the update without the model")
     parser.add_argument("--shapes", nargs="+", help="files of shapes: implies --update")
@@ -251,12 +253,12 @@ def main() -> None:
         return
     shapes = model_shapes.read_shapes(args.shapes, args.param_dtype) if args.shapes else None
     for topology in args.topologies:
-        mesh = mesh_of(topology)
+        mesh = mesh_of(topology, args.chips)
         batch = args.batch or mesh.size
         for model in ["shapes"] if args.shapes else args.models:
             rank = args.rank or RANKS.get(model, 128)
             key = {
-                "topology": topology,
+                "topology": f"{args.chips} of {topology}" if args.chips else topology,
                 "model": model,
                 "rank": rank,
                 "tokens": 0 if args.update or args.shapes else batch * args.seq_len,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
@@ -15,6 +14,7 @@ from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import path_name
 from ..tree.state_roles import owner
 from ..util.text_tables import human_bytes, table
+from ..util.tpu_tiles import bits_of, smallest_tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def nbytes(x: Any) -> int:
       >>> [nbytes(jax.ShapeDtypeStruct((3, 5), dtype)) for dtype in ("float32", "int4")]
       [60, 8]
     """
-    return -(-math.prod(x.shape) * _bits(x.dtype) // 8)
+    return -(-math.prod(x.shape) * bits_of(x.dtype) // 8)
 
 
 def nbytes_on_tpu(x: Any) -> int:
@@ -128,40 +128,8 @@ def nbytes_on_tpu(x: Any) -> int:
       >>> [nbytes_on_tpu(jax.ShapeDtypeStruct(shape, "float32")) // 4 for shape in shapes]
       [8192, 212992, 13312, 11264]
     """
-    bits, shape = _bits(x.dtype), tuple(x.shape)
-    if len(shape) < 2:
-        shape = _vector_tiles(math.prod(shape), bits)
-    sizes = [
-        math.prod(shape) // (shape[i] * shape[j]) * _padded(shape[i], 128) * _rows(shape[j], bits)
-        for i in range(len(shape))
-        for j in range(len(shape))
-        if i != j and math.prod(shape)
-    ]
-    return min(sizes, default=0) * bits // 8
-
-
-def _padded(size: int, tile: int) -> int:
-    return -(-size // tile) * tile
-
-
-def _rows(size: int, bits: int) -> int:
-    """The padded size of the axis that is second in a tile."""
-    rows = next(n for n in (1, 2, 4, 8) if n >= min(size, 8) and n * bits >= 32)
-    return _padded(size, rows)
-
-
-def _vector_tiles(size: int, bits: int) -> tuple[int, int]:
-    """A vector as rows of 128 numbers: 1, 2, 4, or a multiple of 8."""
-    return (_padded(size, 128) // 128, 128) if size else (0, 128)
-
-
-def _bits(dtype: Any) -> int:
-    """Bits of one number. NumPy's `itemsize` is the unpacked size."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jnp.iinfo(dtype).bits
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.finfo(dtype).bits
-    return 8 * dtype.itemsize
+    bits = bits_of(x.dtype)
+    return smallest_tiling(x.shape, bits).size * bits // 8
 
 
 def _ratio(a: int, b: int) -> str:

@@ -1,7 +1,7 @@
 """Operations on the matrices of a leaf that is sharded over devices.
 
 over_shards         a loop over the matrices of a stack, on each device over its own matrices
-over_layers         on TPUs a loop over the layers of a stack
+over_layers         on TPUs a loop over the layers of a stack, or several layers at a time
 on_whole_matrices   products of a matrix with itself, on devices that hold the whole matrix
 """
 
@@ -31,6 +31,7 @@ from .partitioning import (
     merged_entry,
     mesh_axes,
     place,
+    shards,
     trim_partition,
 )
 
@@ -96,6 +97,8 @@ def over_layers(
     *arrays: PyTree,
     full: Sequence[bool] = (),
     full_result: bool = False,
+    at_once: int = 1,
+    kept_in: Any = None,
 ) -> Array:
     """`f(spec, leaf, *arrays)`, an array whose batch axes come first; on TPUs layer by layer.
 
@@ -113,6 +116,8 @@ def over_layers(
       full: for each tree whether its arrays have the leaf's shape; by default none.
       full_result: whether the result is an (*batch, m, n), whose layers are then written in the
         leaf's order of axes.
+      at_once: the number of layers in an iteration, a divisor of the number of layers.
+      kept_in: the dtype in which the loop has the first array and the result; None for their own.
     """
     batched = functools.partial(f, spec, leaf)
     entries = axis_entries(spec, leaf.partition)
@@ -121,38 +126,55 @@ def over_layers(
     if not spec.batch or spec.m * spec.n < LEAST_LAYER or entries[spec.batch[0]] or not known:
         return batched(*arrays)
     axis = spec.batch[0]
-    layer = spec.layer
-    layer_leaf = leaf._replace(partition=trim_partition(entries[:axis] + entries[axis + 1 :]))
+    if at_once == 1:
+        layers, entries = spec.layer, entries[:axis] + entries[axis + 1 :]
+    else:
+        sizes = [at_once if a == axis else size for a, size in enumerate(spec.sizes)]
+        layers = dataclasses.replace(spec, shape=tuple(sizes), split=())
+    layers_leaf = leaf._replace(partition=trim_partition(entries))
 
-    def mapped(*arrays):
+    def mapped(first, *others):
+        arrays = (first if kept_in is None else first.astype(kept_in), *others)
+
         def take(x, i, full):
             x, at = (x.reshape(spec.sizes), axis) if full else (x, 0)
-            return lax.dynamic_index_in_dim(x, i, at, keepdims=False)
+            part = lax.dynamic_slice_in_dim(x, i * at_once, at_once, at)
+            return part.squeeze(at) if at_once == 1 else part
 
         def one(i):
             at_i = [
                 jax.tree.map(functools.partial(take, i=i, full=is_full), tree)
                 for tree, is_full in itertools.zip_longest(arrays, full, fillvalue=False)
             ]
-            result = f(layer, layer_leaf, *at_i)
-            return layer.from_view(result) if full_result else result
+            result = f(layers, layers_leaf, *at_i)
+            return layers.from_view(result) if full_result else result
 
-        stack = lax.map(one, jnp.arange(spec.sizes[axis]))
+        stack = lax.map(one, jnp.arange(spec.sizes[axis] // at_once))
+        stack = stack if kept_in is None else stack.astype(first.dtype)
         if not full_result:
-            return stack
+            return stack.reshape(spec.sizes[axis], *stack.shape[1 + (at_once > 1) :])
         return spec.to_view(jnp.moveaxis(stack, 0, axis).reshape(spec.shape))
 
     return by_platform(*arrays, tpu=mapped, default=batched)
 
 
 def on_whole_matrices(
-    f: Callable[..., Array], spec: LeafSpec, leaf: LeafPartition, x: Array, *args: Any
+    f: Callable[..., Array],
+    spec: LeafSpec,
+    leaf: LeafPartition,
+    x: Array,
+    *args: Any,
+    kept_in: Any = None,
 ) -> Array:
     """`f(x, *args)` for the matrices of a leaf, (*batch, m, n), each matrix whole on some device.
 
     For products of a matrix with itself, each of which would gather the shards. The matrices of a
-    stack are distributed over the devices that share each of them; where their number is not
-    divisible, each of these devices computes all matrices, on TPUs one layer at a time.
+    stack are distributed over the devices that share each of them, on TPUs one layer a device at a
+    time; where their number is not divisible, each of these devices computes all matrices.
+
+    Args:
+      kept_in: on TPUs, the dtype in which x and the result are stored and exchanged; None for their
+        own.
     """
     context = get_abstract_mesh()
     mesh = context if isinstance(x, jax.core.Tracer) and not context.empty else leaf.mesh
@@ -160,7 +182,12 @@ def on_whole_matrices(
     sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
     batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
     shared = [name for side in sides for name in mesh_axes(side)]
-    if mesh is None or not shared or not are_auto(mesh, [*itertools.chain(*batch), *shared]):
+    wide = x.dtype
+    of_whole = lambda x, *args: f(x.astype(wide), *args).astype(x.dtype)
+    loop = functools.partial(over_layers, full_result=True, kept_in=kept_in)
+    if mesh is None or not shared:
+        return loop(lambda spec, leaf, *args: of_whole(*args), spec, leaf, x, *args)
+    if not are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x, *args)
     before = [entries[axis] for axis in spec.batch]
     for name in shared:
@@ -169,14 +196,16 @@ def on_whole_matrices(
                 names.append(name)
                 break
     after = [tuple(names) or None for names in batch]
+    # So many layers are one on each device.
+    at_once = shards(batch[0], mesh) // shards(mesh_axes(before[0]), mesh) if batch else 1
 
     def of_layers(view, leaf, x, *args):
         del leaf
-        first = len(batch) - len(view.batch)
-        whole = NamedSharding(mesh, trim_partition(after[first:]))
-        sharding = NamedSharding(mesh, PartitionSpec(*before[first:], *sides))
-        return place(place(f(place(x, whole), *args), whole), sharding)
+        dropped = len(batch) - len(view.batch)
+        whole = NamedSharding(mesh, trim_partition(after[dropped:]))
+        sharding = NamedSharding(mesh, PartitionSpec(*before[dropped:], *sides))
+        # Without the first one XLA:TPU gathers each matrix of x, on 8 chips 8 times the bytes.
+        x = place(place(x, sharding), whole)
+        return place(place(of_whole(x, *args), whole), sharding)
 
-    if after[:1] == [None]:
-        return over_layers(of_layers, spec, leaf, x, *args, full_result=True)
-    return of_layers(spec, leaf, x, *args)
+    return loop(of_layers, spec, leaf, x, *args, at_once=at_once)

@@ -20,7 +20,7 @@ from ..sharding.partitioning import LeafPartition, align, is_divided_further, st
 from ..tree.cores import is_core
 from ..tree.leaf_spec import LeafSpec
 from ..util.linalg import max_abs
-from ..util.orthogonalize import polar
+from ..util.orthogonalize import dtype_on_tpu, polar
 from .basis import expand, from_core, to_core
 from .refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
 from .residual import RESIDUALS, Momentum, Products, Residual, with_residual
@@ -242,7 +242,9 @@ def from_subspace(
                 spec, partition, M.dtype, spec.from_view(M), bases
             ),
             from_core=lifted,
-            polar=functools.partial(on_whole_matrices, polar, spec, partition),
+            polar=functools.partial(
+                on_whole_matrices, polar, spec, partition, kept_in=dtype_on_tpu()
+            ),
         )
         if momentum is not None:
             momentum = momentum._replace(M=align(momentum.M, "full", spec, partition))

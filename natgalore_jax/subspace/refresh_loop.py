@@ -13,13 +13,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Int
 
 from ..sharding.distributed import batch_partition, over_shards
-from ..sharding.partitioning import LeafPartition, axis_entries, merged_entry
+from ..sharding.partitioning import (
+    LeafPartition,
+    axis_entries,
+    merged_entry,
+    mesh_axes,
+    shards,
+)
 from ..sharding.shard_map import varying_axes
 from ..tree.leaf_spec import LeafSpec
-from ..util.control_flow import for_any, run_each, run_if_due, select_value, when
+from ..util.control_flow import (
+    by_platform,
+    for_any,
+    run_each,
+    run_if_due,
+    select_value,
+    when,
+)
+from ..util.tpu_tiles import bits_of, smallest_tiling
 
 
 class Leaf(NamedTuple):
@@ -95,7 +110,7 @@ def _group_key(leaf: Leaf) -> Hashable:
 def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
     if len(leaves) == 1:
         (leaf,) = leaves
-        over_leaf = functools.partial(_over_leaf, step, leaf.kind)
+        over_leaf = functools.partial(_over_leaf, step, leaf.kind, _layout_on_tpu(leaf))
         inputs = (leaf.due, leaf.order)
         return [over_shards(over_leaf, leaf.spec.unnamed, leaf.partition, leaf.G, inputs, *states)]
     matrix, kind = leaves[0].spec.matrix, leaves[0].kind
@@ -110,7 +125,7 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
         # Of the leaf that has matrix e; the slices of the others are not used.
         i = [jnp.clip(e - start, 0, size - 1) for start, size in zip(first, sizes, strict=True)]
         cuts = [
-            functools.partial(_take, leaf.spec.unnamed, leaf.G, i, state)
+            functools.partial(_take, leaf.spec.unnamed, _layout_on_tpu(leaf), leaf.G, i, state)
             for leaf, i, state in zip(leaves, i, states, strict=True)
         ]
         none = jax.tree.map(jnp.zeros_like, jax.eval_shape(cuts[0]))
@@ -126,10 +141,43 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
     return _where(due, at, states)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _take(spec: LeafSpec, G: Array, i: Int[Array, ""], state: Any) -> tuple[Array, Any]:
+def _layout_on_tpu(leaf: Leaf) -> Layout | None:
+    """The layout of a matrix in a TPU's array of the gradients; None if it is or may be sharded.
+
+    XLA:TPU gathers a sharded matrix for a constraint of its layout.
+    """
+    spec, (mesh, partition, _) = leaf.spec, leaf.partition
+    entries = axis_entries(spec, partition)
+    axes = [axis for axis in range(len(spec.sizes)) if axis not in spec.batch]
+    if mesh is None:
+        is_whole = jax.typeof(leaf.G).sharding.mesh.empty
+    else:
+        is_whole = all(shards(mesh_axes(entries[axis]), mesh) == 1 for axis in axes)
+    if not is_whole:
+        return None
+    order = smallest_tiling(spec.sizes, bits_of(leaf.G.dtype)).order
+    return Layout(tuple(axes.index(axis) for axis in order if axis in axes))
+
+
+def _cut(spec: LeafSpec, layout: Layout | None, G: Array, i: Int[Array, ""]) -> Array:
+    """The gradient of the i-th matrix.
+
+    XLA:TPU would else choose the layout of the refresh and copy the whole stack to it on every
+    step: 0.84 GiB more temporaries in the update of a Llama 350m on one chip.
+    """
+    part = spec.cut(G, i)
+    if layout is None:
+        return part
+    in_layout = functools.partial(with_layout_constraint, layouts=layout)
+    return by_platform(part, tpu=in_layout, default=lambda part: part)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "layout"))
+def _take(
+    spec: LeafSpec, layout: Layout | None, G: Array, i: Int[Array, ""], state: Any
+) -> tuple[Array, Any]:
     """The gradient and the state of the i-th matrix."""
-    return spec.cut(G, i), spec.take_all(state, i)
+    return _cut(spec, layout, G, i), spec.take_all(state, i)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -150,6 +198,7 @@ def _put_if(spec: LeafSpec, here: Bool[Array, ""], i: Int[Array, ""], new: Any, 
 def _over_leaf(
     step: Step,
     kind: Any,
+    layout: Layout | None,
     spec: LeafSpec,
     G: Array,
     which: tuple[Bool[Array, "*batch"], Int[Array, "*batch"]],
@@ -158,7 +207,7 @@ def _over_leaf(
     due, order = (x.reshape(-1) for x in which)
 
     def at(i, state):
-        new = step(spec, kind, spec.cut(G, i), order[i], due[i], spec.take_all(state, i))
+        new = step(spec, kind, _cut(spec, layout, G, i), order[i], due[i], spec.take_all(state, i))
         return spec.put_all(state, i, new)
 
     return _where(due, at, state)

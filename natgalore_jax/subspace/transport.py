@@ -48,7 +48,7 @@ from ..tree.state_roles import (
     is_per_matrix,
     walk,
 )
-from ..util.linalg import matmul, rounded
+from ..util.linalg import matmul, rounded, state_product
 from .weight_decay import CORE, VARIES
 
 
@@ -63,8 +63,8 @@ def rotate(
     for role, x in states:
         match role:
             case "linear" | "window":
-                CR = matmul(C, x)
-                x = rounded(matmul(CR, D[0].mT) if D else CR, x.dtype)
+                CR = state_product(C, x)
+                x = rounded(state_product(CR, D[0].mT) if D else CR, x.dtype)
             case "square":
                 x = rotate_square(x, C)
                 for d in D:
@@ -88,11 +88,14 @@ def rotate(
 
 
 def rotate_square(v: Float[Array, "r n"], C: Float[Array, "r r"]) -> Float[Array, "r n"]:
-    """Equation (2). Stays nonnegative, and is exact where C permutes directions or flips signs."""
+    """Equation (2). Stays nonnegative.
+
+    Exact where C permutes directions or flips signs, on TPUs to 16 bits.
+    """
     squares = C * C
     # Rounding may let a row of an orthogonal C sum to a little more than 1.
     lost = jnp.maximum(1.0 - squares.sum(axis=-1, keepdims=True), 0.0)
-    return matmul(squares, v) + lost * v.mean(axis=0, keepdims=True)
+    return state_product(squares, v) + lost * v.mean(axis=0, keepdims=True)
 
 
 def rotate_factors(

@@ -72,8 +72,13 @@ def polar(
     if highest_precision_requested():
         return own(X, ridge)
     gpu = functools.partial(own, dtype=jnp.float16)
-    tpu = functools.partial(own, dtype=jnp.bfloat16, gram=False, unroll=False)
+    tpu = functools.partial(own, dtype=dtype_on_tpu(), gram=False, unroll=False)
     return by_platform(X, jnp.asarray(ridge, X.dtype), gpu=gpu, tpu=tpu, default=own)
+
+
+def dtype_on_tpu() -> Any:
+    """The dtype to which `polar` rounds X and its result on TPUs; None if it does not."""
+    return None if highest_precision_requested() else jnp.bfloat16
 
 
 def is_gram_better(X: Float[Array, "*batch m n"]) -> bool:

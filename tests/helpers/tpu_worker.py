@@ -3,8 +3,10 @@
 python -m tests.helpers.tpu_worker CASE ...
 """
 
+import dataclasses
 import functools
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -16,15 +18,18 @@ from jax.sharding import SingleDeviceSharding
 
 import natgalore_jax as natgalore
 from benchmarks.common import tpu_compiler
+from benchmarks.common.hlo import collectives
 from benchmarks.common.tpu_compiler import Program
 from benchmarks.memory.bench_tpu import mesh_of, training_step, update_step
 from examples.common import llama
 from examples.pretraining import llama_sharding, sharded
 from natgalore_jax.reporting.memory_report import nbytes_on_tpu
+from natgalore_jax.tree.cores import cores as cores_of
 
 
-RANK, M, N = 16, 128, 640
-SHAPES = {"up": (2, M, N), "gate": (2, M, N), "down": (2, N, M), "norm": (M,)}
+RANK, M, N = 16, 128, 720  # n is no multiple of 128, the width of a tile
+LAYERS = 16
+SHAPES = {"up": (LAYERS, M, N), "gate": (LAYERS, M, N), "down": (LAYERS, N, M), "norm": (M,)}
 # Fewer optimisations: the same collectives and precisions in a fraction of the time.
 OPTIONS = {"exec_time_optimization_effort": -1.0}
 SETTINGS = {"refresh_every": 10, "weight_decay": 0.1}
@@ -64,10 +69,21 @@ def facts(program: Program) -> dict[str, Any]:
         ),
         "unaliased": program.unaliased,
         "arguments": program.arguments,
+        "temporaries": program.temporaries,
         "hot": [
             [x.kind, list(shape), x.times] for x in program.hot_collectives() for shape in x.shapes
         ],
         "moved": program.moved()["step"],
+        "gathered": max(
+            (
+                math.prod(shape)
+                for x in collectives(text)
+                for shape in x.shapes
+                if x.kind == "all-gather"
+            ),
+            default=0,
+        ),
+        "copied": sorted(map(json.loads, {*re.findall(r"= \w+(\[[\d,]+\])\S* copy\(", text)})),
     }
 
 
@@ -93,6 +109,31 @@ def training(name: str, topology: str) -> dict[str, Any]:
     config = llama.CONFIGS["tiny"]
     step = training_step(OPTIMIZERS[name](), name == "cores", config, mesh, mesh.size, 128)
     return facts(step.compile(options=OPTIONS))
+
+
+def peak(topology: str) -> dict[str, Any]:
+    """The training step of a Llama 60m on one chip, and the bytes that `plan` counts.
+
+    With all optimisations: without them temporaries are larger.
+    """
+    config, rank, mesh = llama.CONFIGS["60m"], 128, mesh_of(topology, 1)
+    params = llama.abstract_params(dataclasses.replace(config, scan=True))
+    found = {}
+    for name in ("adamw", "galore", "natural_galore"):
+        recipe = getattr(natgalore, name, None)
+        tx = recipe(1e-3, rank, weight_decay=0.1) if recipe else optax.adamw(1e-3)
+        step = training_step(tx, False, config, mesh, 1, 1024)
+        found[name] = facts(step.compile())
+        if recipe:
+            settings = {"bits": 32, "low_rank_gradients": False, "tpu": True}
+            planned = natgalore.plan(params, rank=rank, recipe=recipe, **settings)
+            cores = [nbytes_on_tpu(core.value) for core in cores_of(step.arguments[1])]
+            found[name] |= {
+                "planned": planned.bytes,
+                "tokens": nbytes_on_tpu(step.arguments[2]),
+                "cores": sum(cores) // 2,  # of two moments
+            }
+    return found
 
 
 def example(topology: str) -> dict[str, Any]:
@@ -125,6 +166,7 @@ def run(case: str) -> Any:
         "update": update,
         "one_chip": one_chip,
         "training": training,
+        "peak": peak,
         "example": example,
         "padding": padding,
     }

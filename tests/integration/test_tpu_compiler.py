@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.common.tpu_compiler import ENVIRONMENT
 from tests.helpers.cases import quick
-from tests.helpers.tpu_worker import OPTIMIZERS, RANK, SHAPES, M, N
+from tests.helpers.tpu_worker import LAYERS, OPTIMIZERS, RANK, SHAPES, M, N
 
 
 pytestmark = pytest.mark.skipif(
@@ -66,18 +66,25 @@ def test_update_compiles_for_tpus(case):
         assert facts["arguments"] == facts["planned"]
 
 
-def test_bytes_moved_are_those_of_the_sharding_page():
-    """Of `galore` under FSDP over 8 chips: R summed and U gathered, or P gathered twice.
+@pytest.mark.parametrize("name", ["galore", "natural_galore"])
+def test_bytes_moved_are_those_of_the_sharding_page(name):
+    """Under FSDP over 8 chips: R summed and U gathered, or P gathered twice.
 
     `divided` shards the m side of up and gate and the n side of down. XLA:TPU sums R on all chips.
+    The orthogonalised residual gathers R or P once more, for P R, and exchanges each matrix in
+    bfloat16: its rows or columns on every chip, the whole matrix on one, and back.
     """
-    received = 7 / 8 * 4 * SHAPES["up"][0]  # of one number per layer
-    expected = received * (2 * 3 * RANK * N + 2 * M * RANK)
-    facts = facts_of(QUICK[0])
+    received = 7 / 8 * 4 * LAYERS  # of one number per layer
+    expected, largest = received * (2 * 3 * RANK * N + 2 * M * RANK), RANK * N
+    if name == "natural_galore":
+        expected += received * (2 * RANK * N + M * RANK + 3 * 2 * M * N / 8 / 2)
+        largest = M * N
+    facts = facts_of(f"update/{name}/{V5E}")
     # Beside them, the finite masks and largest entries of the cores: a percent at this small size.
     assert expected <= facts["moved"] <= 1.02 * expected
-    # One layer at a time: no cores or answers of the whole stack.
-    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) == RANK * N
+    # One layer at a time, and in the exchange one matrix a chip, not the whole stack.
+    assert max(math.prod(shape) for _, shape, _ in facts["hot"]) == largest
+    assert facts["gathered"] == RANK * N  # at a refresh too
 
 
 @pytest.mark.parametrize("case", quick(QUICK[3:], ONE_CHIP))
@@ -87,6 +94,9 @@ def test_bytes_on_one_chip_are_those_of_the_plan(case):
     assert facts["arguments"] == facts["planned"]
     assert facts["unaliased"] <= 1024
     assert facts["hot"] == []
+    # The refresh reads the gradients where they are, whatever their layout.
+    stacks = [list(shape) for shape in SHAPES.values() if len(shape) == 3]
+    assert not [shape for shape in facts["copied"] if shape in stacks]
 
 
 @pytest.mark.slow
@@ -96,6 +106,19 @@ def test_training_step_compiles_for_tpus(case):
     assert not facts["float64"]
     assert facts["host"] == []
     assert facts["unaliased"] <= 2048  # and the loss, padded
+
+
+@pytest.mark.slow
+def test_peak_of_a_training_step_is_the_plan_and_activations():
+    """Llama 60m on one chip: the plan has weights, gradients and state, AdamW's step the rest."""
+    found = facts_of(f"peak/{V5E}")
+    for facts in (found["galore"], found["natural_galore"]):
+        planned, tokens = facts["planned"], facts["tokens"]
+        assert facts["arguments"] == planned["weights"] + planned["state"] + tokens
+        activations = found["adamw"]["temporaries"] - planned["gradients"]
+        peak = facts["arguments"] + facts["temporaries"]
+        # This step's cores live beside the moments: a bound, since XLA may compute in place.
+        assert peak <= sum(planned.values()) + tokens + activations + facts["cores"]
 
 
 def test_padding_is_that_of_the_compiler():

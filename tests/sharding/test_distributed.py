@@ -3,6 +3,8 @@
 The programs that XLA:TPU makes of it are in `tests/integration/test_tpu_compiler.py`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ import natgalore_jax as natgalore
 from natgalore_jax.sharding import distributed
 from natgalore_jax.sharding.distributed import over_layers
 from natgalore_jax.sharding.partitioning import LeafPartition
+from natgalore_jax.subspace import projection
 from natgalore_jax.tree.leaf_spec import LeafSpec
 from tests.helpers.cases import slow
 
@@ -60,6 +63,26 @@ def test_over_layers_equals_the_function_of_the_stack(name, on_tpu, key):
     np.testing.assert_allclose(full, np.asarray(P_) @ by_numpy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 3), (6, 2, 4, 3), (2, 4, 6, 3)])
+def test_over_layers_takes_several_layers_at_once(shape, on_tpu, key):
+    batch = tuple(axis for axis in range(len(shape) - 1) if axis != shape.index(4))
+    batch = tuple(sorted(batch, key=lambda axis: -shape[axis]))  # the six layers first
+    spec = LeafSpec((), shape, batch, (shape.index(4),), (len(shape) - 1,), rank=2)
+    G, seen = jax.random.normal(key, shape), []
+
+    def double(view, leaf, G):
+        seen.append((view.batch_shape[0], G.dtype))
+        return 2 * view.to_view(G)
+
+    run = functools.partial(over_layers, double, spec, NOWHERE, G, full=(True,), at_once=2)
+    np.testing.assert_array_equal(run(), 2 * spec.to_view(G))
+    np.testing.assert_array_equal(run(full_result=True), 2 * spec.to_view(G))
+    kept = run(full_result=True, kept_in=jnp.bfloat16)
+    np.testing.assert_array_equal(kept, 2 * spec.to_view(G.astype(jnp.bfloat16).astype(G.dtype)))
+    assert kept.dtype == G.dtype
+    assert seen == [(2, jnp.float32), (2, jnp.float32), (2, jnp.bfloat16)]
+
+
 @pytest.mark.parametrize(
     ("partition", "kept"),
     [(P(), P()), (P(None, "x"), P("x")), (P(None, None, "x"), P(None, "x")), (P("x"), None)],
@@ -101,10 +124,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", ["whitened", *slow("none", "both sides, momentum", "isotropic")])
-def test_sharded_updates_layer_by_layer_equal_those_of_stacks(name, key, request):
+def test_sharded_updates_layer_by_layer_equal_those_of_stacks(name, key, request, monkeypatch):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     kernels = {
-        "up": (P(None, "fsdp", "tensor"), (4, 16, 24)),  # a layer on every fourth device
+        "up": (P(None, "fsdp", "tensor"), (8, 16, 24)),  # a layer on every fourth device, twice
         "down": (P(None, "tensor"), (3, 24, 16)),  # each layer on every device
     }
     params, shardings = {}, {}
@@ -130,6 +153,7 @@ def test_sharded_updates_layer_by_layer_equal_those_of_stacks(name, key, request
 
     expected = two_updates()
     request.getfixturevalue("on_tpu")
+    monkeypatch.setattr(projection, "dtype_on_tpu", lambda: None)  # `polar` is that of CPUs
     # Sums of at most 24 products in another order, through a QR and four orthogonalisations.
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
     jax.tree.map(close, two_updates(), expected)
