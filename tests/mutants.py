@@ -239,6 +239,7 @@ MUTANTS = [
         "trace(L, axis1=-2, axis2=-1) / r",
         "trace(L, axis1=-2, axis2=-1)",
     ),
+    Mutant("util/linalg", "QR without its reflections", "(state[2] <= 4)", "(state[2] < 4)"),
     Mutant(
         "util/linalg",
         "QR without sign convention",
