@@ -3,7 +3,8 @@
     python benchmarks/learning/draw_frontier.py benchmarks/results/long-runs.jsonl --size 11m
 
 A point is a method at its best learning rate, its mean over seeds. Points that no other point beats
-in both coordinates are joined: the frontier.
+in both coordinates are joined: the frontier. Of a family's points with nearly the same state only
+the best one has a name, and points far above AdamW are left out.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from benchmarks.learning.convergence import results
 from benchmarks.learning.convergence.training import SIZES
 
 
+NEARLY = 0.15  # part by which bytes of state may differ
+ABOVE = 0.02  # nats above AdamW
 FAMILIES = {"natural_galore": ("C3", "o"), "galore": ("C1", "o"), "muon": ("C0", "s")}
 FAMILIES |= {"adamw": ("C7", "^"), "soap": ("C2", "D"), "cosmos": ("C4", "v")}
 
@@ -45,6 +48,22 @@ def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
+def named(points: list[tuple[float, float]], families: list[str]) -> list[bool]:
+    """Whether no other point of the family has a lower loss with nearly the same bytes.
+
+    Example:
+      >>> named([(1.0, 2.0), (1.05, 2.1), (1.0, 2.1), (4.0, 2.1)], ["a", "a", "b", "a"])
+      [True, False, True, True]
+    """
+    places = range(len(points))
+    is_better = lambda j, i: (
+        families[i] == families[j]
+        and points[j][1] < points[i][1]
+        and abs(points[j][0] / points[i][0] - 1) < NEARLY
+    )
+    return [not any(is_better(j, i) for j in places) for i in places]
+
+
 def label(method: str) -> str:
     """A method's name without the settings that all runs of the picture share."""
     for long, short in (
@@ -53,6 +72,9 @@ def label(method: str) -> str:
         ("bits=8+momentum_bits=4", "8 bits, momentum 4"),
         ("bits=8", "8 bits"),
         ("rank=", "rank "),
+        ("fisher=core+fisher.", "Fisher "),
+        ("+fisher.", " "),
+        ("residual_scale=", "scale "),
         ("adamw_b2_95", "AdamW"),
         ("weight_decay=", "decay "),
     ):
@@ -63,13 +85,21 @@ def label(method: str) -> str:
 def draw(size: str, summaries: list[results.Summary], title: str) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
+    adamw = [s.loss for s in summaries if s.method.startswith("adamw")]
+    summaries = [s for s in summaries if not adamw or s.loss < max(adamw) + ABOVE]
     points = [(bytes_per_weight(size, s), s.loss) for s in summaries]
+    families = [s.method.partition(":")[0].removesuffix("_b2_95") for s in summaries]
     axes.step(*zip(*frontier(points), strict=True), where="post", color="0.7", zorder=0)
-    for (x, y), s in zip(points, summaries, strict=True):
-        family = s.method.partition(":")[0].removesuffix("_b2_95")
+    names = named(points, families)
+    for (x, y), s, family, has_name in zip(points, summaries, families, names, strict=True):
         color, marker = FAMILIES.get(family, ("C5", "x"))
-        axes.errorbar(x, y, yerr=s.spread, fmt=marker, color=color, capsize=3)
-        axes.annotate(label(s.method), (x, y), xytext=(4, 4), textcoords="offset points", size=7)
+        spread = s.spread if has_name else None
+        size_of = 7 if has_name else 3
+        axes.errorbar(x, y, yerr=spread, fmt=marker, color=color, capsize=3, markersize=size_of)
+        if has_name:
+            text = label(s.method)
+            axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", size=8)
+    axes.set_xlim(right=2.5 * max(x for x, _ in points))  # for the names
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="bytes of state per weight", ylabel="validation loss, nats per token")
@@ -92,7 +122,7 @@ def main():
     about, runs = max(groups, key=lambda x: x[0]["setting"]["steps"] * x[0]["setting"]["batch"])
     setting = about["setting"]
     tokens = setting["steps"] * setting["batch"] * setting["length"]
-    title = f"{args.size}, {tokens / 1e6:.0f}M tokens of {about['data']['dataset']}"
+    title = f"{args.size.upper()} weights, {tokens / 1e6:.0f}M tokens"
     summaries = [s for s in results.summaries(runs) if s.loss < float("inf")]
     draw(args.size, summaries, title).savefig(args.figure, dpi=150)
 
