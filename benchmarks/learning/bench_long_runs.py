@@ -139,6 +139,7 @@ def runs() -> Iterator[Job]:
     yield from around("adamw_b2_95", 2e-3)
     yield from seeds(small(best + GENTLE["power 1/4, damping 1"], 2.5e-3))
     # Fewer bytes.
+    yield from seeds(small(best.replace("rank=16", "rank=8"), 2.5e-3))
     yield from around("natural_galore:bits=8+rank=16", 2.5e-3)
     yield from around("muon:bits=8+momentum_bits=4", 1e-2)
     yield from around(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
