@@ -239,9 +239,11 @@ MUTANTS = [
         "trace(L, axis1=-2, axis2=-1) / r",
         "trace(L, axis1=-2, axis2=-1)",
     ),
-    Mutant("util/linalg", "QR without its reflections", "(state[2] <= 4)", "(state[2] < 4)"),
     Mutant(
-        "util/linalg",
+        "util/orthonormalise", "QR without its reflections", "(state[2] <= 4)", "(state[2] < 4)"
+    ),
+    Mutant(
+        "util/orthonormalise",
         "QR without sign convention",
         "< 0, -1.0, 1.0).astype(Q.dtype)",
         "< 0, 1.0, 1.0).astype(Q.dtype)",
@@ -259,7 +261,7 @@ MUTANTS = [
         "block",
     ),
     Mutant(
-        "util/linalg",
+        "util/orthonormalise",
         "panels without sign convention",
         "jnp.where(diagonal < 0, -1.0, 1.0)",
         "jnp.where(diagonal < 0, 1.0, 1.0)",
@@ -455,6 +457,7 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
     ],
     "fisher/window": ["fisher/test_window", "fisher/test_both_forms"],
     "fisher/core": ["fisher/test_core", "fisher/test_both_forms"],
+    "util/orthonormalise": ["util/test_orthonormalise", "subspace/test_basis"],
     "util/linalg": [
         "util/test_linalg",
         "subspace/test_basis",

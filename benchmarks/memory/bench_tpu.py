@@ -40,7 +40,7 @@ from benchmarks.common.tpu_compiler import GIB, OutOfMemory, Program, compile_fo
 from examples.common import llama
 from examples.pretraining import llama_sharding
 from natgalore_jax.planning import model_shapes
-from natgalore_jax.util import linalg
+from natgalore_jax.util import linalg, orthonormalise
 from natgalore_jax.util.orthogonalize import polar
 from natgalore_jax.util.text_tables import human_bytes, table
 
@@ -178,11 +178,11 @@ def pieces(topology: str, sizes: list[tuple[int, int, int]]) -> Iterator[tuple[s
             "P U, high": (linalg.product, (basis, core)),
             "G (Gᵀ P), highest": (lambda G, P: linalg.matmul(G, linalg.matmul(G.T, P)), (G, basis)),
             "G (Gᵀ P), by blocks": (linalg.gram_product, (G, basis)),
-            "QR by panels": (linalg.panel_qr, (basis,)),
+            "QR by panels": (orthonormalise.panel_qr, (basis,)),
             "three Newton-Schulz steps": (polar, (G,)),
         }
         if r <= 512:  # minutes beyond
-            functions["QR"] = (linalg.householder_qr, (basis,))
+            functions["QR"] = (orthonormalise.householder_qr, (basis,))
         for name, (f, arguments) in functions.items():
             yield f"{m} x {n}, r {r}: {name}", compile_for_tpu(f, *arguments)
 

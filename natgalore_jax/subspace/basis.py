@@ -31,7 +31,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from ..tree.leaf_spec import LeafSpec
-from ..util.linalg import gram_product, max_abs, orthonormalise, product, rounded_product
+from ..util.linalg import gram_product, max_abs, product, rounded_product
+from ..util.orthonormalise import orthonormalise
 
 
 BasisUpdate = Callable[

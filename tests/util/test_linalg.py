@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 
 from natgalore_jax.fisher.core import damped
-from natgalore_jax.util import linalg
 from natgalore_jax.util.linalg import (
-    cholesky_qr,
     gram_product_by_blocks,
-    householder_qr,
     inverse_root,
     newton_schulz,
     newton_schulz_scales,
-    orthonormalise,
-    panel_qr,
     power_of_two,
     product,
     rounded,
@@ -93,92 +88,6 @@ def test_gram_product_by_blocks_matches_numpy(n):
     np.testing.assert_allclose(Y, G @ (G.T @ P), rtol=1e-5, atol=1e-4)
 
 
-def sketches():
-    rng = np.random.default_rng(0)
-    normal = rng.normal(size=(96, 24))
-    Q = np.linalg.qr(normal)[0]
-    falling = np.geomspace(1, 1e-3, 24)
-    return {
-        "orthonormal": Q,
-        "normal": normal,
-        "huge": 1e12 * normal,
-        "tiny": 1e-12 * normal,
-        "long and short": Q * np.geomspace(1, 1e-6, 24),
-        "one step from a warm basis": Q * falling @ (np.eye(24) + 0.2 * normal[:24]),
-        "columns alike": normal[:, :1] + 1e-4 * normal,
-        "rank deficient": normal[:, :8] @ normal[:8, :] + 1e-6 * Q,
-        "a column of zeros": normal * (np.arange(24) != 3),
-        "zero": 0 * normal,
-    }
-
-
-@pytest.mark.parametrize("sketch", sketches())
-@pytest.mark.parametrize(
-    "factorise",
-    [cholesky_qr, householder_qr, functools.partial(panel_qr, width=2)],  # 12 panels, 2 blocks
-    ids=["cholesky", "householder", "panels"],
-)
-def test_qr_factor_matches_numpy(factorise, sketch):
-    Y = sketches()[sketch]
-    Q = np.asarray(factorise(jnp.asarray(Y, jnp.float32)), np.float64)
-    np.testing.assert_allclose(Q.T @ Q, np.eye(24), atol=2e-6)  # some eps of float32
-    length = np.linalg.norm(Y, axis=0)
-    Y = Y / np.where(length > 0, length, 1)
-    T = Q.T @ Y
-    small = 5e-6  # eps times the square root of the size, over a few steps
-    np.testing.assert_allclose(Q @ T, Y, atol=small)
-    np.testing.assert_allclose(np.tril(T, -1), 0, atol=small)
-    assert np.diagonal(T).min() > -small
-    if np.linalg.cond(Y) < 100:  # else rounding determines the last columns
-        exact = np.linalg.qr(Y)
-        np.testing.assert_allclose(Q, exact.Q * np.sign(np.diagonal(exact.R)), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "sketch",
-    ["orthonormal", *slow("huge", "long and short", "one step from a warm basis", "columns alike")],
-)
-def test_cholesky_qr_needs_no_fallback(sketch, monkeypatch):
-    monkeypatch.setattr(linalg, "householder_qr", lambda Y: jnp.nan * Y)
-    assert np.isfinite(cholesky_qr(jnp.asarray(sketches()[sketch], jnp.float32))).all()
-
-
-def test_several_cholesky_qrs_equal_single_ones():
-    """One matrix of them needs more steps than the others, another one the fallback."""
-    names = ["normal", "one step from a warm basis", "zero"]
-    stack = jnp.asarray(np.stack([sketches()[name] for name in names]), jnp.float32)
-    together = jax.jit(jax.vmap(cholesky_qr))(stack)
-    for i, one in enumerate(stack):
-        # Rounding of the products, times the condition of the second sketch, 1e3.
-        np.testing.assert_allclose(together[i], jax.jit(cholesky_qr)(one), atol=1e-4)
-
-
-def test_cholesky_qr_waits_for_one_condition(monkeypatch):
-    """Also under `vmap`, where a condition on the fallback would become a select of both."""
-    calls = []
-
-    def recorded(Y):
-        jax.debug.callback(lambda: calls.append(1))
-        return householder_qr(Y)
-
-    monkeypatch.setattr(linalg, "householder_qr", recorded)
-    Y = jnp.asarray(sketches()["normal"], jnp.float32)
-    for factorise, y in ((cholesky_qr, Y), (jax.vmap(cholesky_qr), jnp.stack([Y, 2 * Y]))):
-        names = [eqn.primitive.name for eqn in jax.make_jaxpr(factorise)(y).eqns]
-        assert names.count("while") == 1
-        assert "cond" not in names
-        jax.block_until_ready(jax.jit(lambda y, f=factorise: f(y))(y))
-        jax.effects_barrier()
-        assert not calls
-    jax.block_until_ready(jax.jit(lambda y: cholesky_qr(y))(0 * Y))
-    jax.effects_barrier()
-    assert calls
-
-
-def test_cholesky_qr_propagates_nan():
-    assert not np.isfinite(cholesky_qr(jnp.full((8, 2), jnp.nan))).any()
-
-
 @pytest.mark.parametrize(("setting", "precision"), [(None, "HIGH"), ("highest", "HIGHEST")])
 def test_product_precision_follows_the_jax_setting(setting, precision):
     x = jnp.ones((2, 2))
@@ -208,12 +117,6 @@ def test_error_of_a_product_of_bfloat16_factors():
     short = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
     error = short(short(P) @ short(U)) - P @ U
     assert 2.5e-3 < np.linalg.norm(error) / np.linalg.norm(U) < 3.3e-3
-
-
-def test_orthonormalise_keeps_an_orthonormal_basis():
-    """Signs of warm bases do not flip."""
-    P = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 4)))[0].astype(np.float32)
-    np.testing.assert_allclose(orthonormalise(jnp.asarray(P)), P, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -28,7 +28,8 @@ from jax.custom_batching import sequential_vmap
 from benchmarks.common.muon import newton_schulz
 from natgalore_jax.subspace.basis import GENERATOR, svd
 from natgalore_jax.util.control_flow import by_platform
-from natgalore_jax.util.linalg import matmul, orthonormalise, product
+from natgalore_jax.util.linalg import matmul, product
+from natgalore_jax.util.orthonormalise import orthonormalise
 
 
 MatrixState = dict[str, jax.Array]  # of one matrix, or of a stack of matrices
