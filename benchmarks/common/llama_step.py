@@ -14,7 +14,9 @@ from examples.common import llama
 def llama_step(
     tx: optax.GradientTransformation, config: llama.LlamaConfig, low_rank_gradients: bool
 ) -> Callable[..., Any]:
-    """(params, state, tokens) -> (params, state, loss) of a Llama.
+    """(params, state, tokens, **extra_args) -> (params, state, loss) of a Llama.
+
+    The extra arguments are those of `tx.update`.
 
     Args:
       tx: the optimizer.
@@ -34,9 +36,9 @@ def llama_step(
             state,
         )
 
-    def step(params, state, tokens):
+    def step(params, state, tokens, **extra_args):
         (loss, grads), state = gradients(params, state, tokens)
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **extra_args)
         return optax.apply_updates(params, updates), state, loss
 
     return step

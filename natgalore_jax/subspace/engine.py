@@ -170,6 +170,7 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree, extra_args: dict[str, Any]
     ) -> tuple[PyTree, SubspaceState]:
         # 1. Flatten: lists with an entry for each leaf, or for each projected leaf.
+        refresh_bases = check_refresh_bases(extra_args.pop("refresh_bases", None), updates)
         if self.residual is not None and cores(updates):
             raise ValueError(
                 "`residual` needs whole gradients, and these are cores: take those of "
@@ -190,7 +191,9 @@ class Engine:
 
         # 2. Refresh and project.
         states, bases = with_auto_axes(
-            functools.partial(refresh_and_project, self.refresh, specs, roles, leaf_partitions),
+            functools.partial(
+                refresh_and_project, self.refresh, refresh_bases, specs, roles, leaf_partitions
+            ),
             lambda: _projected_partitions(specs, leaf_partitions, states),
             [gradients[i] for i in places],
             states,
@@ -282,6 +285,27 @@ class Engine:
             return state, None
         momentum, inner_state = state.inner_state
         return state._replace(inner_state=inner_state), momentum
+
+
+def check_refresh_bases(refresh_bases: Any, updates: PyTree) -> bool | None:
+    """The argument of `update`.
+
+    Raises:
+      TypeError: if it is traced, or not True, False or None.
+      ValueError: if the gradients are cores, whose bases `value_and_grad` has refreshed.
+    """
+    if refresh_bases is None:
+        return None
+    if not isinstance(refresh_bases, bool):
+        raise TypeError(
+            "`refresh_bases` must be True, False or None when a program is traced, for example by "
+            f"jax.jit(step, static_argnames='refresh_bases'), got {refresh_bases!r}."
+        )
+    if cores(updates):
+        raise ValueError(
+            "`refresh_bases` is for whole gradients: value_and_grad refreshes the bases of cores."
+        )
+    return refresh_bases
 
 
 def _params_at_cores(updates: PyTree, params: PyTree) -> PyTree:

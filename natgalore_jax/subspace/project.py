@@ -110,10 +110,12 @@ def project(
       seed: of random bases; all bases are random before the first refresh.
 
     Returns:
-      A transformation with state :class:`SubspaceState`. A matrix (or other leaf) whose gradient is
-      not finite gets a zero update, counts as a zero gradient in inner's averages, and is counted
-      in `skipped`. A finite gradient above 1e19 overflows the squares of an inner Adam, as it does
-      without a projection.
+      A transformation with state :class:`SubspaceState`. Its `update` takes a static argument
+      `refresh_bases`: True refreshes all bases, False none, without a condition in the program;
+      None, the default, those that are due (`docs/performance.md`). A matrix (or other leaf) whose
+      gradient is not finite gets a zero update, counts as a zero gradient in inner's averages, and
+      is counted in `skipped`. A finite gradient above 1e19 overflows the squares of an inner Adam,
+      as it does without a projection.
 
     Raises:
       TypeError, ValueError: if an argument is out of range. At init: if a rule of `select` or

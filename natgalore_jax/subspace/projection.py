@@ -40,6 +40,7 @@ class Projected(NamedTuple):
 
 def refresh_and_project(
     refresh: Refresh,
+    refresh_bases: bool | None,
     specs: list[LeafSpec],
     roles: list[tuple[Any, ...]],
     partitions: list[LeafPartition],
@@ -51,6 +52,7 @@ def refresh_and_project(
 
     Args:
       refresh: of the projection.
+      refresh_bases: whether all bases are due, or none; None: those of the schedule.
       specs: of the leaves.
       roles: of `carried` in each state.
       partitions: of the leaves.
@@ -78,9 +80,14 @@ def refresh_and_project(
     largest = [max_abs(state.R) for state in new]
     new = [x._replace(finite=jnp.isfinite(size)) for x, size in zip(new, largest, strict=True)]
     full = [i for i, G in enumerate(gradients) if not is_core(G)]
-    if full:
+    if full and refresh_bases is not False:
         total = number_of_matrices(specs)
-        due = [refresh.due(specs[i], largest[i], new[i].refreshed, count, total) for i in full]
+        due = [
+            jnp.full_like(new[i].refreshed, True, bool)
+            if refresh_bases
+            else refresh.due(specs[i], largest[i], new[i].refreshed, count, total)
+            for i in full
+        ]
         after = refresh_due(
             refresh,
             tuple(RefreshLeaf(specs[i], roles[i], partitions[i]) for i in full),
