@@ -378,6 +378,29 @@ def train() -> Iterator[Row]:
 
 
 @table(
+    "async",
+    *("model", "tokens a step", "optimizer", "step, ms", "to AdamW"),
+    *("waiting after each, ms", "to AdamW"),
+)
+def asynchronous() -> Iterator[Row]:
+    for name in ("async-60m", "async-350m"):
+        settings, methods = read(name)["settings"], read(name)["methods"]
+        about = (settings["size"], f"{settings['batch'] * settings['seq_len']:,}")
+        for method, row in methods.items():
+            recipe = method.removesuffix("_two_programs")
+            kinds = ("block_step_seconds", "waited_step_seconds")
+            yield (
+                *about,
+                code(recipe) + ", `refresh_bases`" * (recipe != method),
+                *(
+                    cell
+                    for kind in kinds
+                    for cell in (f"{1e3 * row[kind]:.1f}", ratio(row[kind], methods["adamw"][kind]))
+                ),
+            )
+
+
+@table(
     "train-8-bits",
     *("optimizer", "tokens/s", "to AdamW", "weights and state", "temporary", "peak"),
 )
