@@ -134,17 +134,24 @@ def runs() -> Iterator[Job]:
     """All runs, the most telling of each size first."""
     # 6M weights, 20 tokens per weight: three seeds, the rates beside the best, and variants.
     best = MOMENTUM + IN_8_BITS + "+rank=16+residual_scale=0.4"
-    yield from around(best, 2.5e-3)
-    yield from around("muon", 1e-2)
-    yield from around("adamw_b2_95", 2e-3)
+    main = {
+        best: 2.5e-3,
+        "muon": 1e-2,
+        "adamw_b2_95": 2e-3,
+        "natural_galore:bits=8+rank=16": 2.5e-3,
+        "muon:bits=8": 1e-2,
+    }
+    for method, rate in main.items():
+        yield from seeds(small(method, rate))
+    for method, rate in main.items():
+        yield small(method, 2 * rate)
+        yield small(method, rate / 2)
     yield from seeds(small(best + GENTLE["power 1/4, damping 1"], 2.5e-3))
     # Fewer bytes.
     yield from seeds(small(best.replace("rank=16", "rank=8"), 2.5e-3))
-    yield from around("natural_galore:bits=8+rank=16", 2.5e-3)
     yield from around("muon:bits=8+momentum_bits=4", 1e-2)
     yield from around(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
     yield from around("natural_galore:bits=8", 2.5e-3)
-    yield from around("muon:bits=8", 1e-2)
     # 6M weights, 20 tokens per weight: with and without momentum, of the residual or before.
     yield small("natural_galore", 2.5e-3)
     yield small(MOMENTUM, 2.5e-3)

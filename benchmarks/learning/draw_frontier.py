@@ -1,16 +1,20 @@
 """What a byte of optimizer state buys: loss against bytes of state per weight, of each method.
 
+The longest runs are on top.
+
     python benchmarks/learning/draw_frontier.py benchmarks/results/long-runs.jsonl --size 11m
 
 A point is a method at its best learning rate, its mean over seeds. Points that no other point beats
 in both coordinates are joined: the frontier. Of a family's points with nearly the same state only
-the best one has a name, and points far above AdamW are left out.
+the best one has a number, and points far above AdamW are left out.
 """
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
@@ -73,7 +77,9 @@ def label(method: str) -> str:
         ("bits=8", "8 bits"),
         ("rank=", "rank "),
         ("fisher=core+fisher.", "Fisher "),
-        ("+fisher.", " "),
+        ("+fisher.", ", "),
+        ("power=", "power "),
+        ("damping=", "damping "),
         ("residual_scale=", "scale "),
         ("adamw_b2_95", "AdamW"),
         ("weight_decay=", "decay "),
@@ -82,30 +88,37 @@ def label(method: str) -> str:
     return method.replace(":", ", ").replace("+", ", ")
 
 
-def draw(size: str, summaries: list[results.Summary], title: str) -> Figure:
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
+def draw(axes: Axes, size: str, summaries: list[results.Summary]) -> None:
     adamw = [s.loss for s in summaries if s.method.startswith("adamw")]
     summaries = [s for s in summaries if not adamw or s.loss < max(adamw) + ABOVE]
+    summaries.sort(key=lambda s: bytes_per_weight(size, s))
     points = [(bytes_per_weight(size, s), s.loss) for s in summaries]
     families = [s.method.partition(":")[0].removesuffix("_b2_95") for s in summaries]
     axes.step(*zip(*frontier(points), strict=True), where="post", color="0.7", zorder=0)
     names = named(points, families)
+    number = 0
     for (x, y), s, family, has_name in zip(points, summaries, families, names, strict=True):
         color, marker = FAMILIES.get(family, ("C5", "x"))
-        spread = s.spread if has_name else None
-        size_of = 7 if has_name else 3
-        axes.errorbar(x, y, yerr=spread, fmt=marker, color=color, capsize=3, markersize=size_of)
-        if has_name:
-            text = label(s.method)
-            axes.annotate(text, (x, y), xytext=(5, 5), textcoords="offset points", size=8)
-    axes.set_xlim(right=2.5 * max(x for x, _ in points))  # for the names
+        style = {"fmt": marker, "color": color, "capsize": 3}
+        if not has_name:
+            axes.errorbar(x, y, markersize=3, **style)
+            continue
+        number += 1
+        name = f"{number}  {label(s.method)}"
+        axes.errorbar(x, y, yerr=s.spread, markersize=7, label=name, **style)
+        axes.annotate(str(number), (x, y), xytext=(6, 4), textcoords="offset points")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_tick_params(labelbottom=True)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set(xlabel="bytes of state per weight", ylabel="validation loss, nats per token")
-    axes.set_title(title)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
     axes.grid(alpha=0.3)
-    return figure
+
+
+def tokens(about: dict[str, Any]) -> int:
+    """Tokens of the runs of a group."""
+    setting = about["setting"]
+    return setting["steps"] * setting["batch"] * setting["length"]
 
 
 def main():
@@ -119,12 +132,13 @@ def main():
     groups = [x for x in results.groups(args.file) if x[0]["setting"]["size"] == args.size]
     if not groups:
         parser.error(f"{args.file} has no runs of {args.size}")
-    about, runs = max(groups, key=lambda x: x[0]["setting"]["steps"] * x[0]["setting"]["batch"])
-    setting = about["setting"]
-    tokens = setting["steps"] * setting["batch"] * setting["length"]
-    title = f"{args.size.upper()} weights, {tokens / 1e6:.0f}M tokens"
-    summaries = [s for s in results.summaries(runs) if s.loss < float("inf")]
-    draw(args.size, summaries, title).savefig(args.figure, dpi=150)
+    groups.sort(key=lambda group: -tokens(group[0]))
+    figure = Figure(figsize=(10, 3.5 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), sharex=True, squeeze=False)[:, 0]
+    for axes, (about, runs) in zip(panels, groups, strict=True):
+        draw(axes, args.size, [s for s in results.summaries(runs) if s.loss < float("inf")])
+        axes.set_title(f"{args.size.upper()} weights, {tokens(about) / 1e6:.0f}M tokens")
+    figure.savefig(args.figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import natgalore_jax as natgalore
+from examples.common import llama
+from natgalore_jax.reporting.memory_report import nbytes
 
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +26,12 @@ PAGES = (
 )
 
 
+def read_page(page):
+    return (ROOT / page).read_text()
+
+
 def snippets(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", read_page(page), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -70,12 +77,27 @@ def test_three_spellings_are_one_thing():
         np.testing.assert_array_equal(result, results[0])  # it is one program
 
 
-def test_snippet_of_choosing_runs():
-    (snippet,) = snippets("docs/choosing.md")
+def test_snippets_of_choosing_have_the_state_of_its_tables():
+    start, long_runs = snippets("docs/choosing.md")
     scope: dict = {}
-    exec(snippet, scope)
+    exec(start, scope)
     basis = scope["tx"].init({"kernel": jnp.zeros((512, 1024))})[0].basis["kernel"].value
     assert basis.shape == (512, scope["width"] // 4)
+    # The model of the runs, four times as wide: by default a matrix of 192 x 192 is not projected.
+    scope["width"] = 768
+    exec(long_runs, scope)
+    config = llama.LlamaConfig(768, 2048, heads=12, layers=1)
+    model = lambda: nnx.state(llama.Llama(config, nnx.Rngs(0)), nnx.Param)
+    (layer,) = nnx.to_pure_dict(nnx.eval_shape(model))["layers"].values()
+    matrices = {name: layer[name] for name in ("attention", "mlp")}
+    weights = sum(x.size for x in jax.tree.leaves(matrices))
+    rows = re.findall(r"\| ([\d.]+) \| `(tiny|muon|momentum)`", read_page("docs/choosing.md"))
+    for shown, name in rows:
+        state = jax.tree.leaves(jax.eval_shape(scope[name].init, matrices))
+        found = sum(map(nbytes, state)) / weights
+        # At rank 16 a scale of a basis is for 16 numbers, here for 64.
+        assert found == pytest.approx(float(shown), rel=0.06), name
+    assert len(rows) == 3
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda x: x.name)
