@@ -15,7 +15,6 @@ Reference: Zhao et al., "GaLore", arXiv:2403.03507, algorithm 2; Das, "Natural G
 arXiv:2410.16029, algorithm 1.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -26,29 +25,18 @@ from jaxtyping import Array, PyTree
 
 from ..quantization.quantized_array import dequantize, requantize
 from ..sharding.array_partitions import partitions_of, with_auto_axes
-from ..sharding.boxed_state import box_state, named_leaves
-from ..sharding.partitioning import LeafPartition, ParamPartitions, role_partition, state_partition
-from ..sharding.shard_map import check_reduced, varying_as
-from ..tree.cores import Basis, Core, allow_no_cores, cores, is_core, replace_cores
-from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores, with_boxes
-from ..tree.flax_serialization import register_with_flax
+from ..sharding.partitioning import LeafPartition, role_partition
+from ..sharding.shard_map import check_reduced
+from ..tree.cores import Core, cores, is_core, replace_cores
+from ..tree.flax_boxes import is_box, rebox, rebox_like, unbox, unbox_cores
 from ..tree.leaf_spec import LeafSpec
-from ..tree.state_roles import walk
 from ..util.validation import Scalar
-from .basis import basis_key
+from .initial_state import initial_state
 from .inner import Inner
-from .learning_rate_check import check_learning_rate
-from .projection import (
-    Projected,
-    from_subspace,
-    refresh_and_project,
-    to_working_dtype,
-    working_dtype,
-)
-from .refresh import MatrixState, Refresh
-from .residual import RESIDUALS, Momentum, Residual
+from .projection import Projected, from_subspace, refresh_and_project, to_working_dtype
+from .refresh import MatrixState, Refresh, check_refresh_bases
+from .residual import Momentum, Residual
 from .state import (
-    FORMAT_VERSION,
     ResidualMomentumState,
     Settings,
     SubspaceState,
@@ -57,8 +45,6 @@ from .state import (
     check_tree,
     flatten,
 )
-from .transport import check_roles
-from .weight_decay import inspect
 
 
 class Engine:
@@ -89,72 +75,9 @@ class Engine:
           specs: like the params without boxes: the LeafSpec of each projected leaf, else None.
           reasons: why the others are not projected, by name.
         """
-        register_with_flax()
-        named = named_leaves(params)
-        inner, params = with_boxes(self.inner.transformation, params), unbox(params)
-        partitions = partitions_of(params)
-        settings = self.settings(reasons)
-        specs = jax.tree.map(
-            lambda spec: (
-                dataclasses.replace(spec, partition=named[spec.path].partition)
-                if spec.path in named
-                else spec
-            ),
-            specs,
-        )
-
-        def proxy(x, spec):
-            if spec is None:
-                return to_working_dtype(x)
-            core = jnp.zeros_like(x, working_dtype(x), spec.core_shape)
-            partition = role_partition("linear", spec, partitions.leaf(spec))
-            return Core(partitions.place(core, partition), spec)
-
-        def basis(x, spec, side=0):
-            if spec is None or (side and not spec.both):
-                return None
-            index = spec.index + jnp.arange(spec.matrices)
-            keys = jax.vmap(lambda i: basis_key(self.refresh.seed, i, 0, side))(index)
-            view = spec.transposed if side else spec
-            start = self.refresh.method.start(keys, view, working_dtype(x))
-            return Basis(varying_as(start, x), view, settings)
-
-        def counter(x, spec):
-            shape = () if spec is None else spec.batch_shape
-            zeros = jnp.zeros_like(x, jnp.int32, shape)
-            return zeros if spec is None else Core(zeros, spec)
-
-        def momentum(x, spec):
-            if spec is None:
-                return None
-            zeros = jnp.zeros_like(x, working_dtype(x), (*spec.batch_shape, spec.m, spec.n))
-            partition = role_partition("full", spec, partitions.leaf(spec))
-            return Core(partitions.place(zeros, partition), spec)
-
-        proxies = jax.tree.map(proxy, params, specs)
-        inner_state = allow_no_cores(inner.init(proxies))
-        origins = inspect(inner, proxies, inner_state) if cores(proxies) else None
-        if self.residual is not None and not self.inner.rate_free and cores(proxies):
-            check_learning_rate(inner, proxies, sized=self.residual in RESIDUALS)
-        if self.refresh.transport is not None:
-            check_roles(inner_state, origins)
-        if self.residual_momentum is not None:
-            inner_state = ResidualMomentumState(jax.tree.map(momentum, params, specs), inner_state)
-        state = SubspaceState(
-            count=jnp.zeros([], jnp.int32),
-            basis=jax.tree.map(basis, params, specs),
-            right_basis=jax.tree.map(functools.partial(basis, side=1), params, specs),
-            refreshed=jax.tree.map(
-                lambda x, spec: None if spec is None else counter(x, spec), params, specs
-            ),
-            skipped=jax.tree.map(counter, params, specs),
-            inner_state=inner_state,
-            version=jnp.full([], FORMAT_VERSION, jnp.int32),
-        )
-        return box_state(_placed(state, partitions), named)
-
-    def settings(self, reasons: dict[str, str]) -> Settings:
-        return Settings(self.refresh, self.residual is not None, tuple(reasons.items()))
+        settings = Settings(self.refresh, self.residual is not None, tuple(reasons.items()))
+        has_momentum = self.residual_momentum is not None
+        return initial_state(self.inner, settings, self.residual, has_momentum, params, specs)
 
     def update(
         self, updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any
@@ -170,7 +93,9 @@ class Engine:
         self, updates: PyTree, state: SubspaceState, params: PyTree, extra_args: dict[str, Any]
     ) -> tuple[PyTree, SubspaceState]:
         # 1. Flatten: lists with an entry for each leaf, or for each projected leaf.
-        refresh_bases = check_refresh_bases(extra_args.pop("refresh_bases", None), updates)
+        refresh_bases = check_refresh_bases(
+            extra_args.pop("refresh_bases", None), bool(cores(updates))
+        )
         if self.residual is not None and cores(updates):
             raise ValueError(
                 "`residual` needs whole gradients, and these are cores: take those of "
@@ -192,7 +117,12 @@ class Engine:
         # 2. Refresh and project.
         states, bases = with_auto_axes(
             functools.partial(
-                refresh_and_project, self.refresh, refresh_bases, specs, roles, leaf_partitions
+                refresh_and_project,
+                self.refresh,
+                specs,
+                roles,
+                leaf_partitions,
+                refresh_bases=refresh_bases,
             ),
             lambda: _projected_partitions(specs, leaf_partitions, states),
             [gradients[i] for i in places],
@@ -287,27 +217,6 @@ class Engine:
         return state._replace(inner_state=inner_state), momentum
 
 
-def check_refresh_bases(refresh_bases: Any, updates: PyTree) -> bool | None:
-    """The argument of `update`.
-
-    Raises:
-      TypeError: if it is traced, or not True, False or None.
-      ValueError: if the gradients are cores, whose bases `value_and_grad` has refreshed.
-    """
-    if refresh_bases is None:
-        return None
-    if not isinstance(refresh_bases, bool):
-        raise TypeError(
-            "`refresh_bases` must be True, False or None when a program is traced, for example by "
-            f"jax.jit(step, static_argnames='refresh_bases'), got {refresh_bases!r}."
-        )
-    if cores(updates):
-        raise ValueError(
-            "`refresh_bases` is for whole gradients: value_and_grad refreshes the bases of cores."
-        )
-    return refresh_bases
-
-
 def _params_at_cores(updates: PyTree, params: PyTree) -> PyTree:
     """`updates` with the params, in their boxes, where it has Cores.
 
@@ -333,18 +242,6 @@ def _projected_partitions(
         bases.append(tuple(partition("basis", side) for side in sides))
         new.append(state._replace(R=partition("linear", spec), finite=partition("scalar", spec)))
     return Projected(new, bases)
-
-
-def _placed(state: SubspaceState, partitions: ParamPartitions) -> SubspaceState:
-    """The state on the mesh of the params."""
-
-    def at(x, role, spec):
-        if spec is not None:
-            return partitions.place(x, state_partition(x.shape, role, spec, partitions.leaf(spec)))
-        # Arrays of leaves that are not projected are where inner made them.
-        return partitions.place(x, jax.sharding.PartitionSpec()) if jnp.ndim(x) == 0 else x
-
-    return walk(state, at)
 
 
 def _count(n: Any, event: Array) -> Any:

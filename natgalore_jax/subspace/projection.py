@@ -40,19 +40,18 @@ class Projected(NamedTuple):
 
 def refresh_and_project(
     refresh: Refresh,
-    refresh_bases: bool | None,
     specs: list[LeafSpec],
     roles: list[tuple[Any, ...]],
     partitions: list[LeafPartition],
     gradients: list[Any],
     states: list[MatrixState],
     count: Int[Array, ""],
+    refresh_bases: bool | None = None,
 ) -> Projected:
     """Refreshes the due bases and projects the gradients.
 
     Args:
       refresh: of the projection.
-      refresh_bases: whether all bases are due, or none; None: those of the schedule.
       specs: of the leaves.
       roles: of `carried` in each state.
       partitions: of the leaves.
@@ -60,6 +59,7 @@ def refresh_and_project(
         bases that it has refreshed.
       states: of the matrices.
       count: of steps.
+      refresh_bases: whether all bases are due, or none; None: those of the schedule.
 
     Raises:
       ValueError: if a gradient has another shape than its leaf.

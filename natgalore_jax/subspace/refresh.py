@@ -68,6 +68,27 @@ def groups(refresh_every: int, total: int, stagger: bool) -> int:
     return min(GROUPS, refresh_every, max(total, 1)) if stagger else 1
 
 
+def check_refresh_bases(refresh_bases: Any, of_cores: bool) -> bool | None:
+    """The argument of `update`; `of_cores`: whether gradients are cores.
+
+    Raises:
+      TypeError: if it is traced, or not True, False or None.
+      ValueError: if the gradients are cores, whose bases `value_and_grad` has refreshed.
+    """
+    if refresh_bases is None:
+        return None
+    if not isinstance(refresh_bases, bool):
+        raise TypeError(
+            "`refresh_bases` must be True, False or None when a program is traced, for example by "
+            f"jax.jit(step, static_argnames='refresh_bases'), got {refresh_bases!r}."
+        )
+    if of_cores:
+        raise ValueError(
+            "`refresh_bases` is for whole gradients: value_and_grad refreshes the bases of cores."
+        )
+    return refresh_bases
+
+
 def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:
     """The places of a leaf's matrices in the refresh order."""
     first, last = spec.index, spec.index + spec.matrices
