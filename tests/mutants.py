@@ -201,6 +201,18 @@ MUTANTS = [
         "finite_part(spec, finite, 2 * a * W",
     ),
     Mutant(
+        "subspace/projection",
+        "refresh_bases=False refreshes",
+        "if full and refresh_bases is not False:",
+        "if full:",
+    ),
+    Mutant(
+        "subspace/projection",
+        "refresh_bases=True refreshes what is due",
+        "            if refresh_bases\n",
+        "            if not full\n",
+    ),
+    Mutant(
         "subspace/engine",
         "count not incremented",
         "count=optax.safe_increment(state.count)",
@@ -453,6 +465,7 @@ FIRST = {  # test files in which a module's faults show soonest; all other quick
         "integration/test_trajectory",
         "subspace/test_engine",
         "subspace/test_residual",
+        "subspace/test_refresh",
         "quantization/test_quantized",
     ],
     "fisher/window": ["fisher/test_window", "fisher/test_both_forms"],

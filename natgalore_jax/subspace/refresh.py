@@ -77,7 +77,7 @@ def check_refresh_bases(refresh_bases: Any, of_cores: bool) -> bool | None:
     """
     if refresh_bases is None:
         return None
-    if not isinstance(refresh_bases, bool):
+    if not isinstance(refresh_bases, (bool, np.bool_)):
         raise TypeError(
             "`refresh_bases` must be True, False or None when a program is traced, for example by "
             f"jax.jit(step, static_argnames='refresh_bases'), got {refresh_bases!r}."
@@ -86,7 +86,7 @@ def check_refresh_bases(refresh_bases: Any, of_cores: bool) -> bool | None:
         raise ValueError(
             "`refresh_bases` is for whole gradients: value_and_grad refreshes the bases of cores."
         )
-    return refresh_bases
+    return bool(refresh_bases)
 
 
 def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:

@@ -92,7 +92,7 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize("name", ["core Fisher", *slow("galore", "8 bits", "chain", "partition")])
+@pytest.mark.parametrize("name", ["galore", *slow("core Fisher", "8 bits", "chain", "partition")])
 def test_chosen_refreshes_equal_those_of_the_schedule(name):
     chosen = trained(CHOSEN[name](), [i % 3 == 0 for i in range(8)])
     scheduled = trained(CHOSEN[name](), [None] * 8)
@@ -142,8 +142,12 @@ def test_refresh_bases_is_static():
         jax.jit(tx.update)(weights, state, weights, refresh_bases=True)
     with pytest.raises(TypeError, match="got 1"):
         tx.update(weights, state, weights, refresh_bases=1)
+    _, state = tx.update(weights, state, weights, refresh_bases=np.int32(0) % 50 == 0)
+    (subspace,) = subspace_states(state)
+    assert [n.value.tolist() for n in cores(subspace.refreshed)] == [[1, 1], 1]
 
 
+@pytest.mark.slow
 def test_refresh_bases_is_for_whole_gradients():
     tx = CHOSEN["galore"]()
     weights = draw(0)
