@@ -143,12 +143,19 @@ def runs() -> Iterator[Job]:
     }
     for method, rate in main.items():
         yield from seeds(small(method, rate))
+    # Fewer bytes.
+    yield from seeds(small(best.replace("rank=16", "rank=8"), 2.5e-3))
+    yield from seeds(small("natural_galore:bits=8", 2.5e-3))
+    for method, rate in (
+        ("adafactor", 1e-3),
+        ("galore:bits=8+rank=16", 2.5e-3),
+        ("apollo_mini", 8e-3),
+    ):
+        yield small(method, rate)
     for method, rate in main.items():
         yield small(method, 2 * rate)
         yield small(method, rate / 2)
     yield from seeds(small(best + GENTLE["power 1/4, damping 1"], 2.5e-3))
-    # Fewer bytes.
-    yield from seeds(small(best.replace("rank=16", "rank=8"), 2.5e-3))
     yield from around("muon:bits=8+momentum_bits=4", 1e-2)
     yield from around(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
     yield from around("natural_galore:bits=8", 2.5e-3)
