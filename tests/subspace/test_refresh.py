@@ -142,9 +142,16 @@ def test_refresh_bases_is_static():
         jax.jit(tx.update)(weights, state, weights, refresh_bases=True)
     with pytest.raises(TypeError, match="got 1"):
         tx.update(weights, state, weights, refresh_bases=1)
-    _, state = tx.update(weights, state, weights, refresh_bases=np.int32(0) % 50 == 0)
+
+
+def test_true_refreshes_off_the_schedule():
+    tx = CHOSEN["galore"]()
+    weights = draw(0)
+    state = tx.init(weights)
+    for _ in range(2):  # by the schedule only the first step would refresh
+        _, state = tx.update(weights, state, weights, refresh_bases=np.int32(0) % 50 == 0)
     (subspace,) = subspace_states(state)
-    assert [n.value.tolist() for n in cores(subspace.refreshed)] == [[1, 1], 1]
+    assert [n.value.tolist() for n in cores(subspace.refreshed)] == [[2, 2], 2]
 
 
 @pytest.mark.slow
