@@ -166,7 +166,7 @@ def with_residual(
             if momentum is None:
                 X = outside(G, R, *bases, unit=unit, from_core=products.from_core)
             else:
-                X = T / unit
+                X = T * (1 / unit)
             S = products.polar(X, DAMPING * jnp.square(of_G / unit))
     else:
         S = _each(residual, G.ndim - 2)(T, R, U)
@@ -174,7 +174,7 @@ def with_residual(
             batch_axes = G.ndim - 2
             expected, got = G.shape[batch_axes:], jnp.shape(S)[batch_axes:]
             raise ValueError(f"`residual` must return an array of shape {expected}, got {got}.")
-    return size, U / size, scale * S.astype(G.dtype), M
+    return size, U * (1 / size), scale * S.astype(G.dtype), M
 
 
 def isotropic(
@@ -209,7 +209,7 @@ def outside(
     The error is 5e-4 |G|, that of tensor-float32, at half the memory traffic; where |T| is below
     0.03 |G|, (2) is damped.
     """
-    wide = lambda G, R, unit, *bases: (G - from_core(G.dtype, R, *bases)) / unit
+    wide = lambda G, R, unit, *bases: (G - from_core(G.dtype, R, *bases)) * (1 / unit)
     if highest_precision_requested():
         return wide(G, R, unit, *bases)
 

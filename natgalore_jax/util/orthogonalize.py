@@ -107,8 +107,8 @@ def orthogonalised(
     def q(A, s, i):
         """q(A / s²), over s in the last step. Products stay in units of s²: a pass would divide."""
         a, b, c = steps[i]
-        unit = jnp.where(i == last, s, 1.0)
-        return ((a * eye_like(A) + b / s**2 * A + c / s**4 * (A @ A)) / unit).astype(dtype)
+        unit = 1 / jnp.where(i == last, s, 1.0)  # times it: a division of each entry is longer
+        return ((a * eye_like(A) + b / s**2 * A + c / s**4 * (A @ A)) * unit).astype(dtype)
 
     if gram:
         A = X @ X.mT
@@ -128,7 +128,11 @@ def orthogonalised(
         X, s = Xs
         A = X @ X.mT
         s = jnp.where(i == 0, schatten_norm(A.astype(wide), ridge), s)
-        return jnp.matmul(q(A, s, i), X, preferred_element_type=result), s
+        factor = q(A, s, i)
+        if not unroll:
+            # XLA:TPU would compute q again for each block of the product's columns.
+            factor = lax.optimization_barrier(factor)
+        return jnp.matmul(factor, X, preferred_element_type=result), s
 
     one = jnp.ones_like(X[..., :1, :1], wide)
     if unroll:
