@@ -16,7 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..quantization.quantized_array import decode_basis, with_keys_of, without_keys
 from ..sharding.distributed import on_whole_matrices, over_layers
-from ..sharding.partitioning import LeafPartition, align, is_divided_further, store
+from ..sharding.partitioning import (
+    LeafPartition,
+    align,
+    in_stored_layout,
+    is_divided_further,
+    role_partition,
+    store,
+)
 from ..tree.cores import is_core
 from ..tree.leaf_spec import LeafSpec
 from ..util.linalg import max_abs
@@ -156,7 +163,8 @@ def to_subspace(
         R = to_core(spec.to_view(G).astype(dtype), *aligned_bases(spec, partition, bases))
         return store(R, "linear", spec, partition)
 
-    return over_layers(of_layer, spec, partition, G, bases, full=(True, False))
+    R = over_layers(of_layer, spec, partition, G, bases, full=(True, False))
+    return in_stored_layout(R, role_partition("linear", spec, partition), partition)
 
 
 def lift(

@@ -28,7 +28,7 @@ from ..quantization.quantized_array import (
     encode_basis,
     requantize,
 )
-from ..sharding.partitioning import LeafPartition
+from ..sharding.partitioning import LeafPartition, in_stored_layout, state_partition
 from ..tree.leaf_spec import LeafSpec
 from ..util.linalg import matmul
 from .basis import Method, basis_key, expand, normalised, to_core
@@ -280,10 +280,27 @@ def refresh_due(
             due=due_now,
             order=jnp.asarray(order(leaf.spec)),
             state=state,
+            in_layout=functools.partial(in_stored_layouts, leaf),
         )
         for leaf, G, due_now, state in zip(leaves, gradients, due, states, strict=True)
     ]
     return map_due_matrices(step, entries)
+
+
+def in_stored_layouts(leaf: RefreshLeaf, state: MatrixState) -> MatrixState:
+    """The state of all matrices of a leaf, its cores and moments as :func:`in_stored_layout`."""
+    spec, roles, partition = leaf
+
+    def in_layout(role, x):
+        stored = state_partition(x.shape, role, spec, partition)
+        return in_stored_layout(x, stored, partition)
+
+    carried = [
+        jax.tree.map(functools.partial(in_layout, role), x)
+        for x, role in zip(state.carried, roles, strict=True)
+    ]
+    R = None if state.R is None else in_layout("linear", state.R)
+    return state._replace(carried=carried, R=R)
 
 
 def of_products(spec: LeafSpec) -> LeafSpec:

@@ -48,6 +48,7 @@ class Leaf(NamedTuple):
       due: which matrices are, (*batch).
       order: the places of the matrices in the refresh order, (*batch).
       state: a tree of arrays whose batch axes come first.
+      in_layout: of a state, a constraint of its layout on TPUs.
     """
 
     spec: LeafSpec
@@ -57,6 +58,7 @@ class Leaf(NamedTuple):
     due: Bool[Array, "*batch"]
     order: Int[Array, "*batch"]
     state: Any
+    in_layout: Callable[[Any], Any] = lambda state: state
 
 
 # For one matrix: (spec, kind, G as `spec.cut` slices it, place in the order, due, state) -> state.
@@ -110,7 +112,9 @@ def _group_key(leaf: Leaf) -> Hashable:
 def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
     if len(leaves) == 1:
         (leaf,) = leaves
-        over_leaf = functools.partial(_over_leaf, step, leaf.kind, _layout_on_tpu(leaf))
+        inside_shards = batch_partition(leaf.spec, leaf.partition)
+        in_layout = (lambda state: state) if inside_shards else leaf.in_layout
+        over_leaf = functools.partial(_over_leaf, step, leaf.kind, _layout_on_tpu(leaf), in_layout)
         inputs = (leaf.due, leaf.order)
         return [over_shards(over_leaf, leaf.spec.unnamed, leaf.partition, leaf.G, inputs, *states)]
     matrix, kind = leaves[0].spec.matrix, leaves[0].kind
@@ -136,7 +140,8 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
             functools.partial(put, leaf.spec.unnamed, is_here, i, new)
             for leaf, is_here, i in zip(leaves, here, i, strict=True)
         ]
-        return run_each(here, puts, states)
+        states = run_each(here, puts, states)
+        return [leaf.in_layout(state) for leaf, state in zip(leaves, states, strict=True)]
 
     return _where(due, at, states)
 
@@ -199,6 +204,7 @@ def _over_leaf(
     step: Step,
     kind: Any,
     layout: Layout | None,
+    in_layout: Callable[[Any], Any],
     spec: LeafSpec,
     G: Array,
     which: tuple[Bool[Array, "*batch"], Int[Array, "*batch"]],
@@ -208,7 +214,7 @@ def _over_leaf(
 
     def at(i, state):
         new = step(spec, kind, _cut(spec, layout, G, i), order[i], due[i], spec.take_all(state, i))
-        return spec.put_all(state, i, new)
+        return in_layout(spec.put_all(state, i, new))
 
     return _where(due, at, state)
 
