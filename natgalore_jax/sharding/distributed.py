@@ -28,6 +28,7 @@ from .partitioning import (
     LeafPartition,
     are_auto,
     axis_entries,
+    in_stored_layout,
     merged_entry,
     mesh_axes,
     place,
@@ -116,7 +117,8 @@ def over_layers(
       full: for each tree whether its arrays have the leaf's shape; by default none.
       full_result: whether the result is an (*batch, m, n), whose layers are then written in the
         leaf's order of axes.
-      at_once: the number of layers in an iteration, a divisor of the number of layers.
+      at_once: the number of layers in an iteration, at most that of all layers. Where it does not
+        divide them, the last iteration repeats some of the one before.
       kept_in: the dtype in which the loop has the first array and the result; None for their own.
     """
     batched = functools.partial(f, spec, leaf)
@@ -149,13 +151,28 @@ def over_layers(
             result = f(layers, layers_leaf, *at_i)
             return layers.from_view(result) if full_result else result
 
-        stack = lax.map(one, jnp.arange(spec.sizes[axis] // at_once))
+        place, number = axis if full_result else 0, spec.sizes[axis]
+        stack = lax.map(one, jnp.arange(-(-number // at_once)))
         stack = stack if kept_in is None else stack.astype(first.dtype)
+        stack = jnp.moveaxis(stack, 0, place)
+        if at_once > 1:
+            shape = [*stack.shape[:place], -1, *stack.shape[place + 2 :]]
+            stack = _without_repeated(stack.reshape(shape), number, at_once, place)
         if not full_result:
-            return stack.reshape(spec.sizes[axis], *stack.shape[1 + (at_once > 1) :])
-        return spec.to_view(jnp.moveaxis(stack, 0, axis).reshape(spec.shape))
+            return stack
+        return spec.to_view(in_stored_layout(stack.reshape(spec.shape), leaf.partition, leaf))
 
     return by_platform(*arrays, tpu=mapped, default=batched)
+
+
+def _without_repeated(stack: Array, number: int, at_once: int, axis: int) -> Array:
+    """`number` layers from slices of `at_once`, the last of which began at `number - at_once`."""
+    repeated = stack.shape[axis] - number
+    if not repeated:
+        return stack
+    before = number // at_once * at_once
+    parts = jnp.split(stack, [before, before + repeated], axis)
+    return jnp.concatenate([parts[0], parts[2]], axis)
 
 
 def on_whole_matrices(
@@ -170,7 +187,8 @@ def on_whole_matrices(
 
     For products of a matrix with itself, each of which would gather the shards. The matrices of a
     stack are distributed over the devices that share each of them, on TPUs one layer a device at a
-    time; where their number is not divisible, each of these devices computes all matrices.
+    time, the last ones together with earlier ones where the number is not divisible. Elsewhere each
+    of these devices then computes all matrices.
 
     Args:
       kept_in: on TPUs, the dtype in which x and the result are stored and exchanged; None for their
@@ -190,22 +208,32 @@ def on_whole_matrices(
     if not are_auto(mesh, [*itertools.chain(*batch), *shared]):
         return f(x, *args)
     before = [entries[axis] for axis in spec.batch]
-    for name in shared:
-        for names, size in zip(batch, spec.batch_shape, strict=True):
-            if size % math.prod(mesh.shape[n] for n in (*names, name)) == 0:
-                names.append(name)
-                break
-    after = [tuple(names) or None for names in batch]
-    # So many layers are one on each device.
-    at_once = shards(batch[0], mesh) // shards(mesh_axes(before[0]), mesh) if batch else 1
+
+    def after(sizes):
+        """The mesh axes that divide batch axes of these sizes, the leaf's last ones."""
+        divided = [[*names] for names in batch[len(batch) - len(sizes) :]]
+        for name in shared:
+            for names, size in zip(divided, sizes, strict=True):
+                if size % shards((*names, name), mesh) == 0:
+                    names.append(name)
+                    break
+        return divided
 
     def of_layers(view, leaf, x, *args):
         del leaf
-        dropped = len(batch) - len(view.batch)
-        whole = NamedSharding(mesh, trim_partition(after[dropped:]))
-        sharding = NamedSharding(mesh, PartitionSpec(*before[dropped:], *sides))
+        names = after(view.batch_shape)
+        whole = NamedSharding(mesh, trim_partition([tuple(n) or None for n in names]))
+        layers = before[len(before) - len(names) :]
+        sharding = NamedSharding(mesh, PartitionSpec(*layers, *sides))
         # Without the first one XLA:TPU gathers each matrix of x, on 8 chips 8 times the bytes.
         x = place(place(x, sharding), whole)
         return place(place(of_whole(x, *args), whole), sharding)
 
+    at_once = 1
+    if batch:  # one layer on each device
+        divided = after(spec.batch_shape)
+        other = [name for name in shared if name not in itertools.chain(*divided)]
+        most = shards((*divided[0], *other), mesh)
+        number = most if most <= spec.batch_shape[0] else shards(divided[0], mesh)
+        at_once = number // shards(mesh_axes(before[0]), mesh)
     return loop(of_layers, spec, leaf, x, *args, at_once=at_once)

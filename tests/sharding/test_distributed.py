@@ -63,8 +63,9 @@ def test_over_layers_equals_the_function_of_the_stack(name, on_tpu, key):
     np.testing.assert_allclose(full, np.asarray(P_) @ by_numpy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [2, 4])  # the second and last four begin at the third layer
 @pytest.mark.parametrize("shape", [(6, 4, 3), (6, 2, 4, 3), (2, 4, 6, 3)])
-def test_over_layers_takes_several_layers_at_once(shape, on_tpu, key):
+def test_over_layers_takes_several_layers_at_once(shape, at_once, on_tpu, key):
     batch = tuple(axis for axis in range(len(shape) - 1) if axis != shape.index(4))
     batch = tuple(sorted(batch, key=lambda axis: -shape[axis]))  # the six layers first
     spec = LeafSpec((), shape, batch, (shape.index(4),), (len(shape) - 1,), rank=2)
@@ -74,13 +75,13 @@ def test_over_layers_takes_several_layers_at_once(shape, on_tpu, key):
         seen.append((view.batch_shape[0], G.dtype))
         return 2 * view.to_view(G)
 
-    run = functools.partial(over_layers, double, spec, NOWHERE, G, full=(True,), at_once=2)
+    run = functools.partial(over_layers, double, spec, NOWHERE, G, full=(True,), at_once=at_once)
     np.testing.assert_array_equal(run(), 2 * spec.to_view(G))
     np.testing.assert_array_equal(run(full_result=True), 2 * spec.to_view(G))
     kept = run(full_result=True, kept_in=jnp.bfloat16)
     np.testing.assert_array_equal(kept, 2 * spec.to_view(G.astype(jnp.bfloat16).astype(G.dtype)))
     assert kept.dtype == G.dtype
-    assert seen == [(2, jnp.float32), (2, jnp.float32), (2, jnp.bfloat16)]
+    assert seen == [(at_once, dtype) for dtype in (jnp.float32, jnp.float32, jnp.bfloat16)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_sharded_updates_layer_by_layer_equal_those_of_stacks(name, key, request
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     kernels = {
         "up": (P(None, "fsdp", "tensor"), (8, 16, 24)),  # a layer on every fourth device, twice
-        "down": (P(None, "tensor"), (3, 24, 16)),  # each layer on every device
+        "down": (P(None, "tensor"), (3, 24, 16)),  # two layers at a time, one of them twice
     }
     params, shardings = {}, {}
     for i, (leaf, (partition, shape)) in enumerate(kernels.items()):
