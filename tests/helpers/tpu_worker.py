@@ -104,6 +104,14 @@ def one_chip(name: str, topology: str) -> dict[str, Any]:
     return facts(program) | {"planned": sum(planned.bytes.values())}
 
 
+def layouts(name: str, topology: str) -> dict[str, Any]:
+    """The update of weights of which a chip has 342 columns or rows, no multiple of 8."""
+    shape = lambda *shape: jax.ShapeDtypeStruct((LAYERS, *shape), jnp.float32)
+    params = {"up": shape(1024, 2736), "down": shape(2736, 1024)}
+    tx = getattr(natgalore, name)(1e-3, 256, **SETTINGS)
+    return facts(update_step(tx, params, mesh_of(topology)).compile(options=OPTIONS))
+
+
 def training(name: str, topology: str) -> dict[str, Any]:
     mesh = mesh_of(topology)
     config = llama.CONFIGS["tiny"]
@@ -165,6 +173,7 @@ def run(case: str) -> Any:
     functions = {
         "update": update,
         "one_chip": one_chip,
+        "layouts": layouts,
         "training": training,
         "peak": peak,
         "example": example,

@@ -87,6 +87,13 @@ def test_bytes_moved_are_those_of_the_sharding_page(name):
     assert facts["gathered"] == RANK * N  # at a refresh too
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["galore", "natural_galore"])
+def test_cores_and_moments_keep_their_layout(name):
+    facts = facts_of(f"layouts/{name}/{V5E}")
+    assert [LAYERS, 256, 342] not in facts["copied"]
+
+
 @pytest.mark.parametrize("case", quick(QUICK[3:], ONE_CHIP))
 def test_bytes_on_one_chip_are_those_of_the_plan(case):
     """Weights, gradients and state, with padding. The table of results and code are not counted."""
