@@ -77,6 +77,7 @@ def gram_product_by_blocks(
         first = jnp.minimum(j * width, n - width)
         block = lax.dynamic_slice_in_dim(G, first, width, axis=1)
         block = jnp.where(first + columns < j * width, 0, block)  # of the block before
+        block = lax.optimization_barrier(block)  # one program for blocks of every G
         return Y + matmul(block, matmul(block.mT, P))
 
     return lax.fori_loop(0, -(-n // width), add_block, jnp.zeros_like(P))
