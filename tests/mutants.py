@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant(
         "sharding/distributed",
         "layers first in the leaf",
-        "jnp.moveaxis(stack, 0, axis)",
+        "jnp.moveaxis(stack, 0, place)",
         "stack",
     ),
     Mutant(
@@ -289,6 +289,12 @@ MUTANTS = [
         "overlapping groups of layers",
         "dynamic_slice_in_dim(x, i * at_once, at_once, at)",
         "dynamic_slice_in_dim(x, i, at_once, at)",
+    ),
+    Mutant(
+        "sharding/distributed",
+        "repeated layers in place of the last",
+        "[parts[0], parts[2]]",
+        "parts[:2]",
     ),
     Mutant(
         "sharding/distributed",
