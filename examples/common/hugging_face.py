@@ -158,15 +158,7 @@ def llama_config(folder: Path) -> llama.LlamaConfig:
         ValueError: it describes a model that ours does not implement.
     """
     config, file = pretrained.read_config(folder, "llama"), folder / "config.json"
-    demand(
-        file,
-        config,
-        hidden_act="silu",
-        attention_bias=False,
-        mlp_bias=False,
-        rope_scaling=None,
-        tie_word_embeddings=False,
-    )
+    demand(file, config, hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None)
     # Newer files have the rotary embedding in a dict of its own.
     rotary = config.get("rope_parameters") or {}
     demand(file, rotary, rope_type="default")
@@ -179,6 +171,7 @@ def llama_config(folder: Path) -> llama.LlamaConfig:
         kv_heads=config.get("num_key_value_heads"),
         theta=float(rotary.get("rope_theta", config.get("rope_theta", 10_000.0))),
         epsilon=config.get("rms_norm_eps", 1e-6),
+        tied=config.get("tie_word_embeddings") or False,
     )
     demand(file, config, head_dim=shape.head_dim)
     return shape
@@ -193,8 +186,9 @@ def read_llama(folder: Path) -> tuple[llama.LlamaConfig, pretrained.Params]:
     """
     config = llama_config(folder)
     shapes = llama.abstract_params(config)
-    # Old files also contain the rotary frequencies.
-    return config, pretrained.load(folder, shapes, LLAMA_NAMES, unused=r"rotary_emb\.inv_freq$")
+    # Old files also contain the rotary frequencies, or a copy of a tied embedding as the head.
+    unused = r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if config.tied else "")
+    return config, pretrained.load(folder, shapes, LLAMA_NAMES, unused=unused)
 
 
 def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Params) -> None:
@@ -215,7 +209,7 @@ def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Param
             "rope_theta": config.theta,
             "rms_norm_eps": config.epsilon,
             "hidden_act": "silu",
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": config.tied,
             "torch_dtype": str(params["norm"]["scale"].dtype),
         },
     )

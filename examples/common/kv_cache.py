@@ -90,4 +90,4 @@ def extend(
             x, of_layer = extend_layer(layer, x, KVCache(cache.keys[i], cache.values[i]), start)
             caches.append(of_layer)
         cache = jax.tree.map(lambda *layers: jnp.stack(layers), *caches)
-    return model.head(model.norm(x)), cache
+    return model.logits(x), cache

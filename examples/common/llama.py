@@ -6,11 +6,11 @@
         x = x + mlp(rms_norm(x))            down(silu(gate(x)) * up(x))
     logits = head(rms_norm(x))
 
-No biases, an untied head, and every weight of a layer is one matrix. With `scan=True` the layers
-are one stack of weights (layers, m, n) with one compiled body, so compile time does not grow with
-depth; the function is the same. `stacks=4` splits the layers into four stacks, which limits the
-temporary arrays of the optimizer to a quarter of the layers. `hugging_face.py` reads and writes
-Hugging Face's Llamas.
+No biases, and every weight of a layer is one matrix; the head is a matrix of its own, or `tied` to
+the embedding. With `scan=True` the layers are one stack of weights (layers, m, n) with one compiled
+body, so compile time does not grow with depth; the function is the same. `stacks=4` splits the
+layers into four stacks, which limits the temporary arrays of the optimizer to a quarter of the
+layers. `hugging_face.py` reads and writes Hugging Face's Llamas.
 """
 
 import math
@@ -48,6 +48,7 @@ class LlamaConfig:
             attention, arXiv 2305.13245); None: one per query head.
         theta: base of the rotary frequencies.
         epsilon: added to the mean square in the norms.
+        tied: the head is the transposed embedding.
     """
 
     hidden: int
@@ -65,6 +66,7 @@ class LlamaConfig:
     kv_heads: int | None = None
     theta: float = 10_000.0
     epsilon: float = 1e-6
+    tied: bool = False
 
     def __post_init__(self):
         if self.hidden % (2 * self.heads):
@@ -238,8 +240,9 @@ class Llama(nnx.Module):
         else:
             self.layers = nnx.List([make_layer(rngs) for _ in range(config.layers)])
         self.norm = rms_norm(config, rngs)
-        # Logits of size 1/sqrt(hidden): the initial loss is ln(vocabulary) at any width.
-        self.head = linear(config, config.hidden, config.vocabulary, 1 / config.hidden, rngs)
+        if not config.tied:
+            # Logits of size 1/sqrt(hidden): the initial loss is ln(vocabulary) at any width.
+            self.head = linear(config, config.hidden, config.vocabulary, 1 / config.hidden, rngs)
 
     def __call__(
         self, tokens: Int[Array, "batch length"]
@@ -261,7 +264,14 @@ class Llama(nnx.Module):
             for layer in self.layers:
                 structure, weights = nnx.split(layer)
                 x, _ = apply(structure, x, weights)
-        return self.head(self.norm(x))
+        return self.logits(x)
+
+    def logits(
+        self, x: Float[Array, "batch length hidden"]
+    ) -> Float[Array, "batch length vocabulary"]:
+        """Logits from the output of the last layer."""
+        x = self.norm(x)
+        return self.embed.attend(x) if self.config.tied else self.head(x)
 
     def stacks(self) -> list[Layer]:
         """The stacks of layers to scan over."""

@@ -247,6 +247,22 @@ class TestFiles:
                 np.testing.assert_array_equal(tensor, LLAMA[key])
             assert hugging_face.llama_config(tmp_path / name) == config
 
+    def test_tied_llama(self, tmp_path):
+        shape = reference.LLAMA_CONFIG | {"tie_word_embeddings": True}
+        tensors = {k: v for k, v in LLAMA.items() if k != "lm_head.weight"}
+        config, params = hugging_face.read_llama(write(tmp_path, tensors, shape))
+        assert "head" not in params
+        head = LLAMA["model.embed_tokens.weight"]
+        expected = reference.llama_logits(LLAMA | {"lm_head.weight": head}, shape, TOKENS[0])
+        logits = llama_logits(config, params, TOKENS[:1])
+        np.testing.assert_allclose(logits[0], expected, atol=ROUNDING)
+        hugging_face.save_llama(tmp_path / "again", config, params)
+        assert load_file(tmp_path / "again" / "model.safetensors").keys() == tensors.keys()
+        assert hugging_face.llama_config(tmp_path / "again") == config
+        # A copy of the embedding as the head is ignored, as Transformers does.
+        again, same = hugging_face.read_llama(write(tmp_path, LLAMA, shape))
+        jax.tree.map(np.testing.assert_array_equal, (again, same), (config, params))
+
     @pytest.mark.parametrize("kind", ENCODERS)
     def test_saved_encoder_equals_the_original(self, kind, tmp_path):
         shape, tensors, *_ = ENCODERS[kind]
@@ -338,7 +354,6 @@ class TestFiles:
         [
             ({"model_type": "bert"}, "config.json does not have model_type 'llama'"),
             ({"rope_scaling": {"type": "linear"}}, "has rope_scaling = {'type': 'linear'}"),
-            ({"tie_word_embeddings": True}, "has tie_word_embeddings = True"),
             ({"head_dim": 8}, "has head_dim = 8; this model supports only 4"),
             ({"attention_bias": True}, "has attention_bias = True"),
             ({"rope_parameters": {"rope_type": "yarn"}}, "has rope_type = 'yarn'"),
