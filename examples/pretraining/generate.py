@@ -11,7 +11,7 @@ cache (kv_cache.py). The context is never truncated.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from examples.common import (
+    chat_format,
     checkpoint,
     command_line,
     data,
@@ -121,12 +122,13 @@ def read_hugging_face(folder: Path) -> Writer:
     config, params = hugging_face.read_llama(folder)
     tokenizer = hugging_face.read_tokenizer(folder, config.vocabulary)
     tokenizer.no_truncation()
+    chat = chat_format.of(tokenizer)
     return Writer(
         config,
         params,
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
         lambda tokens: sample.printable(tokenizer.decode(tokens).encode()),
-        tokenizer.token_to_id("</s>"),
+        chat and tokenizer.token_to_id(chat.end),
     )
 
 
@@ -168,6 +170,11 @@ def draw(
     return jnp.where(greedy, logits.argmax(), drawn)
 
 
+def ceiling(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def generate(
     config: llama.LlamaConfig,
     params: Any,
@@ -184,7 +191,6 @@ def generate(
     different lengths share one compilation. The cache entries of the padding are masked until they
     are overwritten.
     """
-    ceiling = lambda n: 1 << (n - 1).bit_length()
     filled = np.zeros((1, ceiling(len(prompt))), np.int32)
     filled[0, : len(prompt)] = prompt
     cache = kv_cache.empty(config, 1, ceiling(max(filled.shape[1], len(prompt) + count)))
@@ -199,6 +205,72 @@ def generate(
             start = np.int32(len(prompt) + i)
             logits, cache = extend(config, params, token[None, None], cache, start)
             logits = logits[0, 0]
+
+
+@partial(jax.jit, static_argnames=("config", "count"))
+def continued(
+    config: llama.LlamaConfig,
+    params: Any,
+    prompts: Int[Array, "batch width"],
+    lengths: Int[Array, " batch"],
+    count: int,
+    end: Int[Array, ""],
+) -> Int[Array, "batch count"]:
+    """The `count` most likely tokens after each prompt, filled up with `end` after the first `end`.
+
+    The rows have positions of their own: each is a batch of one under `vmap`.
+    """
+    model = nnx.merge(llama.structure(config), params)
+    extend = jax.vmap(partial(kv_cache.extend, model), in_axes=(0, 1, 0), out_axes=(0, 1))
+    batch, width = prompts.shape
+    cache = kv_cache.empty(config, batch, width + count)
+    cache = jax.tree.map(lambda x: x[:, :, None], cache)
+    _, cache = extend(prompts[:, None], cache, jnp.zeros_like(lengths))
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+
+    def goes_on(carry):
+        i, _, ended, *_ = carry
+        return (i < count) & ~ended.all()
+
+    def step(carry):
+        i, token, ended, drawn, cache = carry
+        logits, cache = extend(token[:, None, None], cache, lengths - 1 + i)
+        token = jnp.where(ended, end, logits[:, 0, 0].argmax(axis=-1))
+        return i + 1, token, token == end, drawn.at[:, i].set(token), cache
+
+    filled = jnp.full((batch, count), end)
+    first = (jnp.int32(0), last, jnp.zeros(batch, bool), filled, cache)
+    return jax.lax.while_loop(goes_on, step, first)[3]
+
+
+def generate_batches(
+    config: llama.LlamaConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    count: int,
+    end: int,
+    batch_size: int,
+) -> list[list[int]]:
+    """Up to `count` most likely tokens after each prompt, without the `end` token.
+
+    Prompts of similar length share a batch. The lengths of padded prompts are powers of two, so
+    that batches share compilations.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    found: list[list[int]] = [[] for _ in prompts]
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        width = ceiling(len(prompts[rows[-1]]))
+        batch = [prompts[i] for i in np.resize(rows, batch_size)]  # the last one is filled up
+        lengths = np.array([len(prompt) for prompt in batch], np.int32)
+        given = np.zeros((batch_size, width), np.int32)
+        for row, prompt in zip(given, batch, strict=True):
+            row[: len(prompt)] = prompt
+        drawn = np.asarray(continued(config, params, given, lengths, count, np.int32(end)))
+        for i, tokens in zip(rows, drawn.tolist(), strict=False):
+            found[i] = tokens[: tokens.index(end)] if end in tokens else tokens
+    return found
 
 
 def main() -> None:

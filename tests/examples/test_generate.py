@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -46,14 +47,16 @@ class TestCache:
         assert np.all(np.any(past.values[:, :, :9] != 0, axis=(-1, -2)))
 
 
+recomputed = nnx.jit(lambda net, tokens: net(tokens))
+
+
 def greedy(net, prompt: list[int], count: int) -> list[int]:
     """The most likely tokens, without a cache."""
-    tokens = np.zeros((1, len(prompt) + count), np.int32)  # causal: later zeros have no effect
+    tokens = np.zeros((1, 16), np.int32)  # causal: later zeros have no effect
     tokens[0, : len(prompt)] = prompt
-    logits = jax.jit(lambda tokens: net(tokens))
-    for i in range(len(prompt), tokens.shape[1]):
-        tokens[0, i] = logits(tokens)[0, i - 1].argmax()
-    return tokens[0, len(prompt) :].tolist()
+    for i in range(len(prompt), len(prompt) + count):
+        tokens[0, i] = recomputed(net, tokens)[0, i - 1].argmax()
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()
 
 
 def written(net, prompt, count, temperature=0.0, seed=0, end=None) -> list[int]:
@@ -83,6 +86,21 @@ class TestGenerate:
         assert written(net, prompt, 6) == expected
         assert len(set(expected)) > 1
         assert written(net, prompt, 6, end=expected[2]) == expected[: expected.index(expected[2])]
+
+    def test_batch_equals_its_rows_alone(self):
+        net = model(replace(SMALL, scan=True))
+        net.head.kernel[...] = net.head.kernel[...] * 100  # no near ties
+        params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+        prompts = [[1, 2, 3, 4, 5], [7], [3, 41, 7], [9, 8], [31, 4, 15, 9, 26, 5, 35]]
+        together = partial(
+            generate.generate_batches, net.config, params, prompts, count=6, batch_size=3
+        )
+        expected = [greedy(net, prompt, 6) for prompt in prompts]
+        assert together(end=50) == expected  # never drawn
+        assert len({tuple(tokens) for tokens in expected}) == len(prompts)
+        end = expected[0][2]
+        cut = lambda tokens: tokens[: tokens.index(end)] if end in tokens else tokens
+        assert together(end=end) == [cut(tokens) for tokens in expected]
 
     def test_draws_follow_the_softmax(self):
         logits = jnp.array([0.0, 1.0, 3.0])
