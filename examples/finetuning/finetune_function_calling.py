@@ -1,18 +1,27 @@
-"""Fine-tune TinyLlama to plan function calls with Natural GaLore (TinyAgent, arXiv 2409.00608).
+"""Fine-tune a chat model to plan function calls with Natural GaLore.
 
-    python examples/finetuning/finetune_function_calling.py --model TinyLlama --data TinyAgent
+    python examples/finetuning/fetch_calls.py --out runs/calls      a pretrained model and records
+    python examples/finetuning/finetune_function_calling.py --model runs/calls/model \\
+        --data runs/calls/records --max-length 1024
     python examples/finetuning/finetune_function_calling.py … --compare natural_galore,adamw,lora
     python examples/finetuning/finetune_function_calling.py --out runs/mine --resume
 
 --model is a folder with a Llama in Hugging Face's format (config.json, model.safetensors,
-tokenizer.json), --data a folder with TinyAgent's training_data.json and testing_data.json. If a
-file is missing, the error gives the command that downloads it. examples/finetuning/tiny_assets.py
+tokenizer.json) whose tokenizer has the special tokens of ChatML or of TinyLlama's chat model.
+--data is a folder with train.jsonl and test.jsonl, or with training_data.json and testing_data.json
+of TinyAgent (arXiv 2409.00608), the paper's records. A line of the first has
+
+    {"messages": [{"role": "user", "content": "..."}], "plan": "1. f(x=1)\\n2. join()<END_OF_PLAN>",
+     "accepted": [{"x": [1, 2]}]}
+
+where `accepted`, which may be left out, has the accepted values of each argument of each call. In
+the error about a missing file is the command that downloads it. examples/finetuning/tiny_assets.py
 makes a small model and records without a download.
 
 The model learns to generate the plan after the instructions; the loss covers the tokens of the plan
-only. A generated plan is a success if its graph of calls equals the expected one, arguments
-included; TinyAgent's own metric, without arguments, is shown too. Batches of 32, learning rate 7e-5
-and 3 epochs are the paper's settings.
+only. A generated plan is a success if its graph of calls equals the expected one with accepted
+arguments; TinyAgent's own metric, without arguments, is shown too (plans.py). Batches of 32,
+learning rate 7e-5 and 3 epochs are the paper's settings.
 
 The output folder has the log (log.jsonl), a checkpoint, and the tuned weights in Hugging Face's
 format (model/), which examples/pretraining/generate.py reads. Ctrl-C saves a checkpoint and stops;
@@ -21,9 +30,10 @@ format (model/), which examples/pretraining/generate.py reads. Ctrl-C saves a ch
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
@@ -35,6 +45,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer
 
 from examples.common import (
+    chat_format,
     command_line,
     hugging_face,
     llama,
@@ -43,8 +54,7 @@ from examples.common import (
     training_loop,
 )
 from examples.common.command_line import shown_as, unset
-from examples.finetuning import settings, tinyagent, training
-from examples.finetuning.records import Records
+from examples.finetuning import plans, records, settings, tinyagent, training
 from examples.pretraining import generate
 
 
@@ -53,7 +63,7 @@ OPTIMIZERS = settings.optimizers(natural_galore=7e-5, galore=7e-5, adamw=7e-5, l
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    """Settings of a run on TinyAgent."""
+    """Settings of a run."""
 
     OPTIMIZERS: ClassVar = OPTIMIZERS
     COUNTS: ClassVar = (*settings.Config.COUNTS, "judged")
@@ -85,13 +95,10 @@ class Config(settings.Config):
     """Steps between two checkpoints; one more is saved at the end and on Ctrl-C. 0: save none."""
 
     def get_model(self) -> str:
-        return "hf download TinyLlama/TinyLlama-1.1B-Chat-v1.0 --local-dir TinyLlama"
+        return "examples/finetuning/fetch_calls.py fetches one into runs/calls/model"
 
     def get_data(self) -> str:
-        return (
-            "hf download --repo-type dataset squeeze-ai-lab/TinyAgent-dataset "
-            "--local-dir TinyAgent-dataset"
-        )
+        return "examples/finetuning/fetch_calls.py fetches them into runs/calls/records"
 
 
 class Split(NamedTuple):
@@ -101,13 +108,18 @@ class Split(NamedTuple):
         tokens: instructions, plan and end token, padded with the end token.
         of_plan: mask of the tokens of the plan, including its end token.
         prompts: tokens of the instructions.
-        plans: expected plans as text.
+        examples: the records.
     """
 
     tokens: Int[np.ndarray, "records length"]
     of_plan: Bool[np.ndarray, "records length"]
     prompts: list[list[int]]
-    plans: list[str]
+    examples: list[plans.Example]
+
+    @property
+    def longest_plan(self) -> int:
+        """Maximum tokens of an expected plan, with its end token."""
+        return int(self.of_plan.sum(axis=1).max())
 
 
 class Inputs(NamedTuple):
@@ -116,27 +128,39 @@ class Inputs(NamedTuple):
     shape: llama.LlamaConfig
     weights: pretrained.Params
     tokenizer: Tokenizer
+    end: int
     train: Split
     test: Split
     summary: dict[str, Any]
 
 
-def prompt(example: tinyagent.Example) -> str:
-    """The instructions in the format of TinyLlama's chat model."""
-    return (
-        "".join(f"<|{role}|>\n{text}</s>\n" for role, text in example.messages) + "<|assistant|>\n"
-    )
+def chat_of(tokenizer: Tokenizer) -> chat_format.ChatFormat:
+    """The chat format of the tokenizer's model.
+
+    Raises:
+        ValueError: the tokenizer has the special tokens of no known format.
+    """
+    if chat := chat_format.of(tokenizer):
+        return chat
+    raise ValueError("the tokenizer has neither <|im_end|> nor <s> and </s>: no known chat format")
 
 
-def tokenized(tokenizer: Tokenizer, examples: Sequence[tinyagent.Example], longest: int) -> Split:
+def tokenized(
+    tokenizer: Tokenizer,
+    chat: chat_format.ChatFormat,
+    examples: Sequence[plans.Example],
+    longest: int,
+) -> Split:
     """Tokens of the examples that have at most `longest` tokens.
 
     Raises:
         ValueError: all examples are longer.
     """
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    begin, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
-    pairs = [([begin, *encode(prompt(e))], [*encode(e.plan), end], e.plan) for e in examples]
+    begin = [tokenizer.token_to_id(chat.begin)] if chat.begin else []
+    end = tokenizer.token_to_id(chat.end)
+    before = lambda example: [*begin, *encode(chat.prompt(example.messages))]
+    pairs = [(before(example), [*encode(example.plan), end], example) for example in examples]
     kept = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= longest]
     if not kept:
         raise ValueError(f"all records are longer than --max-length {longest}")
@@ -145,7 +169,7 @@ def tokenized(tokenizer: Tokenizer, examples: Sequence[tinyagent.Example], longe
     of_plan = np.zeros(tokens.shape, bool)
     for row, (before, plan, _) in zip(of_plan, kept, strict=True):
         row[len(before) : len(before) + len(plan)] = True
-    return Split(tokens, of_plan, [before for before, _, _ in kept], [text for *_, text in kept])
+    return Split(tokens, of_plan, [before for before, _, _ in kept], [e for *_, e in kept])
 
 
 def plan_loss(
@@ -169,22 +193,59 @@ def read(config: Config) -> Inputs:
     shape = replace(shape, scan=True, dtype=jnp.dtype(config.dtype), remat=config.remat)
     tokenizer = hugging_face.read_tokenizer(config.model, shape.vocabulary)
     tokenizer.no_truncation()
-    sets: dict[str, Records[tinyagent.Example]] = {
-        name: tinyagent.read(config.data / f"{name}_data.json", skip=config.skip_malformed)
-        for name in ("training", "testing")
+    chat = chat_of(tokenizer)
+    sets = read_records(config.data, skip=config.skip_malformed)
+    split = {
+        name: tokenized(tokenizer, chat, s.records, config.max_length) for name, s in sets.items()
     }
-    split = {name: tokenized(tokenizer, s.records, config.max_length) for name, s in sets.items()}
     for name, s in sets.items():
         if s.skipped:
             run_display.say(f"skipped {len(s.skipped)} records, first: {s.skipped[0]}")
-        if long := len(s.records) - len(split[name].plans):
+        if long := len(s.records) - len(split[name].examples):
             run_display.say(f"dropped {long} {name} records longer than {config.max_length} tokens")
     digests = "".join(s.sha256 for s in sets.values())
     summary = {
-        "records": {name: len(s.plans) for name, s in split.items()},
+        "records": {name: len(s.examples) for name, s in split.items()},
         "sha256": hashlib.sha256(digests.encode()).hexdigest(),
     }
-    return Inputs(shape, weights, tokenizer, split["training"], split["testing"], summary)
+    end = tokenizer.token_to_id(chat.end)
+    return Inputs(shape, weights, tokenizer, end, split["training"], split["testing"], summary)
+
+
+def read_records(folder: Path, *, skip: bool = False) -> dict[str, records.Records[plans.Example]]:
+    """Reads the `training` and `testing` records of a folder, in our format or TinyAgent's.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is damaged, or a record is malformed and `skip` is false.
+    """
+    if (folder / "train.jsonl").is_file():
+        files = {"training": folder / "train.jsonl", "testing": folder / "test.jsonl"}
+        return {k: records.read(file, plans.example, skip=skip) for k, file in files.items()}
+    names = ("training", "testing")
+    return {k: tinyagent.read(folder / f"{k}_data.json", skip=skip) for k in names}
+
+
+def success(
+    inputs: Inputs, params: pretrained.Params, split: Split, rows: Iterable[int], batch_size: int
+) -> dict[str, float]:
+    """Mean success of the plans that the model generates for these records.
+
+    The most likely token is taken at each step. A generated plan ends after as many tokens as the
+    longest expected plan of the split has.
+    """
+    rows = list(rows)
+    found = generate.generate_batches(
+        inputs.shape,
+        params,
+        [split.prompts[i] for i in rows],
+        count=split.longest_plan,
+        end=inputs.end,
+        batch_size=min(batch_size, len(rows)),
+    )
+    texts = [inputs.tokenizer.decode(tokens) for tokens in found]
+    scores = [plans.judge(text, split.examples[i]) for text, i in zip(texts, rows, strict=True)]
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
 
 def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
@@ -199,26 +260,15 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
     structure = llama.structure(inputs.shape)
     plain = jax.jit(training.plain_params)
     test_loss = jax.jit(lambda params, *batch: plan_loss(nnx.merge(structure, params), *batch))
-    end = inputs.tokenizer.token_to_id("</s>")
-
-    def written(params, i: int) -> str:
-        """The greedily generated plan for a test record."""
-        before = inputs.test.prompts[i]
-        room = inputs.test.tokens.shape[1] - len(before)
-        tokens = generate.generate(
-            inputs.shape, params, before, count=room, temperature=0.0, seed=0, end=end
-        )
-        return inputs.tokenizer.decode(list(tokens))
 
     def validate(params) -> dict[str, Any]:
         params = plain(params)
-        test, judged = inputs.test, range(min(config.judged, len(inputs.test.plans)))
+        test, judged = inputs.test, range(min(config.judged, len(inputs.test.examples)))
         rows = np.resize(
             np.arange(len(judged)), (-(-len(judged) // config.batch_size), config.batch_size)
         )
         losses = [float(test_loss(params, test.tokens[row], test.of_plan[row])) for row in rows]
-        scores = [tinyagent.judge(written(params, i), test.plans[i]) for i in judged]
-        metrics = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
+        metrics = success(inputs, params, test, judged, config.batch_size)
         return {"validation_loss": float(np.mean(losses)), "metrics": metrics}
 
     return training.make_job(
@@ -227,7 +277,7 @@ def make_job(config: Config, inputs: Inputs) -> training_loop.Job:
         inputs.train[:2],
         validate=validate,
         data=inputs.summary,
-        about=f"{len(inputs.train.plans):,} plans for a Llama",
+        about=f"{len(inputs.train.examples):,} plans for a Llama",
     )
 
 

@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -116,6 +116,13 @@ def read(
     if not records:
         raise ValueError(f"{skipped[0]}; no line is valid" if skipped else f"{file} is empty")
     return Records(records, skipped, hashlib.sha256(content).hexdigest())
+
+
+def write(file: Path, rows: Iterable[Row]) -> None:
+    """Writes a .jsonl file; creates its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines), encoding="utf-8")
 
 
 def read_folder(

@@ -37,7 +37,7 @@ class Config(command_line.Run):
     residual: Literal["none", "whitened"] = "none"
     """Residual of natural_galore; whitened orthogonalises the rest of each gradient."""
     freeze_embeddings: bool = False
-    """Keep the embeddings fixed, as lora does."""
+    """Keep the embeddings fixed, as lora does; a head tied to them too."""
     epochs: int = 30
     """Passes over the training records."""
     steps: Annotated[int | None, unset("INT")] = None

@@ -1,8 +1,9 @@
-"""Fine-tuning on TinyAgent: prompts, loss, records, command line."""
+"""Fine-tuning on plans of function calls: loss, records, command line."""
 
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,8 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.common import data, hugging_face, llama, run_log
-from examples.finetuning import finetune_function_calling as calling, tiny_assets, tinyagent
+from examples.common import chat_format, data, hugging_face, llama, run_log
+from examples.finetuning import (
+    finetune_function_calling as calling,
+    plans,
+    records,
+    tiny_assets,
+    tinyagent,
+)
 from examples.pretraining import generate
 from tests.helpers.cases import slow
 from tests.helpers.example_runs import contents, refused
@@ -74,7 +81,7 @@ class TestFunctionCalling:
         writer = generate.read(Path("here"))
         record = json.loads((tiny / "plans/testing_data.json").read_text())
         example = tinyagent.example(next(iter(record.values())))
-        tokens = [0, *writer.encode(calling.prompt(example))]
+        tokens = [0, *writer.encode(chat_format.ZEPHYR.prompt(example.messages))]
         written = generate.generate(
             writer.config, writer.params, tokens, count=80, temperature=0.0, seed=0, end=writer.end
         )
@@ -84,7 +91,7 @@ class TestFunctionCalling:
         config, params = hugging_face.read_llama(tiny / "llama")
         tokenizer = hugging_face.read_tokenizer(tiny / "llama", config.vocabulary)
         found = tinyagent.read(tiny / "plans/testing_data.json").records
-        split = calling.tokenized(tokenizer, found, 100)
+        split = calling.tokenized(tokenizer, chat_format.ZEPHYR, found, 100)
         for row, of_plan, before, example in zip(
             split.tokens, split.of_plan, split.prompts, found, strict=True
         ):
@@ -103,19 +110,58 @@ class TestFunctionCalling:
         loss = jax.jit(lambda *batch: calling.plan_loss(model, *batch))(tokens, of_plan)
         assert float(loss) == pytest.approx(np.mean(expected), rel=1e-5)
 
-    def test_prompt_has_the_chat_format(self):
-        example = tinyagent.Example((("system", "Plan."), ("user", "Hi")), "")
-        assert calling.prompt(example) == (
-            "<|system|>\nPlan.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
-        )
+    def test_tokens_in_the_format_of_the_tokenizer(self, tiny):
+        example = plans.Example((("system", "Plan."), ("user", "Hi")), "1. f()\n2. join()")
+        tokenizer = hugging_face.read_tokenizer(tiny / "llama", 1000)
+        text = lambda split: tokenizer.decode(split.tokens[0].tolist(), skip_special_tokens=False)
+        split = calling.tokenized(tokenizer, chat_format.ZEPHYR, [example], 100)
+        begun = "<s><|system|>\nPlan.</s>\n<|user|>\nHi</s>\n<|assistant|>\n" + example.plan
+        assert text(split).rstrip("</s>") == begun
+        assert split.longest_plan == len(tokenizer.encode(example.plan).ids) - 2 + 1
+        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        split = calling.tokenized(tokenizer, calling.chat_of(tokenizer), [example], 100)
+        assert text(split).startswith("<|im_start|>system\nPlan.<|im_end|>\n<|im_start|>user\nHi")
+        assert split.tokens[0, -1] == tokenizer.token_to_id("<|im_end|>")
+
+    def test_unknown_chat_format_is_refused(self, run, capsys, tiny):
+        shutil.copytree(tiny / "llama", "other")
+        file = Path("other/tokenizer.json")
+        file.write_text(file.read_text().replace('"</s>"', '"</t>"'))
+        assert run("--model", "other") == 2
+        assert "the tokenizer has neither <|im_end|> nor <s> and </s>" in refused(capsys)
+
+    def test_records_with_accepted_arguments(self, run, capsys, tiny):
+        """In lines of .jsonl; a generated plan is compared with the accepted ones."""
+        messages = [{"role": "user", "content": "Add"}]
+        line = {"messages": messages, "plan": "1. add(x=1)\n2. join()", "accepted": [{"x": [1, 2]}]}
+        records.write(Path("data/train.jsonl"), [line] * 16)
+        records.write(Path("data/test.jsonl"), [line, {"messages": messages, "plan": line["plan"]}])
+        found = calling.read_records(Path("data"))
+        assert {name: len(s.records) for name, s in found.items()} == {"training": 16, "testing": 2}
+        assert found["testing"].records[0].accepted == ({"x": [1, 2]},)
+
+        config = calling.Config(model=tiny / "llama", data=Path("data"))
+        inputs = calling.read(config)
+        tokenizer = inputs.tokenizer
+        writes = lambda text: lambda *_, **__: [tokenizer.encode(text).ids[1:-1]] * 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calling.generate, "generate_batches", writes("1. add(x=2)\n2. join()"))
+            scores = calling.success(inputs, inputs.weights, inputs.test, range(2), 32)
+        assert scores == {"success": 0.5, "success without arguments": 1}
+
+        records.write(Path("data/test.jsonl"), [line, line | {"accepted": [{"x": [2]}]}])
+        assert run("--data", "data") == 2
+        message = refused(capsys)
+        assert "data/test.jsonl, line 2: call 1 of the plan is not among the accepted" in message
 
     def test_long_records_are_dropped(self, tiny):
         tokenizer = hugging_face.read_tokenizer(tiny / "llama", 1000)
-        short = tinyagent.Example((("user", "a"),), "1. join()")
-        long = tinyagent.Example((("user", "a " * 90),), "1. join()")
-        assert calling.tokenized(tokenizer, [short, long], 60).plans == [short.plan]
+        short = plans.Example((("user", "a"),), "1. join()")
+        long = plans.Example((("user", "a " * 90),), "1. join()")
+        tokenized = partial(calling.tokenized, tokenizer, chat_format.ZEPHYR)
+        assert tokenized([short, long], 60).examples == [short]
         with pytest.raises(ValueError, match="all records are longer than --max-length 60"):
-            calling.tokenized(tokenizer, [long], 60)
+            tokenized([long], 60)
 
     @pytest.mark.parametrize(
         ("change", "message"),
