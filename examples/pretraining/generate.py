@@ -220,6 +220,8 @@ def continued(
 
     The rows have positions of their own: each is a batch of one under `vmap`.
     """
+    # Cast once, not at each step.
+    params = jax.tree.map(lambda w: w.astype(config.dtype), params)
     model = nnx.merge(llama.structure(config), params)
     extend = jax.vmap(partial(kv_cache.extend, model), in_axes=(0, 1, 0), out_axes=(0, 1))
     batch, width = prompts.shape
