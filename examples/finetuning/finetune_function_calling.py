@@ -14,8 +14,8 @@ of TinyAgent (arXiv 2409.00608), the paper's records. A line of the first has
     {"messages": [{"role": "user", "content": "..."}], "plan": "1. f(x=1)\\n2. join()<END_OF_PLAN>",
      "accepted": [{"x": [1, 2]}]}
 
-where `accepted`, which may be left out, has the accepted values of each argument of each call. In
-the error about a missing file is the command that downloads it. examples/finetuning/tiny_assets.py
+where `accepted`, which may be left out, has the accepted values of each argument of each call. The
+error about a missing file has the command that downloads it. examples/finetuning/tiny_assets.py
 makes a small model and records without a download.
 
 The model learns to generate the plan after the instructions; the loss covers the tokens of the plan
