@@ -214,15 +214,15 @@ def run(
     name: str, rate: float, seed: int, data: Data, program: Program | None, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Trains and measures once; without a program, measures the model as it is."""
-    start = time.perf_counter()
     line: dict[str, Any] = {"method": name, "rate": rate, "seed": seed} | settings_of(args)
     line |= {"records": len(data.inputs.train.tokens)}
-    params, losses = jax.tree.map(jnp.asarray, data.inputs.weights), []
+    params, losses, start = data.inputs.weights, [], time.perf_counter()
     if program is not None:
         per_epoch = len(data.inputs.train.tokens) // args.batch_size
         steps = args.steps or args.epochs * per_epoch
         state = with_rate(program.functions.init(jax.random.key(seed)), rate, steps)
-        total = []
+        jax.block_until_ready(state)
+        total, start = [], time.perf_counter()
         for step in range(1, steps + 1):
             state, loss = program.step(
                 state, batch_of(data.inputs.train, args.batch_size, seed, step)
@@ -237,7 +237,7 @@ def run(
         del state
     jax.block_until_ready(params)
     trained = time.perf_counter()
-    line |= measured(data, params, args)
+    line |= measured(data, jax.tree.map(jnp.asarray, params), args)
     return line | {
         "train_seconds": round(trained - start, 1),
         "judge_seconds": round(time.perf_counter() - trained, 1),

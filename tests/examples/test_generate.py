@@ -87,7 +87,10 @@ class TestGenerate:
         assert len(set(expected)) > 1
         assert written(net, prompt, 6, end=expected[2]) == expected[: expected.index(expected[2])]
 
-    def test_batch_equals_its_rows_alone(self):
+    def test_batch_equals_its_rows_alone(self, monkeypatch):
+        drawn, continued = [], generate.continued
+        keep = lambda *arguments: drawn.append(continued(*arguments)) or drawn[-1]
+        monkeypatch.setattr(generate, "continued", keep)
         net = model(replace(SMALL, scan=True))
         net.head.kernel[...] = net.head.kernel[...] * 100  # no near ties
         params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
@@ -101,6 +104,8 @@ class TestGenerate:
         end = expected[0][2]
         cut = lambda tokens: tokens[: tokens.index(end)] if end in tokens else tokens
         assert together(end=end) == [cut(tokens) for tokens in expected]
+        rows = np.concatenate(drawn[2:])
+        assert np.all(rows[np.cumsum(rows == end, axis=1) > 0] == end)  # filled up
 
     def test_draws_follow_the_softmax(self):
         logits = jnp.array([0.0, 1.0, 3.0])

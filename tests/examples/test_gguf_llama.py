@@ -82,6 +82,7 @@ def write(file: Path, *, tied: bool = False, kind=gguf.GGMLQuantizationType.F32,
     state = small_tokenizer()
     vocabulary = sorted(state.get_vocab(), key=state.get_vocab().get)
     vocabulary += [f"[PAD{i}]" for i in range(CONFIG["vocab_size"] - len(vocabulary))]
+    vocabulary[-1] = "12"  # never used: digits are separate tokens
     merges = json.loads(state.to_str())["model"]["merges"]
     given = {
         "llama.embedding_length": CONFIG["hidden_size"],
@@ -96,7 +97,7 @@ def write(file: Path, *, tied: bool = False, kind=gguf.GGMLQuantizationType.F32,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": vocabulary,
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.merges": [*map(" ".join, merges), "1 2"],
         "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(vocabulary) - 3),
     } | {name.replace("__", "."): value for name, value in entries.items()}
     writer = gguf.GGUFWriter(file, given.pop("architecture", "llama"))

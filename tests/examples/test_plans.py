@@ -210,6 +210,19 @@ class TestAccepted:
         found = plans.judge(written + END, plans.Example((), PLAN, ACCEPTED))
         assert found == {"success": expected, "success without arguments": 1}
 
+    def test_accepted_reference_to_a_call(self):
+        plan = "1. f(x=1)\n2. f(x=2)\n3. g(of='$2')"
+        example = plans.Example((), plan + END, ({"x": [1]}, {"x": [2]}, {"of": ["$2", "of $2"]}))
+        for of in ("$1", "of ${1}"):
+            swapped = f"1. f(x=2)\n2. f(x=1)\n3. g(of='{of}')"
+            assert plans.judge(swapped + END, example)["success"] == 1
+            assert (
+                plans.judge(swapped.replace("1}", "2}").replace("$1", "$2") + END, example)[
+                    "success"
+                ]
+                == 0
+            )
+
     def test_all_plans_of_accepted_values_are_accepted(self):
         values = ["Berkeley", "Berkeley, CA"], [None, "celsius"], [None, 3]
         count = 0
