@@ -80,8 +80,9 @@ def natural_galore(
       mask: a tree or callable as in `optax.add_decayed_weights`: the leaves that decay.
 
     Returns:
-      A transformation, used like `optax.adamw(learning_rate)`. To change numbers during training
-      build it with `optax.inject_hyperparams(natgalore.natural_galore,
+      A transformation, used like `optax.adamw(learning_rate)`. Its `update` takes the static
+      argument `refresh_bases` of :func:`project`. To change numbers during training build it with
+      `optax.inject_hyperparams(natgalore.natural_galore,
       static_args=natgalore.STATIC_ARGS["natural_galore"])`; for bfloat16 params add
       `hyperparam_dtype=jnp.float32`: b1 and b2 in bfloat16 are refused, since 0.999 would be 1.
 

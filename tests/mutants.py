@@ -202,13 +202,13 @@ MUTANTS = [
     ),
     Mutant(
         "subspace/projection",
-        "refresh_bases=False refreshes",
+        "refresh_bases=False ignored",
         "if full and refresh_bases is not False:",
         "if full:",
     ),
     Mutant(
         "subspace/projection",
-        "refresh_bases=True refreshes what is due",
+        "refresh_bases=True ignored",
         "            if refresh_bases\n",
         "            if not full\n",
     ),

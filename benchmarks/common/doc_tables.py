@@ -23,8 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import bench_finetune_text as study
+from benchmarks.learning import bench_finetune_text as study, draw_frontier
 from benchmarks.learning.convergence import results as convergence
+from benchmarks.learning.convergence.search import near
 
 
 ROOT = Path(__file__).parents[2]
@@ -726,6 +727,32 @@ def learning_long() -> Iterator[Row]:
             state = f"{s.runs[0].matrix_state_bytes / adamw:.2f}"
             spread = "" if s.spread is None else f" ± {s.spread:.3f}"
             yield size, *length, f"`{s.method}`", f"{s.rate:g}", state, f"{s.loss:.3f}{spread}"
+
+
+IN_LONG_RUNS = {  # name in docs/choosing.md by method and rate
+    ("natural_galore:bits=8+rank=16", 2.5e-3): "`tiny` below",
+    ("muon:bits=8", 1e-2): "`muon`",
+    (
+        "natural_galore:residual_momentum=0.95+bits=8+rank=16+residual_scale=0.4",
+        2.5e-3,
+    ): "`momentum`",
+    ("muon", 1e-2): "`optax.contrib.muon(1e-2)`",
+    ("adamw_b2_95", 2e-3): "`optax.adamw(2e-3, b2=0.95)`",
+}
+
+
+@table("by-bytes", "bytes of state per weight", "optimizer", "loss")
+def by_bytes() -> Iterator[Row]:
+    """The longest runs of 6M weights."""
+    groups = convergence.groups(RESULTS / "long-runs.jsonl")
+    small = [(about["setting"], runs) for about, runs in groups if about["setting"]["size"] == "6m"]
+    _, runs = max(small, key=lambda group: group[0]["steps"])
+    for (method, rate), name in IN_LONG_RUNS.items():
+        seeds = [run for run in runs if run.method == method and near(run.rate, rate)]
+        losses = [run.loss for run in seeds]
+        state = seeds[0].matrix_state_bytes / draw_frontier.weights("6m")
+        loss = f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+        yield f"{state:.2g}", name, loss
 
 
 @table("learning-rates", "tokens a step", "weights", "`natural_galore`", "AdamW")

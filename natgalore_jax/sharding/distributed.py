@@ -28,13 +28,13 @@ from .partitioning import (
     LeafPartition,
     are_auto,
     axis_entries,
-    in_stored_layout,
     merged_entry,
     mesh_axes,
     place,
     shards,
     trim_partition,
 )
+from .tpu_layouts import in_stored_layout
 
 
 LEAST_LAYER = 2**16  # numbers of a matrix; a TPU reads them in the time of an iteration, roughly

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -34,7 +35,7 @@ from ..util.validation import Scalar
 from .initial_state import initial_state
 from .inner import Inner
 from .projection import Projected, from_subspace, refresh_and_project, to_working_dtype
-from .refresh import MatrixState, Refresh, check_refresh_bases
+from .refresh import MatrixState, Refresh
 from .residual import Momentum, Residual
 from .state import (
     ResidualMomentumState,
@@ -215,6 +216,27 @@ class Engine:
             return state, None
         momentum, inner_state = state.inner_state
         return state._replace(inner_state=inner_state), momentum
+
+
+def check_refresh_bases(refresh_bases: Any, of_cores: bool) -> bool | None:
+    """The argument of `update`; `of_cores`: whether gradients are cores.
+
+    Raises:
+      TypeError: if it is traced, or not True, False or None.
+      ValueError: if the gradients are cores, whose bases `value_and_grad` has refreshed.
+    """
+    if refresh_bases is None:
+        return None
+    if not isinstance(refresh_bases, (bool, np.bool_)):
+        raise TypeError(
+            "`refresh_bases` must be True, False or None when a program is traced, for example by "
+            f"jax.jit(step, static_argnames='refresh_bases'), got {refresh_bases!r}."
+        )
+    if of_cores:
+        raise ValueError(
+            "`refresh_bases` is for whole gradients: value_and_grad refreshes the bases of cores."
+        )
+    return bool(refresh_bases)
 
 
 def _params_at_cores(updates: PyTree, params: PyTree) -> PyTree:

@@ -19,11 +19,11 @@ from ..sharding.distributed import on_whole_matrices, over_layers
 from ..sharding.partitioning import (
     LeafPartition,
     align,
-    in_stored_layout,
     is_divided_further,
     role_partition,
     store,
 )
+from ..sharding.tpu_layouts import in_stored_layout
 from ..tree.cores import is_core
 from ..tree.leaf_spec import LeafSpec
 from ..util.linalg import max_abs

@@ -28,7 +28,8 @@ from ..quantization.quantized_array import (
     encode_basis,
     requantize,
 )
-from ..sharding.partitioning import LeafPartition, in_stored_layout, state_partition
+from ..sharding.partitioning import LeafPartition, state_partition
+from ..sharding.tpu_layouts import in_stored_layout
 from ..tree.leaf_spec import LeafSpec
 from ..util.linalg import matmul
 from .basis import Method, basis_key, expand, normalised, to_core
@@ -66,27 +67,6 @@ def phase(index: Any, refresh_every: int, total: int, stagger: bool) -> Any:
 def groups(refresh_every: int, total: int, stagger: bool) -> int:
     """The number of groups of matrices that are refreshed at the same step."""
     return min(GROUPS, refresh_every, max(total, 1)) if stagger else 1
-
-
-def check_refresh_bases(refresh_bases: Any, of_cores: bool) -> bool | None:
-    """The argument of `update`; `of_cores`: whether gradients are cores.
-
-    Raises:
-      TypeError: if it is traced, or not True, False or None.
-      ValueError: if the gradients are cores, whose bases `value_and_grad` has refreshed.
-    """
-    if refresh_bases is None:
-        return None
-    if not isinstance(refresh_bases, (bool, np.bool_)):
-        raise TypeError(
-            "`refresh_bases` must be True, False or None when a program is traced, for example by "
-            f"jax.jit(step, static_argnames='refresh_bases'), got {refresh_bases!r}."
-        )
-    if of_cores:
-        raise ValueError(
-            "`refresh_bases` is for whole gradients: value_and_grad refreshes the bases of cores."
-        )
-    return bool(refresh_bases)
 
 
 def order(spec: LeafSpec) -> Int[np.ndarray, "*batch"]:

@@ -1,0 +1,48 @@
+"""The order in which a TPU stores the axes of state arrays and updates."""
+
+import functools
+import itertools
+
+import jax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from ..util.control_flow import by_platform
+from ..util.tpu_tiles import bits_of, smallest_tiling
+from .partitioning import LeafPartition, mesh_axes, mesh_of_constraint, shards
+
+
+def in_stored_layout(x: Array, partition: PartitionSpec, leaf: LeafPartition) -> Array:
+    """`x`, on TPUs in the layout that an argument of this type has, by its part on one chip.
+
+    XLA:TPU chooses the layout of an array that a loop writes by the products in the loop. Where it
+    is another one, every step copies moments, cores and updates to it and back: for 342 columns a
+    chip, no multiple of 8, the layout of the argument has the layers next to each other.
+
+    Args:
+      x: an array of the state, or of the shape of its leaf.
+      partition: of x.
+      leaf: the partition of the leaf.
+    """
+    mesh = mesh_of_constraint(x, leaf)
+    if mesh is None:
+        return x
+    sizes = [
+        size // shards(mesh_axes(entry), mesh)
+        for size, entry in itertools.zip_longest(x.shape, partition)
+    ]
+    order = smallest_tiling(sizes, bits_of(x.dtype)).order
+    if list(order) == sorted(order):
+        return x  # row-major, XLA's choice too
+    in_layout = functools.partial(with_layout_constraint, layouts=Layout(order))
+    # The compiler would gather an array for a constraint outside `shard_map`.
+    on_shards = jax.shard_map(
+        in_layout,
+        mesh=mesh,
+        in_specs=partition,
+        out_specs=partition,
+        axis_names={name for entry in partition for name in mesh_axes(entry)},
+        check_vma=False,
+    )
+    return by_platform(x, tpu=on_shards, default=lambda x: x)
