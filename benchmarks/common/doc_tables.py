@@ -23,7 +23,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import bench_finetune_text as study, draw_frontier
+from benchmarks.learning import (
+    bench_finetune_text as study,
+    bench_function_calling as calls,
+    draw_frontier,
+)
 from benchmarks.learning.convergence import results as convergence
 from benchmarks.learning.convergence.search import near
 
@@ -610,6 +614,28 @@ FINETUNED = {
 
 
 @table(
+    "function-calling",
+    *("optimizer", "rates tried", "best rate", "plans, %", "without arguments, %"),
+    *("state", "peak of a step"),
+)
+def function_calling() -> Iterator[Row]:
+    """Success on the test records of the first seed, at the rate best on the validation records."""
+    found = [run for run in calls.read(RESULTS / "function-calling.jsonl") if run["seed"] == 0]
+    for name in calls.METHODS:
+        if not (runs := [run for run in found if run["method"] == name]):
+            continue
+        rate = calls.best_rate(runs)
+        run = next(run for run in runs if run["rate"] == rate)
+        success = [f"{100 * run[key]:.1f}" for key in ("test", "test_without_arguments")]
+        if name == calls.UNTUNED:
+            yield name, "", "", *success, "", ""
+        else:
+            tried = f"{len(runs)} of {len(calls.METHODS[name].rates)}"
+            sizes = megabytes(run["state_bytes"]), gigabytes(run["peak_bytes"])
+            yield code(name), tried, f"{rate:g}", *success, *sizes
+
+
+@table(
     "finetune-text",
     *("optimizer", "state", "Reuters R52", "Debian sections", "20 Newsgroups", "mean", "macro-F1"),
 )
@@ -710,7 +736,7 @@ def batches() -> Iterator[Row]:
     *("state to AdamW", "validation loss"),
 )
 def learning_long() -> Iterator[Row]:
-    """Runs of at least 1.5 tokens per weight, those with the most tokens per weight first.
+    """Runs of at least 1.5 tokens per weight in steps of 16,384, the most per weight first.
 
     State is that of the layers' matrices, AdamW's in float32.
     """
@@ -718,15 +744,26 @@ def learning_long() -> Iterator[Row]:
     for about, runs in [*convergence.groups(RESULTS / "long-runs.jsonl"), *comparisons()]:
         size, tokens = about["setting"]["size"], runs[0].records[-1]["tokens"]
         per_weight = tokens / 1e6 / int(size.removesuffix("m"))
-        if per_weight >= 1.5:
+        if per_weight >= 1.5 and about["setting"]["batch"] == 64:
             found.append((per_weight, size.upper(), tokens, about["data"]["train_tokens"], runs))
     for per_weight, size, tokens, of_text, runs in sorted(found, key=lambda x: (-x[0], -x[3])):
         length = (f"{tokens / 1e6:.0f}M", f"{per_weight:.1f}", f"{tokens / of_text:.1f}")
-        adamw = next(x.matrix_state_bytes for x in runs if x.method in ("adamw", "adamw_b2_95"))
+        adamw = 8 * draw_frontier.weights(size.lower())
         for s in convergence.summaries(runs):
             state = f"{s.runs[0].matrix_state_bytes / adamw:.2f}"
             spread = "" if s.spread is None else f" ± {s.spread:.3f}"
             yield size, *length, f"`{s.method}`", f"{s.rate:g}", state, f"{s.loss:.3f}{spread}"
+
+
+@table("learning-small-steps", "method", "learning rate", "state to AdamW", "validation loss")
+def learning_small_steps() -> Iterator[Row]:
+    """Runs of 33M weights on 4,000 steps of 4,096 tokens."""
+    for about, runs in convergence.groups(RESULTS / "long-runs.jsonl"):
+        setting = about["setting"]
+        if (setting["size"], setting["steps"], setting["batch"]) == ("33m", 4000, 16):
+            for run in sorted(runs, key=lambda run: run.loss):
+                state = f"{run.matrix_state_bytes / 8 / draw_frontier.weights('33m'):.2f}"
+                yield f"`{run.method}`", f"{run.rate:g}", state, f"{run.loss:.3f}"
 
 
 IN_LONG_RUNS = {  # name in docs/choosing.md by method and rate

@@ -191,43 +191,40 @@ def runs() -> Iterator[Job]:
     yield small("muon:bits=8+momentum_bits=4", 1e-2)
     for stage in GENTLE.values():
         yield small(MOMENTUM + stage, 2.5e-3)
+    # 11M weights, 20 tokens per weight.
+    yield middle(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
+    yield middle("muon", 1e-2)
     # 33M weights, 4 tokens per weight.
-    yield Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3)
     yield Job("muon", 1e-2)
+    yield Job(best, 2.5e-3)
+    yield Job(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
+    yield Job("natural_galore:bits=8", 2.5e-3)
+    yield Job("adamw_b2_95", 1e-3)
+    yield Job("muon:bits=8", 1e-2)
     yield Job("natural_galore", 2.5e-3)
     yield Job(MOMENTUM, 2.5e-3)
-    yield Job("muon:bits=8", 1e-2)
-    yield Job("adamw_b2_95", 1e-3)
-    yield Job(MOMENTUM + IN_4_BITS + "+rank=32", 2.5e-3)
-    yield Job("natural_galore:bits=8", 2.5e-3)
-    # The same, 1 token per weight: stages of the Fisher beside the momentum.
+    yield middle("adamw_b2_95", 2e-3)
+    # Steps of 4,096 tokens, with decays of averages by steps or by tokens.
+    small_steps = ((best, 2.5e-3), ("muon", 1e-2), ("adamw_b2_95", 1e-3))
+    for settings in ((), (("decay_tokens", 16_384),)):
+        for method, rate in small_steps:
+            for peak in (rate / 2, rate):
+                yield Job(method, peak, steps=4000, batch=16, settings=settings)
+    # 11M weights, 20 tokens per weight: more methods and rates.
+    yield middle("soap", 2e-3)
+    yield middle(best, 2.5e-3)
+    yield middle("natural_galore:bits=8+rank=16", 2.5e-3)
+    yield middle("muon:bits=8", 1e-2)
+    yield middle("muon", 2e-2)
+    yield middle("adamw_b2_95", 1e-3)
+    # 33M weights, 1 token per weight: stages of the Fisher beside the momentum.
     for stage in ("", *GENTLE.values()):
         yield Job(MOMENTUM + stage, 2.5e-3, steps=2000)
-    # Steps of 4,096 tokens.
-    for method, rate in (
-        (MOMENTUM + IN_8_BITS + "+rank=32", 1.25e-3),
-        ("muon", 5e-3),
-        ("natural_galore", 1.25e-3),
-        ("adamw_b2_95", 5e-4),
-    ):
-        for decay_tokens in (None, 16_384):
-            settings = (("decay_tokens", decay_tokens),) if decay_tokens else ()
-            yield Job(method, rate, steps=4000, batch=16, settings=settings)
-    # 11M weights, 20 tokens per weight.
-    yield middle(MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3)
-    for rate in (1e-2, 2e-2):
-        yield middle("muon", rate)
-    for rate in (2e-3, 1e-3):
-        yield middle("adamw_b2_95", rate)
-    yield middle(MOMENTUM + IN_8_BITS, 2.5e-3)
-    yield middle("natural_galore:bits=8", 2.5e-3)
-    yield middle("muon:bits=8", 1e-2)
-    yield middle("soap", 2e-3)
     # Weight decay and schedules to zero.
     for last in (0.1, 0.0):
         settings = {} if last == 0.1 else {"last_rate": last}
         for method, rate, decays in (
-            (MOMENTUM + IN_8_BITS + "+rank=16", 2.5e-3, (0.03, 0.1, 0.3)),
+            (best, 2.5e-3, (0.03, 0.1, 0.3)),
             ("muon", 1e-2, (0.01, 0.03, 0.1)),
             ("adamw_b2_95", 2e-3, (0.03, 0.1, 0.3)),
         ):
@@ -242,7 +239,7 @@ def runs() -> Iterator[Job]:
             small("muon", 1e-2),
             small("adamw_b2_95", 2e-3),
             small("natural_galore", 2.5e-3),
-            Job(MOMENTUM + IN_8_BITS + "+rank=32", 2.5e-3),
+            Job(best, 2.5e-3),
             Job("muon", 1e-2),
         ):
             yield job._replace(seed=seed)
