@@ -62,6 +62,30 @@ def test_cholesky_qr_needs_no_fallback(sketch, monkeypatch):
     assert np.isfinite(cholesky_qr(jnp.asarray(sketches()[sketch], jnp.float32))).all()
 
 
+@pytest.mark.parametrize("rank", [1, *slow(3, 20)])
+@pytest.mark.parametrize(("m", "r"), [(64, 16), *slow((512, 128), (1024, 256))])
+def test_cholesky_qr_of_a_rank_deficient_matrix_needs_no_fallback(rank, m, r, monkeypatch):
+    """As the product with a gradient of low rank, plus the shift of a power step."""
+    monkeypatch.setattr(module, "householder_qr", lambda Y: jnp.nan * Y)
+    rng = np.random.default_rng(0)
+    Y = rng.standard_normal((m, rank)) @ rng.standard_normal((rank, r))
+    Q = np.linalg.qr(rng.standard_normal((m, r)))[0]
+    for shift in (0.0, 1e-8, 1e-6):
+        sketch = Y / np.linalg.norm(Y) + shift * Q
+        assert np.isfinite(cholesky_qr(jnp.asarray(sketch, jnp.float32))).all()
+
+
+def test_cholesky_qr_factorises_three_times(monkeypatch):
+    """At a condition of 1e5, as of power steps in training: two steps, and the last."""
+    calls, cholesky = [], jnp.linalg.cholesky
+    monkeypatch.setattr(jnp.linalg, "cholesky", lambda A: calls.append(A) or cholesky(A))
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 128)))[0] for n in (512, 128))
+    with jax.disable_jit():
+        cholesky_qr(jnp.asarray((U * np.geomspace(1, 1e-5, 128)) @ V.T, jnp.float32))
+    assert len(calls) == 3
+
+
 def test_several_cholesky_qrs_equal_single_ones():
     """One matrix of them needs more steps than the others, another one the fallback."""
     names = ["normal", "one step from a warm basis", "zero"]
