@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from natgalore_jax.reporting import memory_report
+
 
 def version(package: str) -> str | None:
     """Installed version of a package; None for a checkout that is not installed."""
@@ -34,8 +36,8 @@ def environment() -> dict[str, Any]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of the arrays in a tree; ShapeDtypeStructs count as arrays."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of the arrays in a tree, 4-bit ones packed; ShapeDtypeStructs count as arrays."""
+    return sum(map(memory_report.nbytes, jax.tree.leaves(tree)))
 
 
 def peak_bytes() -> dict[str, int]:

@@ -6,13 +6,13 @@ import pytest
 
 
 def slow(*cases) -> list:
-    """Each case with the marker `slow`; a tuple holds the values of several arguments.
+    """Each case with the marker `slow`; a plain tuple holds the values of several arguments.
 
     Example:
         >>> [case.values for case in slow("a", (1, 2))]
         [('a',), (1, 2)]
     """
-    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    values = [case if type(case) is tuple else (case,) for case in cases]
     return [pytest.param(*case, marks=pytest.mark.slow) for case in values]
 
 

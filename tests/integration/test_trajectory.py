@@ -22,6 +22,7 @@ from natgalore_jax.subspace.basis import expand, svd
 from natgalore_jax.subspace.refresh import due
 from natgalore_jax.subspace.state import SubspaceState
 from natgalore_jax.tree.cores import Basis, core_arrays
+from tests.helpers.cases import slow
 from tests.helpers.compiling import AS_FOR_USERS
 from tests.oracle import oracles
 
@@ -279,6 +280,10 @@ def cheapest_cover():
     return min((list(covering(2, seed)) for seed in range(20)), key=cost)
 
 
+COVER = cheapest_cover()
+QUICK = 26  # of its cases: all levels and 89 % of the pairs; the rest are slow
+
+
 # --- Weights and gradients ----------------------------------------------------------------------
 
 
@@ -521,7 +526,7 @@ def float64(case):
     return max(FLOAT64[case.fisher], 1e-11 * (case.residual in ("whitened", "momentum")))
 
 
-@pytest.mark.parametrize("case", cheapest_cover(), ids=str)
+@pytest.mark.parametrize("case", [*COVER[:QUICK], *slow(*COVER[QUICK:])], ids=str)
 def test_trajectory_equals_the_oracle(case):
     with jax.enable_x64(True):
         compare(case, *problem(case), atol=float64(case))

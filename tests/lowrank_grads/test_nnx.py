@@ -18,6 +18,7 @@ from flax import nnx
 
 import natgalore_jax as natgalore
 from natgalore_jax.tree.cores import Core
+from tests.helpers.cases import slow
 
 
 RANK, ATOL = 3, 2e-5
@@ -217,7 +218,7 @@ def test_state_after_micro_batches():
     assert int(model.calls[...]) == 1
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [True, *slow(False)])
 def test_dropout_masks_differ_between_micro_batches(stacked):
     """And between steps; they are those of `nnx.split_rngs`."""
     model = Model(nnx.Rngs(0), statistics=False, stacked=stacked)

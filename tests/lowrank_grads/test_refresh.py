@@ -83,7 +83,7 @@ def test_staggered_refresh_by_passes_updates_due_matrices_only():
     assert {int(n) for n in core_arrays(times(ours)[-2])[0]} == {2, 3}
 
 
-@pytest.mark.parametrize("refresh", ["passes", "gradient"])
+@pytest.mark.parametrize("refresh", ["passes", *slow("gradient")])
 def test_first_finite_gradient_brings_a_basis_between_refreshes(refresh):
     """The first finite gradient comes between two scheduled refreshes."""
     tx = galore(refresh_every=50, stagger=False)

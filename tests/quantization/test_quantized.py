@@ -25,7 +25,7 @@ from natgalore_jax.quantization.dynamic_8bit import (
     encode,
 )
 from natgalore_jax.quantization.quantized_array import QuantizedArray, dequantize, is_quantized
-from tests.helpers.cases import quick
+from tests.helpers.cases import quick, slow
 from tests.helpers.compiling import jit_and_count
 from tests.oracle.oracles import dynamic_code
 
@@ -460,7 +460,7 @@ def decoded_shapes(jaxpr, in_loop):
     return {shape for (shape,) in shapes_of_codes(jaxpr, "convert_element_type", in_loop)}
 
 
-@pytest.mark.parametrize("refresh", ["passes", "gradient"])
+@pytest.mark.parametrize("refresh", ["passes", *slow("gradient")])
 def test_gradients_from_the_backward_pass(refresh):
     """`value_and_grad` leaves the state, on a step without a refresh, as it was."""
     keys = jax.random.split(jax.random.key(1))
@@ -567,10 +567,9 @@ LIES |= {"bias": P(), "frozen": None}
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        pytest.param("adamw", AxisType.Explicit, marks=pytest.mark.slow),
-        ("adamw", AxisType.Auto),
+        *slow(("adamw", AxisType.Explicit)),
         ("galore", AxisType.Explicit),
-        pytest.param("galore", AxisType.Auto, marks=pytest.mark.slow),
+        *slow(("adamw", AxisType.Auto), ("galore", AxisType.Auto)),
     ],
 )
 def test_sharded_as_the_arrays_are(name, kind, monkeypatch):

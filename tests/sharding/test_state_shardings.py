@@ -150,7 +150,7 @@ def test_mixed_axis_types_equal_one_device(key):
     check_equals_one_device("rows and columns", (AxisType.Auto, AxisType.Explicit), CORE, True, key)
 
 
-@pytest.mark.parametrize("use_sharded", [False, True], ids=["out_shardings", "sharded"])
+@pytest.mark.parametrize("use_sharded", [True, *slow(False)], ids=["sharded", "out_shardings"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_zero_axis_shards_the_state_of_replicated_weights(kind, use_sharded, key):
     """ZeRO-1: equal steps, sharded state, and an update gathered as a core."""
