@@ -191,6 +191,14 @@ def runs() -> Iterator[Job]:
     yield small("muon:bits=8+momentum_bits=4", 1e-2)
     for stage in GENTLE.values():
         yield small(MOMENTUM + stage, 2.5e-3)
+    # More weights: the residual's scale by width, and rates below the lowest of small steps.
+    smaller = best.replace("residual_scale=0.4", "residual_scale=0.2")
+    yield Job(smaller, 2.5e-3)
+    yield middle("adamw_b2_95", 2e-3)
+    lower = ((smaller, 1.25e-3), (smaller, 6.25e-4), ("muon", 2.5e-3), ("adamw_b2_95", 2.5e-4))
+    for method, rate in lower:
+        yield Job(method, rate, steps=4000, batch=16)
+    yield middle(best.replace("residual_scale=0.4", "residual_scale=0.3"), 2.5e-3)
     # 11M weights, 20 tokens per weight.
     yield middle(best.replace(IN_8_BITS, IN_4_BITS), 2.5e-3)
     yield middle("muon", 1e-2)
@@ -203,7 +211,6 @@ def runs() -> Iterator[Job]:
     yield Job("muon:bits=8", 1e-2)
     yield Job("natural_galore", 2.5e-3)
     yield Job(MOMENTUM, 2.5e-3)
-    yield middle("adamw_b2_95", 2e-3)
     # Steps of 4,096 tokens, with decays of averages by steps or by tokens.
     small_steps = ((best, 2.5e-3), ("muon", 1e-2), ("adamw_b2_95", 1e-3))
     for settings in ((), (("decay_tokens", 16_384),)):
