@@ -48,7 +48,7 @@ def natural_galore(
     state. The paper's Fisher stage is off by default; `fisher="window"` or `fisher="core"` adds it
     before Adam. The paper's algorithm is
     `fisher="window", residual=None, b2=0.999, refresh_every=200`; the defaults here learned better
-    (`docs/convergence.md`).
+    in runs of one token per weight (`docs/convergence.md`).
 
     Weight decay and learning rate act on the full weights. Embeddings, heads, norms and biases get
     plain AdamW.
@@ -67,9 +67,9 @@ def natural_galore(
         product. None, as in GaLore, is required by :func:`natgalore_jax.value_and_grad`. See
         :func:`project`.
       residual_momentum, residual_scale: see :func:`project`. A momentum keeps a further number per
-        weight, of 4, 1 or half a byte. With 0.95 and 0.4, in 8 bits at rank 16, a run of 19 tokens
-        per weight ended 0.03 nats lower (6M weights, three seeds), level with Muon. Muon in 8 bits
-        takes less memory, so it is off.
+        weight, of 4, 1 or half a byte. With 0.95 and 0.4, in 8 bits at rank 16, runs of 19 tokens
+        per weight ended 0.03 nats lower (6M weights, three seeds), level with Muon. With 11M and
+        33M weights Muon was ahead (one seed). Off, since Muon in 8 bits takes less memory.
       refresh_every: T, steps between refreshes of a basis. 50 ended 0.005 nats below GaLore's 200
         (each of three seeds), and 0.04 below in a run of 500 steps, for about 2 % of the time of
         Llama 350m's steps of 8,192 tokens. T = 1 is much worse.
