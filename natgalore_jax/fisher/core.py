@@ -78,7 +78,7 @@ def scale_by_core_fisher(
       damping: ρ, in units of the mean eigenvalue: λ = ρ tr(L̂)/r. At least 1e-3, below which the
         float32 root has fewer than three digits.
       power: p, one of 1 (the inverse), ½ (its square root, as in Shampoo) and ¼. Beside the
-        residual ¼ ended 0.017 nats below ½ (one seed, `docs/convergence.md`).
+        residual ¼ ended 0.016 nats below ½ (one seed, `docs/convergence.md`).
       root_every: steps between roots of a matrix. A root is also recomputed after a refresh of the
         basis (unless `transport="keep"`), and once √tr(L) has grown 16-fold or more, in powers of
         two, since the last root.
