@@ -153,13 +153,14 @@ def test_study_continues_where_it_stopped(folder, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_no_command_line_package_is_needed():
+def test_no_command_line_package_is_needed(tmp_path):
     """The GPU machines of the study have JAX, Flax and Hugging Face's readers alone."""
     code = (
         "import runpy, sys; sys.modules |= dict.fromkeys(('tyro', 'matplotlib')); "
         "import examples.finetuning.fetch_calls; "
         "runpy.run_module('benchmarks.learning.bench_function_calling', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code, "--list"], capture_output=True)
+    command = [sys.executable, "-c", code, "--list", "--out", str(tmp_path / "none.jsonl")]
+    done = subprocess.run(command, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert b"untuned: next is rate 0, seed 0" in done.stdout
