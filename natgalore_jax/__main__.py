@@ -1,7 +1,9 @@
 """`python -m natgalore_jax plan`."""
 
+import sys
+
 from .planning.cli import main
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The command line `python -m natgalore_jax plan`."""
 
+import runpy
 import subprocess
 import sys
 
@@ -74,6 +75,15 @@ def test_help(capsys, words, text):
         main([*words, "--help"])
     assert stopped.value.code == 0
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("budget", "status"), [("300MB", 0), ("1MB", 1)])
+def test_exit_status_of_the_module(monkeypatch, budget, status):
+    words = ["natgalore_jax", "plan", "--model", "60m", "--rank", "8", "--budget", budget]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("natgalore_jax", run_name="__main__")
+    assert stopped.value.code == status
 
 
 @pytest.mark.slow
