@@ -135,7 +135,8 @@ def describe(
       tx: an optimizer that contains a `natgalore.project`.
       params: a tree of arrays or of `jax.ShapeDtypeStruct`, of any size: nothing is allocated.
       state: a state of `tx`; adds columns for the condition number of each Fisher
-        (:func:`fisher_condition`) and the skipped steps (:func:`skipped_steps`).
+        (:func:`fisher_condition`) and the skipped steps (:func:`skipped_steps`). Shapes, as from
+        `jax.eval_shape(tx.init, params)`, add nothing.
       grads: full gradients; adds the share of their energy inside the bases of `state`
         (:func:`explained_energy`).
 
@@ -154,10 +155,12 @@ def describe(
       up/kernel  (256, 64)  64 x 256                           right    16  128.0 KiB  36.0 KiB
       total                                                                 128.0 KiB  36.0 KiB
     """
-    if grads is not None and state is None:
-        raise ValueError("`grads` are measured against the bases of `state`: pass `state` too.")
+    if grads is not None and (state is None or _is_abstract((state, grads))):
+        raise ValueError(
+            "`grads` are measured against the bases of `state`: pass `state` too, both as arrays."
+        )
     measured: dict[str, dict[str, Any]] = {}
-    if state is not None:
+    if state is not None and not _is_abstract(state):
         measured["condition"] = fisher_condition(state)
         measured["skipped"] = skipped_steps(state)
     if grads is not None:
@@ -188,6 +191,10 @@ def describe(
             )
         )
     return Description(rows)
+
+
+def _is_abstract(tree: PyTree) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
 def _view(spec: LeafSpec, names: Sequence[str | None] | None) -> str:

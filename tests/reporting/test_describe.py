@@ -111,6 +111,16 @@ def test_measured_columns_of_a_state():
         natgalore.describe(tx, params, grads=grads)
 
 
+@pytest.mark.parametrize("fisher", [None, "core", "window"])
+def test_shapes_of_a_state_are_not_measured(fisher):
+    tx = natgalore.natural_galore(1.0, 4, fisher=fisher)
+    state = jax.eval_shape(tx.init, ABSTRACT)
+    described = natgalore.describe(tx, ABSTRACT, state)
+    assert str(described) == str(natgalore.describe(tx, ABSTRACT))
+    with pytest.raises(ValueError, match=r"`grads`.*arrays"):
+        natgalore.describe(tx, ABSTRACT, state, ABSTRACT)
+
+
 def test_describe_refuses_an_optimizer_without_projection():
     with pytest.raises(ValueError, match=r"contains no natgalore\.project"):
         natgalore.describe(optax.adam(1.0), ABSTRACT)
