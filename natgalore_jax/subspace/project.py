@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from ..selection.select import SIDES, Rank, Select, check_rank, select as select_leaves
 from ..sharding.array_partitions import use_mesh_of
+from ..tree.cores import cores
 from ..tree.flax_boxes import axis_names, unbox
 from ..tree.leaf_spec import LeafSpec
 from ..util.validation import Scalar, check_choice, check_decay, check_int, check_number
@@ -121,10 +122,10 @@ def project(
       TypeError, ValueError: if an argument is out of range. At init: if a rule of `select` or
         `rank` fits no leaf, a view does not fit its leaf, `inner` reads weights in another way than
         decoupled decay (at the first update, if it has required extra arguments), `inner` contains
-        a learning rate beside a `residual`, or `transport` is not "keep" and a field of inner's
-        state has no role (see `register_state`). At update: if the state is from a run with another
-        `rank`, `side` or shape of a weight, or gradients differ between devices that share it
-        (`docs/sharding.md`).
+        a learning rate beside a `residual`, contains a `project` itself, or `transport` is not
+        "keep" and a field of inner's state has no role (see `register_state`). At update: if the
+        arrays of a restored state have another rank, side or shape than `init` gives them, or
+        gradients differ between devices that share a state (`docs/sharding.md`).
 
     Example:
       >>> import jax.numpy as jnp, natgalore_jax as natgalore, optax
@@ -170,6 +171,11 @@ def project(
     )
 
     def init(params: PyTree) -> SubspaceState:
+        if cores(params):
+            raise ValueError(
+                "a `natgalore.project`, or an optimizer that contains one, such as "
+                "natgalore.galore, is inside the subspace of another: use one of them."
+            )
         specs, reasons = select_leaves(
             unbox(params), unbox(rank), side, unbox(select), axis_names(params)
         )

@@ -122,6 +122,20 @@ def test_second_open_projection_raises():
         natgalore.chain(natgalore.project(4), natgalore.project(4))
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: natgalore.project(4, natgalore.natural_galore(1e-3, 2)),
+        lambda: natgalore.chain(natgalore.project(4), natgalore.galore(1e-3, 2)),
+        lambda: natgalore.chain(natgalore.project(4), natgalore.project(2, optax.trace(0.9))),
+    ],
+    ids=["inner", "chain", "chain, project"],
+)
+def test_projection_in_a_subspace_raises(build):
+    with pytest.raises(ValueError, match=r"inside the subspace of another"):
+        build().init(PARAMS)
+
+
 class TestNothingProjected:
     def test_one_warning_gives_the_reasons(self):
         with pytest.warns(UserWarning, match=r"natgalore") as record:
