@@ -152,9 +152,11 @@ def project(
         residual_momentum = check_decay("residual_momentum", residual_momentum)
         if residual is None:
             raise ValueError("`residual_momentum` is that of a `residual`, which is None.")
-    if residual_scale is None:
-        residual_scale = 1.0 if residual_momentum is None else MUON_SCALE
-    residual_scale = check_number("residual_scale", residual_scale, above=0.0)
+    if residual_scale is not None:
+        residual_scale = check_number("residual_scale", residual_scale, above=0.0)
+        if residual is None:
+            raise ValueError("`residual_scale` is that of a `residual`, which is None.")
+    default_scale = 1.0 if residual_momentum is None else MUON_SCALE
     check_choice("stagger", stagger, (True, False))
     seed = check_int("seed", seed, minimum=0)
     if isinstance(inner, optax.MultiSteps):
@@ -167,7 +169,7 @@ def project(
         scale=scale,
         residual=residual,
         residual_momentum=residual_momentum,
-        residual_scale=residual_scale,
+        residual_scale=default_scale if residual_scale is None else residual_scale,
     )
 
     def init(params: PyTree) -> SubspaceState:

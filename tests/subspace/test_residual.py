@@ -264,6 +264,8 @@ class TestMomentum:
         adam = optax.scale_by_adam()
         with pytest.raises(ValueError, match="`residual_momentum` is that of a `residual`"):
             natgalore.project(R, adam, residual_momentum=0.9)
+        with pytest.raises(ValueError, match="`residual_scale` is that of a `residual`"):
+            natgalore.natural_galore(1e-3, 8, residual=None, residual_scale=0.4)
         with pytest.raises(ValueError, match="`residual_momentum` must be at least 0"):
             project(adam, residual_momentum=1.0)
         with pytest.raises(ValueError, match="`residual_scale` must be above 0"):
