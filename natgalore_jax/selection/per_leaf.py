@@ -47,9 +47,26 @@ class Argument(NamedTuple):
         try:
             jax.tree.map(broadcast, argument, params, is_leaf=self.is_value)
         except (ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"`{self.name}` does not fit the tree of params: {reason}") from None
+            reason = self._misfit(argument, params) or str(error).splitlines()[0]
+            raise ValueError(
+                f"`{self.name}` does not fit the tree of params: {reason}. It may be one value, "
+                "rules [(pattern, value), ...], or a tree like the params or a prefix of it."
+            ) from None
         return [self.checked(value) for value in values]
+
+    def _misfit(self, argument: Any, params: PyTree) -> str | None:
+        """The first name that only one of the trees has; None if both have the same names."""
+        paths = jax.tree_util.tree_leaves_with_path(argument, is_leaf=self.is_value)
+        given = [path_name(path) for path, _ in paths]
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        fits = lambda prefix, name: f"{name}/".startswith(f"{prefix}/")
+        for prefix in given:
+            if not any(fits(prefix, name) for name in names):
+                return f"it has a value at {prefix!r}, where they have no leaf"
+        for name in names:
+            if not any(fits(prefix, name) for prefix in given):
+                return f"it has no value for {name!r}"
+        return None
 
     def checked(self, value: Any) -> Any:
         """Returns `value`; raises ValueError if it is not allowed."""

@@ -54,14 +54,28 @@ class MatrixView:
     blocks: Mapping[int, int] | tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
-        blocks = self.blocks.items() if isinstance(self.blocks, Mapping) else self.blocks
         for name in ("rows", "cols", "batch"):
             axes = getattr(self, name)
             if axes is not None:
                 axes = (axes,) if as_int(axes) is not None else axes
-                object.__setattr__(self, name, tuple(map(operator.index, axes)))
-        blocks = sorted((operator.index(axis), operator.index(k)) for axis, k in blocks)
+                object.__setattr__(self, name, _integers(name, axes))
+        try:
+            blocks = self.blocks.items() if isinstance(self.blocks, Mapping) else self.blocks
+            blocks = sorted((operator.index(axis), operator.index(k)) for axis, k in blocks)
+        except (TypeError, ValueError):
+            raise TypeError(
+                "`blocks` of a MatrixView must be {axis: number of equal blocks}, got "
+                f"{self.blocks!r}."
+            ) from None
         object.__setattr__(self, "blocks", tuple(blocks))
+
+
+def _integers(name: str, axes: Any) -> tuple[int, ...]:
+    try:
+        return tuple(map(operator.index, axes))
+    except TypeError:
+        message = f"`{name}` of a MatrixView must be an axis or axes, got {axes!r}."
+        raise TypeError(message) from None
 
 
 VIEWS = (MatrixView, optax.contrib.GaLoreDimensionNumbers, optax.contrib.MuonDimensionNumbers)

@@ -216,12 +216,32 @@ class TestErrors:
             ([("query", MatrixView(0, 2, blocks={1: 2}))], "axis 1 cannot be split into 2"),
             ([("(up", None)], "bad pattern '(up'"),
             ([("up", "matrix")], "of a leaf is 'matrix'; it must be a MatrixView"),
-            ({"layers": None}, "does not fit the tree of params"),
+            ({"layers": None}, "the tree of params: it has no value for 'wte/embedding'"),
+            ({"layer": None, "wte": None}, "params: it has a value at 'layer', where they have no"),
+            (("up", None), "does not fit the tree of params: it has a value at '0'"),
         ],
     )  # fmt: skip
     def test_views_that_do_not_fit(self, chosen, message):
         with pytest.raises(ValueError, match=re.escape(message).replace(re.escape(".*"), ".*")):
             natgalore.galore(1.0, 4, select=chosen).init(PARAMS)
+
+    @pytest.mark.parametrize(
+        ("name", "bad"),
+        [
+            ("rows", "a"),
+            ("cols", 0.5),
+            ("batch", ("a",)),
+            ("blocks", {1: [64, 64]}),
+            ("blocks", 4),
+            ("blocks", (1, 2)),
+        ],
+    )
+    def test_arguments_of_a_view(self, name, bad):
+        view = object.__new__(MatrixView)  # users have no run-time type checker
+        for field, value in {"rows": 0, "cols": 1, "batch": None, "blocks": (), name: bad}.items():
+            object.__setattr__(view, field, value)
+        with pytest.raises(TypeError, match=rf"`{name}` of a MatrixView must be"):
+            view.__post_init__()
 
     @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, float("nan"), True, "8", None])
     def test_invalid_ranks(self, rank):
