@@ -105,6 +105,8 @@ def plan(
     multiple = check_int("multiple", multiple, minimum=1)
     rank = None if rank is None else check_rank(rank)
     energy = None if energy is None else check_number("energy", energy, above=0.0)
+    if not callable(recipe):
+        raise TypeError(f"`recipe` must be a function such as natgalore.galore, got {recipe!r}.")
     _check_goal(budget, rank, energy, grads)
     for name in ("residual", "residual_momentum"):
         if low_rank_gradients and settings.get(name) is not None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +126,8 @@ def quantized(
     Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861.
     """
     for name, given, known in (("roles", roles, ROLES), ("stochastic", stochastic, AT_RANDOM)):
+        if not isinstance(given, Collection):
+            raise TypeError(f"`{name}` must be names of roles, some of {[*known]}, got {given!r}.")
         for role in (given,) if isinstance(given, str) else given:
             check_choice(name, role, known)
     bits = roles if isinstance(roles, Mapping) else {}

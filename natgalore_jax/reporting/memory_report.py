@@ -58,6 +58,7 @@ def memory_report(
       A :class:`MemoryReport`; `print` it.
 
     Raises:
+      TypeError: if `optimizers` is no mapping, or stands before the params.
       ValueError: if `optimizers` is empty.
 
     Example:
@@ -68,6 +69,8 @@ def memory_report(
       >>> report.projected["adamw"], report.projected["galore"]  # 2·64·256·4, (64 + 2·256)·16·4 + 8
       (131072, 36872)
     """
+    if not isinstance(optimizers, Mapping) or isinstance(params, optax.GradientTransformation):
+        raise TypeError("memory_report takes the params, then a mapping from names to optimizers.")
     if not optimizers:
         raise ValueError("`optimizers` must name at least one transformation, got none.")
     states = {name: jax.eval_shape(tx.init, params) for name, tx in optimizers.items()}

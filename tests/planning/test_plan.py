@@ -448,6 +448,12 @@ def test_invalid_arguments(settings, match):
         natgalore.plan(tree(), **settings)
 
 
+def test_the_name_of_a_recipe_is_refused():
+    unchecked = getattr(natgalore.plan, "__wrapped__", natgalore.plan)
+    with pytest.raises(TypeError, match=r"^`recipe` must be a function .* got 'galore'"):
+        unchecked(tree(), rank=8, recipe="galore")
+
+
 def test_padding_on_tpus_is_counted():
     """One axis of 128, one of 8: 100 columns of a basis are 104, and 100 of n are 128."""
     params = {"up": {"kernel": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}}

@@ -539,6 +539,10 @@ def test_refusals():
     roles = "'linear', 'full', 'square', 'basis', 'fisher', 'root'"
     with pytest.raises(ValueError, match=rf"^`roles` must be one of {roles}, got 'gram'.$"):
         natgalore.quantized(adam, ["linear", "gram"])
+    unchecked = getattr(natgalore.quantized, "__wrapped__", natgalore.quantized)
+    for name in ("roles", "stochastic"):
+        with pytest.raises(TypeError, match=rf"^`{name}` must be names of roles, .* got 8.$"):
+            unchecked(adam, **{name: 8})
     for role in ("basis", "fisher"):
         one_of = f"must be one of 'linear', 'full', 'square', got '{role}'"
         with pytest.raises(ValueError, match=rf"^`stochastic` {one_of}.$"):

@@ -165,6 +165,10 @@ def test_memory_report_of_packed_state():
 def test_memory_report_refuses_no_optimizers():
     with pytest.raises(ValueError, match=r"`optimizers`"):
         natgalore.memory_report(ABSTRACT, {})
+    unchecked = getattr(natgalore.memory_report, "__wrapped__", natgalore.memory_report)
+    for arguments in [(optax.adam(1.0), ABSTRACT), (ABSTRACT, optax.adam(1.0))]:
+        with pytest.raises(TypeError, match=r"takes the params, then a mapping from names"):
+            unchecked(*arguments)
 
 
 def test_state_of_llama_1b_at_rank_512():
