@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from ..sharding.array_partitions import with_auto_axes
-from ..tree.cores import cores, is_core, replace_cores
+from ..tree.cores import core_arrays, cores, is_core, replace_cores
 from ..util.jaxprs import CALLS, called, read
 
 
@@ -86,20 +86,20 @@ def update_with_decay(
         answer, new_state = update(updates, state, None)
         return answer, [None] * len(cores(updates)), new_state
     answer_origins, _ = _read_update(update, updates, state, params, ())
-    decays = [origin & WEIGHT for origin in _core_values(answer_origins)]
-    if not any(decays):
+    is_decayed = [origin & WEIGHT for origin in core_arrays(answer_origins)]
+    if not any(is_decayed):
         answer, new_state = update(updates, state, params)
-        return answer, [None] * len(decays), new_state
+        return answer, [None] * len(is_decayed), new_state
 
     def of_weights(values):
         answer, new_state = update(updates, state, replace_cores(params, values))
-        return _core_values(answer), (answer, new_state)
+        return core_arrays(answer), (answer, new_state)
 
-    zeros = _core_values(params)
+    zeros = core_arrays(params)
     ones = [jnp.ones_like(x) for x in zeros]
     _, slopes, (answer, new_state) = jax.jvp(of_weights, (zeros,), (ones,), has_aux=True)
     first = lambda x: with_auto_axes(lambda x: x.ravel()[0], PartitionSpec(), x)
-    decay = [first(x) if decays else None for x, decays in zip(slopes, decays, strict=True)]
+    decay = [first(x) if own else None for x, own in zip(slopes, is_decayed, strict=True)]
     return answer, decay, new_state
 
 
@@ -164,7 +164,7 @@ def _read_update(
     origins = jax.tree.structure(shapes).unflatten(_origins(closed, inputs))
     _refuse_other_shapes(updates, shapes[0])
     _refuse_memory(origins[1])
-    if any(bits & READ for bits in _core_values(origins[0])):
+    if any(bits & READ for bits in core_arrays(origins[0])):
         refuse("what it adds is not a number times the weight")
     others = jax.tree.map(lambda x: None if is_core(x) else x, origins[0], is_leaf=is_core)
     if any(bits & (WEIGHT | READ) for bits in jax.tree.leaves(others)):
@@ -183,11 +183,6 @@ def _refuse_other_shapes(updates: PyTree, answer: PyTree) -> None:
     for x, u in zip(jax.tree.leaves(updates), jax.tree.leaves(answer), strict=True):
         if x.shape != u.shape:
             refuse(f"it answers a gradient of shape {x.shape} with one of shape {u.shape}")
-
-
-def _core_values(tree: PyTree) -> list[Any]:
-    """The values of the Cores of a tree, in order: arrays, or their origins."""
-    return [core.value for core in cores(tree)]
 
 
 def _of_cores(tree: PyTree) -> list[bool]:

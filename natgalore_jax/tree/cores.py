@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from .flax_serialization import serializable
 from .leaf_spec import LeafSpec
@@ -105,8 +105,8 @@ def replace_cores(tree: PyTree, values: Iterable[Any]) -> PyTree:
     return jax.tree.map(replace, tree, is_leaf=is_core)
 
 
-def core_arrays(tree: PyTree) -> list[Array]:
-    """The arrays of the Cores of a tree, in order."""
+def core_arrays(tree: PyTree) -> list[Any]:
+    """The values of the Cores of a tree, in order."""
     return [core.value for core in cores(tree)]
 
 
