@@ -185,7 +185,7 @@ def project(
         if reasons and not chosen:
             _warn_unprojected(reasons)
         if chosen and inner is None:
-            _warn_full_size(params, chosen)
+            _warn_full_size(chosen)
         with use_mesh_of(params):
             return engine.init(params, specs, reasons)
 
@@ -294,7 +294,7 @@ def _warn_unprojected(reasons: dict[str, str]) -> None:
     warnings.warn(NothingProjected(message, reasons), stacklevel=3)
 
 
-def _warn_full_size(params: PyTree, specs: list[LeafSpec]) -> None:
+def _warn_full_size(specs: list[LeafSpec]) -> None:
     item = jnp.dtype(jnp.float32).itemsize
     whole = item * sum(int(np.prod(spec.shape)) for spec in specs)
     core = item * sum(int(np.prod(spec.core_shape)) for spec in specs)
