@@ -9,6 +9,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from ..subspace.state import bases_in
 from ..tree.cores import Basis, Core
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import path_name
@@ -74,12 +75,7 @@ def memory_report(
     if not optimizers:
         raise ValueError("`optimizers` must name at least one transformation, got none.")
     states = {name: jax.eval_shape(tx.init, params) for name, tx in optimizers.items()}
-    projected = {
-        path_name(node.spec.path)
-        for state in states.values()
-        for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Basis))
-        if isinstance(node, Basis)
-    }
+    projected = {P.spec.name for state in states.values() for P in bases_in(state)}
     by_optimizer = {name: bytes_by_leaf(state, params) for name, state in states.items()}
     return MemoryReport(
         total={name: sum(map(nbytes, jax.tree.leaves(state))) for name, state in states.items()},
