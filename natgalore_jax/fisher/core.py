@@ -107,15 +107,15 @@ def scale_by_core_fisher(
     least_damping = LEAST_DAMPING if isinstance(damping, jax.core.Tracer) else float(damping)
 
     def init(params: PyTree) -> CoreFisherState:
-        per_matrix = lambda: zeros_at_cores(params, lambda r, n: ())
+        number = lambda: zeros_at_cores(params, lambda r, n: ())
         square = lambda: zeros_at_cores(params, lambda r, n: (r, r))
         return CoreFisherState(
             count=jnp.zeros([], jnp.int32),
-            weight=per_matrix(),
-            scale=per_matrix(),
+            weight=number(),
+            scale=number(),
             fisher=square(),
             root=square(),
-            root_scale=per_matrix(),
+            root_scale=number(),
         )
 
     def update(updates: PyTree, state: CoreFisherState, params: PyTree = None, **extra_args):
@@ -262,9 +262,8 @@ def damped(
     r, dtype = fisher.shape[-1], fisher.dtype
     known = weight > 0
     L = fisher / jnp.where(known, weight, 1.0)[..., None, None]
-    damping = jnp.maximum(
-        jnp.asarray(damping, dtype), LEAST_DAMPING
-    )  # a traced damping is not checked
+    # A traced damping is not checked.
+    damping = jnp.maximum(jnp.asarray(damping, dtype), LEAST_DAMPING)
     shift = damping * jnp.trace(L, axis1=-2, axis2=-1) / r
     return L + jnp.where(known, shift, 1.0)[..., None, None] * eye_like(L)
 

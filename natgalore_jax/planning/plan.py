@@ -29,12 +29,7 @@ from .plan_report import Plan
 from .rank_candidates import by_energy, by_fraction, energy_shares, largest_that_fits, rules
 
 
-ROLES = (
-    "linear",
-    "square",
-    "basis",
-    "full",
-)  # bits=8 quantizes these: all arrays of galore's state
+ROLES = ("linear", "square", "basis", "full")  # bits=8 quantizes these: all of galore's state
 
 
 def plan(
