@@ -75,16 +75,14 @@ def _probe(
 ) -> tuple[list[Core], list[list[np.ndarray]]]:
     """A small random gradient in place of each Core, and U of (1) for each step and Core."""
     rng = np.random.default_rng(0)
+    normal = lambda shape, dtype: jnp.asarray(rng.standard_normal(shape), dtype)
 
     def small(x):
-        *batch, r, n = x.value.shape if is_core(x) else (1, 1, *x.shape)
-        if is_core(x):
-            shape = (*[1] * len(batch), min(r, LARGEST[0]), min(n, LARGEST[1]))
-        else:
-            shape = tuple(min(size, 2) for size in x.shape)
-        dtype = (x.value if is_core(x) else x).dtype
-        values = jnp.asarray(rng.standard_normal(shape), dtype)
-        return x.replace(values) if is_core(x) else values
+        if not is_core(x):
+            return normal([min(size, 2) for size in x.shape], x.dtype)
+        *batch, r, n = x.value.shape
+        shape = (*[1] * len(batch), min(r, LARGEST[0]), min(n, LARGEST[1]))
+        return x.replace(normal(shape, x.value.dtype))
 
     def answers(gradient):
         state = inner.init(weights)
