@@ -15,13 +15,13 @@ from jaxtyping import Array, PyTree
 
 from ..sharding.array_partitions import use_mesh_of
 from ..subspace.projection import core_dtype, expand_bases
-from ..subspace.state import bases_in, decisions_of, subspace_states
+from ..subspace.state import Bases, bases_in, bases_of, decisions_of, subspace_states
 from ..tree.cores import Basis
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec, path_name
 from ..util.text_tables import group_similar, human_bytes, rich_table, table
 from .interpreter import Use, as_arrays, evaluate
-from .loss import Bases, bases_of, program_of
+from .loss import program_of
 from .tangent_weight import TangentWeight, reshape, tag
 from .value_and_grad import check_states
 

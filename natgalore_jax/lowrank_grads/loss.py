@@ -12,15 +12,13 @@ from jaxtyping import Array, PyTree
 
 from ..sharding.shard_map import varying_as
 from ..subspace.projection import core_dtype, expand_bases, working_dtype
-from ..subspace.state import SubspaceState, bases_in
-from ..tree.cores import Basis, Core
+from ..subspace.state import Bases
+from ..tree.cores import Core
 from ..tree.flax_boxes import rebox, unbox
 from .interpreter import Use, as_arrays, evaluate
 from .tangent_weight import TangentWeight, tag
 
 
-# (P,) or (P, Q) of each projected leaf, by its path
-Bases = dict[tuple[Any, ...], tuple[Basis, ...]]
 Result = tuple[tuple[Any, Any], PyTree]  # (value, aux), gradients
 
 
@@ -131,16 +129,6 @@ def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
     mean = lambda t, x: (t / number).astype(x.dtype)
     value, grads = jax.tree.map(mean, total, (value, grads))
     return (value, aux), grads
-
-
-def bases_of(states: Sequence[SubspaceState]) -> Bases:
-    """The bases of each projected leaf, by its path."""
-    by_path: Bases = {}
-    for state in states:
-        for side in (state.basis, state.right_basis):
-            for P in bases_in(side):
-                by_path[P.spec.path] = (*by_path.get(P.spec.path, ()), P)
-    return by_path
 
 
 def zeros_of(x: jax.ShapeDtypeStruct) -> Any:

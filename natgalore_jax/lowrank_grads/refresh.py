@@ -34,12 +34,20 @@ from ..sharding.array_partitions import with_auto_axes
 from ..sharding.partitioning import ParamPartitions, aligned_partition
 from ..subspace.projection import refresh_and_project
 from ..subspace.refresh import MatrixState, Refresh, RefreshLeaf, number_of_matrices, refresh_due
-from ..subspace.state import Flattened, SubspaceState, bases_in, flatten, settings_of
+from ..subspace.state import (
+    Bases,
+    Flattened,
+    SubspaceState,
+    bases_in,
+    bases_of,
+    flatten,
+    settings_of,
+)
 from ..tree.cores import Basis, Core, cores
 from ..tree.flax_boxes import unbox
 from ..util.control_flow import when
 from ..util.linalg import max_abs, norms
-from .loss import Bases, Result, bases_of, like_params, zeros_of
+from .loss import Result, like_params, zeros_of
 
 
 def refreshed_by_passes(

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from ..lowrank_grads.loss import Bases, bases_of
 from ..reporting.memory_report import bytes_by_leaf, nbytes
 from ..subspace.projection import core_dtype
-from ..subspace.state import decisions_of, subspace_states
+from ..subspace.state import Bases, bases_of, decisions_of, subspace_states
 from ..tree.cores import Basis
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec, path_name

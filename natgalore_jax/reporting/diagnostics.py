@@ -15,7 +15,7 @@ from ..fisher.core import CoreFisherState
 from ..fisher.window import FisherState
 from ..subspace.basis import normalised, to_core
 from ..subspace.projection import expand_bases
-from ..subspace.state import SubspaceState, bases_in
+from ..subspace.state import SubspaceState, bases_of
 from ..tree.cores import cores, is_core
 from ..tree.flax_boxes import unbox
 from ..tree.leaf_spec import LeafSpec, path_name
@@ -167,8 +167,8 @@ def _find(state: PyTree, kind: type) -> list:
 
 def _stored_bases(state: PyTree) -> list[tuple[LeafSpec, tuple[Any, ...]]]:
     """The spec of each projected leaf, and P, or P and Q, as the state stores them."""
-    found = []
-    for node in _find(state, SubspaceState):
-        right = {Q.spec.path: (Q.value,) for Q in bases_in(node.right_basis)}
-        found += [(P.spec, (P.value, *right.get(P.spec.path, ()))) for P in bases_in(node.basis)]
-    return found
+    return [
+        (sides[0].spec, tuple(P.value for P in sides))
+        for node in _find(state, SubspaceState)
+        for sides in bases_of([node]).values()
+    ]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,9 @@ from .transport import Transport
 
 
 FORMAT_VERSION = 1  # of the state; a later version comes with a conversion from this one
+
+# (P,) or (P, Q) of each projected leaf, by its path
+Bases = dict[tuple[Any, ...], tuple[Basis, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,16 @@ def bases_in(tree: PyTree) -> list[Basis]:
     return [x for x in jax.tree.leaves(tree, is_leaf=is_basis) if is_basis(x)]
 
 
+def bases_of(states: Sequence[SubspaceState]) -> Bases:
+    """The bases of each projected leaf, by its path."""
+    by_path: Bases = {}
+    for state in states:
+        for side in (state.basis, state.right_basis):
+            for P in bases_in(side):
+                by_path[P.spec.path] = (*by_path.get(P.spec.path, ()), P)
+    return by_path
+
+
 def settings_of(state: SubspaceState) -> Settings | None:
     """The settings of the projection; None if it projects no leaf."""
     bases = bases_in(state.basis)
@@ -186,9 +199,8 @@ class Flattened(NamedTuple):
 
 def flatten(state: SubspaceState, transport: Transport | None) -> Flattened:
     """Collects, for each projected leaf, what a refresh changes; the only walk of an update."""
-    bases, right = bases_in(state.basis), bases_in(state.right_basis)
-    specs = [P.spec for P in bases]
-    right_of = {Q.spec.path: Q for Q in right}
+    bases = bases_of([state]).values()
+    specs = [P.spec for P, *_ in bases]
     leaves, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_quantized)
     places: dict[LeafSpec, list[int]] = {spec: [] for spec in specs}
     entries = roles_of(leaves, treedef)
@@ -198,11 +210,11 @@ def flatten(state: SubspaceState, transport: Transport | None) -> Flattened:
                 places[spec].append(i)
     states = [
         MatrixState(
-            stored=tuple(x.value for x in (P, right_of.get(P.spec.path)) if x is not None),
+            stored=tuple(P.value for P in sides),
             refreshed=n.value,
-            carried=[leaves[i] for i in places[P.spec]],
+            carried=[leaves[i] for i in places[spec]],
         )
-        for P, n in zip(bases, cores(state.refreshed), strict=True)
+        for spec, sides, n in zip(specs, bases, cores(state.refreshed), strict=True)
     ]
 
     def unflatten(new: list[MatrixState]) -> SubspaceState:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from natgalore_jax.lowrank_grads.loss import backward, bases_of
+from natgalore_jax.lowrank_grads.loss import backward
+from natgalore_jax.subspace.state import bases_of
 from tests.helpers.lowrank import (
     VIEW,
     Cases,
