@@ -21,13 +21,13 @@ from ..util.validation import check_choice, check_int
 from .dynamic_8bit import GENERATOR, LINEAR, LINEAR_4BIT, SQUARE, Code
 from .quantized_array import (
     TAKES_CODES,
-    QuantizedArray,
     block_of,
     is_large,
     is_quantized,
     quantize,
+    without_keys,
 )
-from .staged_update import in_stages
+from .staged_update import update_in_stages
 from .symmetric_16bit import quantize_symmetric
 
 
@@ -181,16 +181,19 @@ def quantized(
         taken = _taken_by_their_own(treedef)
         own = [i for i, x in enumerate(leaves) if is_quantized(x) and i not in taken]
 
-        def on_codes(arrays: list[QuantizedArray]):
-            before = treedef.unflatten(_with(leaves, own, [x.decode() for x in arrays]))
-            moved, after = tx.update(updates, before, params, **extra_args)
+        def on_leaves(leaves: list[Any]):
+            before = [*leaves]
+            for i in own:
+                before[i] = leaves[i].decode()
+            moved, after = tx.update(updates, treedef.unflatten(before), params, **extra_args)
             new = treedef.flatten_up_to(after)
-            encoded = [x.encode(new[i]) for i, x in zip(own, arrays, strict=True)]
-            return (moved, _with(new, own, [None] * len(own))), encoded
+            for i in own:
+                new[i] = leaves[i].encode(new[i])
+            return moved, new
 
-        (updates, new), encoded = in_stages(on_codes, [leaves[i] for i in own])
-        new = [x.with_key(None) if is_quantized(x) else x for x in _with(new, own, encoded)]
-        return updates, rebox_like(QuantizedState(treedef.unflatten(new), following), boxed)
+        updates, new = update_in_stages(on_leaves, leaves, own)
+        new = treedef.unflatten(without_keys(new))
+        return updates, rebox_like(QuantizedState(new, following), boxed)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -217,12 +220,6 @@ def _boxes_outside(x: Any) -> Any:
     if not is_quantized(x) or not is_box(x.codes):
         return x
     return jax.tree.structure(x.codes).unflatten([unbox(x)])
-
-
-def _with(leaves: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
-    """The leaves with those at `places` replaced."""
-    replaced = dict(zip(places, others, strict=True))
-    return [replaced.get(i, x) for i, x in enumerate(leaves)]
 
 
 def _not_folded(x: Any) -> Any:

@@ -37,6 +37,28 @@ class Constant(NamedTuple):
     value: Any
 
 
+def update_in_stages(
+    update: Callable[[list[Any]], tuple[PyTree, list[Any]]], leaves: list[Any], places: list[int]
+) -> tuple[PyTree, list[Any]]:
+    """`update(leaves)` of a state, which decodes and encodes the QuantizedArrays at `places`.
+
+    `update` returns anything, and the new leaves. Its program decodes a stage at a time.
+    """
+
+    def on_arrays(arrays: list[QuantizedArray]):
+        others, new = update(_replaced(leaves, places, arrays))
+        return (others, _replaced(new, places, [None] * len(places))), [new[i] for i in places]
+
+    (others, new), arrays = in_stages(on_arrays, [leaves[i] for i in places])
+    return others, _replaced(new, places, arrays)
+
+
+def _replaced(values: list[Any], places: list[int], new: list[Any]) -> list[Any]:
+    """The list with the values at `places` replaced."""
+    replaced = dict(zip(places, new, strict=True))
+    return [replaced.get(i, x) for i, x in enumerate(values)]
+
+
 def in_stages(
     f: Callable[[list[QuantizedArray]], tuple[PyTree, list[QuantizedArray]]],
     arrays: list[QuantizedArray],

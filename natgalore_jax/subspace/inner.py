@@ -12,7 +12,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..quantization.quantized_array import dequantize, is_quantized, requantize
-from ..quantization.staged_update import in_stages
+from ..quantization.staged_update import update_in_stages
 from ..tree.cores import is_core
 from ..tree.flax_boxes import unbox, with_boxes
 from .learning_rate_check import RateFree
@@ -68,15 +68,13 @@ class Inner:
         if not coded:
             return update_with_decay(update, updates, state, proxies)
 
-        def on_codes(codes):
-            now = treedef.unflatten(_replaced(leaves, coded, codes))
+        def on_leaves(leaves):
+            now = treedef.unflatten(leaves)
             answer, decay, new = update_with_decay(update, updates, dequantize(now), proxies)
-            new = treedef.flatten_up_to(requantize(new, now))
-            others = _replaced(new, coded, [None] * len(coded))
-            return (answer, decay, others), [new[i] for i in coded]
+            return (answer, decay), treedef.flatten_up_to(requantize(new, now))
 
-        (answer, decay, new), codes = in_stages(on_codes, [leaves[i] for i in coded])
-        return answer, decay, treedef.unflatten(_replaced(new, coded, codes))
+        (answer, decay), new = update_in_stages(on_leaves, leaves, coded)
+        return answer, decay, treedef.unflatten(new)
 
     def _update(
         self, box_def: Any, updates: PyTree, state: PyTree, params: PyTree, extra_args: Any
@@ -90,9 +88,3 @@ class Inner:
 def _is_numeric(x: Any) -> bool:
     """Whether x is a tree of arrays and numbers."""
     return all(isinstance(leaf, jax.typing.ArrayLike) for leaf in jax.tree.leaves(x))
-
-
-def _replaced(values: list[Any], places: list[int], new: list[Any]) -> list[Any]:
-    """The list with the values at `places` replaced."""
-    replaced = dict(zip(places, new, strict=True))
-    return [replaced.get(i, x) for i, x in enumerate(values)]
