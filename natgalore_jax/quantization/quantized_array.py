@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from ..sharding.array_partitions import array_partition, explicit_mesh, with_auto_axes
-from ..sharding.partitioning import add_axes, divisible_partition, mesh_axes
+from ..sharding.partitioning import add_axes, all_mesh_axes, divisible_partition
 from ..tree.cores import Basis
 from ..tree.flax_serialization import serializable
 from ..util.linalg import matmul
@@ -77,8 +77,8 @@ def quantize(
     scales = codes
     if mesh is not None:
         blocks = (*x.shape[:-1], x.shape[-1] // block)
-        names = [name for entry in codes for name in mesh_axes(entry)]
-        scales = add_axes(divisible_partition(codes, blocks, mesh), names, blocks, mesh, batch)
+        divisible = divisible_partition(codes, blocks, mesh)
+        scales = add_axes(divisible, all_mesh_axes(codes), blocks, mesh, batch)
     encoded = lambda x, key: encode(code, x, block, key)
     return QuantizedArray(*with_auto_axes(encoded, (codes, scales), x, key))
 

@@ -8,6 +8,7 @@ array has a known partition; under `jit` it comes from the user, through :func:`
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from jax.sharding import (
 from jaxtyping import PyTree
 
 from ..tree.leaf_spec import LeafSpec
-from .partitioning import ParamPartitions, mesh_axes, trim_partition
+from .partitioning import ParamPartitions, all_mesh_axes, trim_partition
 
 
 _known: contextvars.ContextVar[ParamPartitions | None] = contextvars.ContextVar(
@@ -59,7 +60,7 @@ def partitions_of(tree: PyTree, specs: Sequence[LeafSpec] = ()) -> ParamPartitio
 def _named_partitions(specs: Sequence[LeafSpec]) -> ParamPartitions:
     named = {spec.path: spec.partition for spec in specs if spec.partition is not None}
     mesh = get_abstract_mesh()
-    names = [name for spec in named.values() for entry in spec for name in mesh_axes(entry)]
+    names = all_mesh_axes(itertools.chain(*named.values()))
     if not named or not all(name in mesh.shape for name in names):
         return ParamPartitions(None, {})
     return ParamPartitions(mesh, named)

@@ -30,6 +30,7 @@ from ..tree.state_roles import walk
 from .partitioning import (
     LeafPartition,
     UnknownMesh,
+    all_mesh_axes,
     divisible_partition,
     mesh_axes,
     state_partition,
@@ -107,12 +108,12 @@ def _named_leaf(box: Any) -> NamedLeaf:
         return _haliax_leaf(box, entries, shape)
     sizes = get_abstract_mesh().shape
     rules = _flax_rules(box)
-    if not rules and not all(name in sizes for name in _names(entries)):
+    if not rules and not all(name in sizes for name in all_mesh_axes(entries)):
         leaf = LeafPartition(_unknown_mesh(entries, shape), PartitionSpec(*entries))
         return NamedLeaf(box, leaf, True, None)
     partition = _resolve(entries, rules)
     mesh = get_abstract_mesh()
-    if not all(name in sizes for name in _names(partition)):
+    if not all(name in sizes for name in all_mesh_axes(partition)):
         mesh = _unknown_mesh(partition, shape)
     pairs = zip(entries, map(mesh_axes, partition), strict=True)
     logical = {axes: name for name, axes in pairs if axes} if rules else {}
@@ -130,7 +131,7 @@ def _haliax_leaf(box: Any, names: Sequence[str], shape: Sequence[int]) -> NamedL
         *(name if entry else None for name, entry in zip(names, partition, strict=True))
     )
     sizes = get_abstract_mesh().shape
-    if all(name in sizes for name in _names(partition)):
+    if all(name in sizes for name in all_mesh_axes(partition)):
         pairs = zip(names, partition, strict=True)
         shape_of = {
             name: math.prod(sizes[axis] for axis in mesh_axes(entry)) for name, entry in pairs
@@ -139,10 +140,6 @@ def _haliax_leaf(box: Any, names: Sequence[str], shape: Sequence[int]) -> NamedL
     else:
         mesh = _unknown_mesh(sharded, shape)
     return NamedLeaf(box, LeafPartition(mesh, sharded), True, partition)
-
-
-def _names(entries: Iterable[Any]) -> list[str]:
-    return [name for entry in entries for name in mesh_axes(entry)]
 
 
 def _unknown_mesh(entries: Iterable[Any], shape: Sequence[int]) -> UnknownMesh:
@@ -162,7 +159,7 @@ def _resolve(entries: Sequence[Any], rules: Sequence[tuple[str, Any]]) -> Partit
         return PartitionSpec(*entries)
     resolved: list[Any] = [None if isinstance(entry, str) else entry for entry in entries]
     for name, axes in rules:
-        used = {axis for entry in resolved for axis in mesh_axes(entry)}
+        used = {*all_mesh_axes(resolved)}
         for i, entry in enumerate(entries):
             free = resolved[i] is None and not used & {*mesh_axes(_as_entry(axes))}
             if entry == name and free and axes:

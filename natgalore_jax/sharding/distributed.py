@@ -26,6 +26,7 @@ from ..tree.leaf_spec import LeafSpec
 from ..util.control_flow import by_platform
 from .partitioning import (
     LeafPartition,
+    all_mesh_axes,
     are_auto,
     axis_entries,
     merged_entry,
@@ -71,7 +72,6 @@ def over_shards(
     if not batch:
         return f(spec, G, inputs, state)
     entries = axis_entries(spec, leaf.partition)
-    names = {name for entry in batch for name in mesh_axes(entry)}
     context = get_abstract_mesh()
     mesh = leaf.mesh if context.empty else context
     local_sizes = [
@@ -86,7 +86,7 @@ def over_shards(
         mesh=mesh,
         in_specs=(G_partition, batch, batch),
         out_specs=batch,
-        axis_names=names,
+        axis_names={*all_mesh_axes(batch)},
         check_vma=False,
     )(G.reshape(spec.sizes), inputs, state)
 
@@ -199,7 +199,7 @@ def on_whole_matrices(
     entries = axis_entries(spec, leaf.partition)
     sides = [merged_entry(spec, axes, entries) for axes in (spec.rows, spec.cols)]
     batch = [[*mesh_axes(entries[axis])] for axis in spec.batch]
-    shared = [name for side in sides for name in mesh_axes(side)]
+    shared = all_mesh_axes(sides)
     wide = x.dtype
     of_whole = lambda x, *args: f(x.astype(wide), *args).astype(x.dtype)
     loop = functools.partial(over_layers, full_result=True, kept_in=kept_in)

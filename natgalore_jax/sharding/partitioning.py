@@ -108,7 +108,7 @@ def state_partition(
     partition = divisible_partition(aligned, shape, leaf.mesh)
     if not {"m", "r", "k"} & {*AXES[role]}:
         return partition
-    names = [name for entry in (*leaf.partition, leaf.zero_axes) for name in mesh_axes(entry)]
+    names = all_mesh_axes((*leaf.partition, leaf.zero_axes))
     return add_axes(partition, names, shape, leaf.mesh, len(spec.batch), alone)
 
 
@@ -156,7 +156,7 @@ def mesh_of_constraint(x: Array, leaf: LeafPartition) -> Mesh | AbstractMesh | N
     """The mesh on which `x` can be constrained; None if there is none."""
     context, traced = get_abstract_mesh(), isinstance(x, jax.core.Tracer)
     mesh = context if traced and not context.empty else leaf.mesh
-    names = [name for entry in (*leaf.partition, leaf.zero_axes) for name in mesh_axes(entry)]
+    names = all_mesh_axes((*leaf.partition, leaf.zero_axes))
     # A mesh that only names in boxes refer to has no devices to move a concrete array to.
     has_devices = traced or isinstance(mesh, Mesh)
     if mesh is None or not has_devices or not names or not are_auto(mesh, names):
@@ -198,7 +198,7 @@ def add_axes(
     entries = [*partition, *[None] * (len(shape) - len(partition))]
     order = sorted(range(len(shape)), key=lambda i: (i < batch, -shape[i]))
     for name in names:
-        if mesh.shape[name] == 1 or any(name in mesh_axes(entry) for entry in entries):
+        if mesh.shape[name] == 1 or name in all_mesh_axes(entries):
             continue
         for i in order:
             divided = (*mesh_axes(entries[i]), name)
@@ -224,25 +224,25 @@ def shards(names: Iterable[str], mesh: Mesh | AbstractMesh | UnknownMesh) -> int
 
 
 def divisible_partition(
-    param: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | UnknownMesh
+    partition: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh | UnknownMesh
 ) -> PartitionSpec:
-    """`param` with None for every axis of `shape` that the mesh axes do not divide."""
+    """`partition` with None for every axis of `shape` that the mesh axes do not divide."""
 
     def divides(entry, size):
         return size % shards(mesh_axes(entry), mesh) == 0
 
     return trim_partition(
-        [e if divides(e, n) else None for e, n in zip(param, shape, strict=False)]
+        [e if divides(e, n) else None for e, n in zip(partition, shape, strict=False)]
     )
 
 
-def axis_entries(spec: LeafSpec, param: PartitionSpec) -> list[Entry]:
-    """The entries of `param` for the axes in `spec.sizes`.
+def axis_entries(spec: LeafSpec, partition: PartitionSpec) -> list[Entry]:
+    """The entries of a leaf's partition for the axes in `spec.sizes`.
 
     An axis that is split into (blocks, size) gets None for both: its shards need not end where the
     blocks do.
     """
-    remaining = iter([*param, *[None] * (len(spec.shape) - len(param))])
+    remaining = iter([*partition, *[None] * (len(spec.shape) - len(partition))])
     splits = len(spec.sizes) - len(spec.shape)
     block_axes = spec.batch[len(spec.batch) - splits :]
     entries: list[Entry] = []
@@ -261,6 +261,11 @@ def merged_entry(spec: LeafSpec, axes: tuple[int, ...], entries: list[Entry]) ->
 def mesh_axes(entry: Entry) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def all_mesh_axes(entries: Iterable[Entry]) -> list[str]:
+    """The mesh axes in the entries of a PartitionSpec, in order."""
+    return [name for entry in entries for name in mesh_axes(entry)]
 
 
 def place(x: Array, sharding: NamedSharding) -> Array:

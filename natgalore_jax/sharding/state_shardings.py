@@ -17,6 +17,7 @@ from .array_partitions import use_partitions
 from .partitioning import (
     ParamPartitions,
     add_axes,
+    all_mesh_axes,
     divisible_partition,
     mesh_axes,
     place,
@@ -188,8 +189,8 @@ def _shardings_of_state(state: PyTree, params: PyTree, partitions: ParamPartitio
             return NamedSharding(mesh, PartitionSpec())
         # Fewer scales than codes: a mesh axis may divide the weight and not them.
         partition = divisible_partition(param_partitions[leaf], x.shape, mesh)
-        names = [name for entry in param_partitions[leaf] for name in mesh_axes(entry)]
-        return NamedSharding(mesh, add_axes(partition, [*names, *zero_axes], x.shape, mesh))
+        names = [*all_mesh_axes(param_partitions[leaf]), *zero_axes]
+        return NamedSharding(mesh, add_axes(partition, names, x.shape, mesh))
 
     leaves = jax.tree_util.tree_leaves_with_path(unbox(walk(state, projected)))
     return jax.tree.structure(state).unflatten([other(path, x) for path, x in leaves])

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from ..util.control_flow import by_platform
 from ..util.tpu_tiles import bits_of, smallest_tiling
-from .partitioning import LeafPartition, mesh_axes, mesh_of_constraint, shards
+from .partitioning import LeafPartition, all_mesh_axes, mesh_axes, mesh_of_constraint, shards
 
 
 def in_stored_layout(x: Array, partition: PartitionSpec, leaf: LeafPartition) -> Array:
@@ -42,7 +42,7 @@ def in_stored_layout(x: Array, partition: PartitionSpec, leaf: LeafPartition) ->
         mesh=mesh,
         in_specs=partition,
         out_specs=partition,
-        axis_names={name for entry in partition for name in mesh_axes(entry)},
+        axis_names={*all_mesh_axes(partition)},
         check_vma=False,
     )
     return by_platform(x, tpu=on_shards, default=lambda x: x)
