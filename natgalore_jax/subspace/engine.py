@@ -260,8 +260,7 @@ def _projected_partitions(
     bases, new = [], []
     for spec, leaf, state in zip(specs, partitions, states, strict=True):
         partition = functools.partial(role_partition, leaf=leaf)
-        sides = (spec, spec.transposed)[: len(state.stored)]
-        bases.append(tuple(partition("basis", side) for side in sides))
+        bases.append(tuple(partition("basis", side) for side in spec.sides))
         new.append(state._replace(R=partition("linear", spec), finite=partition("scalar", spec)))
     return Projected(new, bases)
 

@@ -87,7 +87,7 @@ def initial_state(
             return None
         index = spec.index + jnp.arange(spec.matrices)
         keys = jax.vmap(lambda i: basis_key(refresh.seed, i, 0, side))(index)
-        view = spec.transposed if side else spec
+        view = spec.sides[side]
         start = refresh.method.start(keys, view, working_dtype(x))
         return Basis(varying_as(start, x), view, settings)
 

@@ -145,8 +145,8 @@ def to_working_dtype(x: Any) -> Any:
 @functools.partial(jax.jit, static_argnames=("spec", "dtype"))
 def expand_bases(spec: LeafSpec, dtype: Any, stored: tuple[Any, ...]) -> tuple[Array, ...]:
     """P, or P and Q, (*batch, m, r) and (*batch, n, r), from what the state stores."""
-    views = (spec, spec.transposed)
-    return tuple(expand(decode_basis(x), v, dtype) for x, v in zip(stored, views, strict=False))
+    pairs = zip(stored, spec.sides, strict=True)
+    return tuple(expand(decode_basis(x), side, dtype) for x, side in pairs)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "partition", "dtype"))
@@ -184,8 +184,8 @@ def lift(
         U = align(U, "linear", spec, partition)
         return from_core(dtype, U, *aligned_bases(spec, partition, bases))
 
-    views = (spec, spec.transposed)
-    factors = [(U, "linear", spec), *((P, "basis", v) for P, v in zip(bases, views, strict=False))]
+    pairs = zip(bases, spec.sides, strict=True)
+    factors = [(U, "linear", spec), *((P, "basis", side) for P, side in pairs)]
     if not any(is_divided_further(*factor, partition) for factor in factors):
         return of_layer(spec, partition, U, bases)
     return over_layers(of_layer, spec, partition, U, bases, full_result=True)
@@ -195,8 +195,8 @@ def aligned_bases(
     spec: LeafSpec, partition: LeafPartition, bases: tuple[Array, ...]
 ) -> tuple[Array, ...]:
     """P, or P and Q, sharded as the axes m and n of the leaf, for products with G."""
-    views = (spec, spec.transposed)
-    return tuple(align(x, "basis", v, partition) for x, v in zip(bases, views, strict=False))
+    pairs = zip(bases, spec.sides, strict=True)
+    return tuple(align(P, "basis", side, partition) for P, side in pairs)
 
 
 def zero_where_not(finite: Bool[Array, "*batch"], x: Float[Array, "*batch a b"]) -> Array:

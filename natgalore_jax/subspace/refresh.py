@@ -171,9 +171,8 @@ class Refresh:
         usable &= due
         # Transposed last, next to the products: earlier the compiler would transpose all of G.
         G, unit = spec.as_matrix(part), spec.as_matrix(unit)
-        views = (spec, spec.transposed)
         olds, news = [], []
-        for side, (view, stored) in enumerate(zip(views, old.stored, strict=False)):
+        for side, (view, stored) in enumerate(zip(spec.sides, old.stored, strict=True)):
             P = expand(decode_basis(stored), view, dtype)
             key = basis_key(self.seed, index, refreshed + 1, side)
             if source == "gradient":
@@ -185,9 +184,8 @@ class Refresh:
             news.append(encode_basis(new, stored))
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(usable, new, old))
         stored = tuple(keep(new, x) for new, x in zip(news, old.stored, strict=True))
-        bases = [
-            expand(decode_basis(x), view, dtype) for view, x in zip(views, stored, strict=False)
-        ]
+        pairs = zip(spec.sides, stored, strict=True)
+        bases = [expand(decode_basis(x), view, dtype) for view, x in pairs]
         R = None if old.R is None else to_core(G, *bases)
         return MatrixState(
             stored=stored,

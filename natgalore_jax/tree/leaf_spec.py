@@ -67,9 +67,9 @@ class LeafSpec:
     @functools.cached_property
     def matrix(self) -> "LeafSpec":
         """The view of one matrix, as `cut` returns it."""
-        place = {axis: i for i, axis in enumerate(self._matrix_axes)}
+        place = {axis: i for i, axis in enumerate(self.matrix_axes)}
         rows, cols = (tuple(place[axis] for axis in side) for side in (self.rows, self.cols))
-        shape = tuple(self.sizes[axis] for axis in self._matrix_axes)
+        shape = tuple(self.sizes[axis] for axis in self.matrix_axes)
         return LeafSpec((), shape, (), rows, cols, self.rank, both=self.both)
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class LeafSpec:
         return LeafSpec((), shape, shifted(batch), *sides, self.rank, both=self.both)
 
     @functools.cached_property
-    def _matrix_axes(self) -> tuple[int, ...]:
+    def matrix_axes(self) -> tuple[int, ...]:
         """The axes of one matrix, in the leaf's order."""
         return tuple(axis for axis in range(len(self.sizes)) if axis not in self.batch)
 
@@ -126,6 +126,11 @@ class LeafSpec:
         """The view of the same leaf as n x m matrices, whose basis P is this view's Q."""
         return dataclasses.replace(self, rows=self.cols, cols=self.rows)
 
+    @functools.cached_property
+    def sides(self) -> tuple["LeafSpec", ...]:
+        """The view of each basis: of P, or of P and Q."""
+        return (self, self.transposed) if self.both else (self,)
+
     def to_view(self, x: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
         """The leaf as a stack of matrices."""
         axes = (*self.batch, *self.rows, *self.cols)
@@ -146,11 +151,11 @@ class LeafSpec:
         starts = [index.get(axis, jnp.zeros_like(i)) for axis in range(len(self.sizes))]
         sizes = [1 if axis in self.batch else n for axis, n in enumerate(self.sizes)]
         part = lax.dynamic_slice(x, starts, sizes)
-        return part.reshape([self.sizes[axis] for axis in self._matrix_axes])
+        return part.reshape([self.sizes[axis] for axis in self.matrix_axes])
 
     def as_matrix(self, part: Float[Array, "..."]) -> Float[Array, "m n"]:
         """The result of `cut` as a matrix, the projected side first."""
-        axes = [self._matrix_axes.index(axis) for axis in (*self.rows, *self.cols)]
+        axes = [self.matrix_axes.index(axis) for axis in (*self.rows, *self.cols)]
         return part.transpose(axes).reshape(self.m, self.n)
 
     def take(self, x: Array, i: Int[Array, ""]) -> Array:
