@@ -13,28 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.layout import Layout
 from jaxtyping import Array, Bool, Int
 
 from ..sharding.distributed import batch_partition, over_shards
-from ..sharding.partitioning import (
-    LeafPartition,
-    axis_entries,
-    merged_entry,
-    mesh_axes,
-    shards,
-)
+from ..sharding.partitioning import LeafPartition, axis_entries, merged_entry
 from ..sharding.shard_map import varying_axes
+from ..sharding.tpu_layouts import in_layout_on_tpu, stored_layout_of_matrix
 from ..tree.leaf_spec import LeafSpec
-from ..util.control_flow import (
-    by_platform,
-    for_any,
-    run_each,
-    run_if_due,
-    select_value,
-    when,
-)
-from ..util.tpu_tiles import bits_of, smallest_tiling
+from ..util.control_flow import for_any, run_each, run_if_due, select_value, when
 
 
 class Leaf(NamedTuple):
@@ -114,7 +101,8 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
         (leaf,) = leaves
         inside_shards = batch_partition(leaf.spec, leaf.partition)
         in_layout = (lambda state: state) if inside_shards else leaf.in_layout
-        over_leaf = functools.partial(_over_leaf, step, leaf.kind, _layout_on_tpu(leaf), in_layout)
+        layout = stored_layout_of_matrix(leaf.spec, leaf.partition, leaf.G)
+        over_leaf = functools.partial(_over_leaf, step, leaf.kind, layout, in_layout)
         inputs = (leaf.due, leaf.order)
         return [over_shards(over_leaf, leaf.spec.unnamed, leaf.partition, leaf.G, inputs, *states)]
     matrix, kind = leaves[0].spec.matrix, leaves[0].kind
@@ -123,14 +111,15 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
     sizes = [leaf.spec.matrices for leaf in leaves]
     leaf_of = jnp.asarray(np.repeat(np.arange(len(leaves), dtype=np.int32), sizes))
     first = np.cumsum([0, *sizes[:-1]], dtype=np.int32)
+    layouts = [stored_layout_of_matrix(leaf.spec, leaf.partition, leaf.G) for leaf in leaves]
 
     def at(e, states):
         here = [leaf_of[e] == j for j in range(len(leaves))]
         # Of the leaf that has matrix e; the slices of the others are not used.
-        i = [jnp.clip(e - start, 0, size - 1) for start, size in zip(first, sizes, strict=True)]
+        own = [jnp.clip(e - start, 0, size - 1) for start, size in zip(first, sizes, strict=True)]
         cuts = [
-            functools.partial(_take, leaf.spec.unnamed, _layout_on_tpu(leaf), leaf.G, i, state)
-            for leaf, i, state in zip(leaves, i, states, strict=True)
+            functools.partial(_take, leaf.spec.unnamed, layout, leaf.G, i, state)
+            for leaf, layout, i, state in zip(leaves, layouts, own, states, strict=True)
         ]
         none = jax.tree.map(jnp.zeros_like, jax.eval_shape(cuts[0]))
         part, old = select_value(here, cuts, none)
@@ -138,30 +127,12 @@ def _over_group(step: Step, leaves: list[Leaf], states: list[Any]) -> list[Any]:
         put = _put_or_keep if len(leaves) <= FEW else _put_if
         puts = [
             functools.partial(put, leaf.spec.unnamed, is_here, i, new)
-            for leaf, is_here, i in zip(leaves, here, i, strict=True)
+            for leaf, is_here, i in zip(leaves, here, own, strict=True)
         ]
         states = run_each(here, puts, states)
         return [leaf.in_layout(state) for leaf, state in zip(leaves, states, strict=True)]
 
     return _where(due, at, states)
-
-
-def _layout_on_tpu(leaf: Leaf) -> Layout | None:
-    """The layout of a matrix in a TPU's array of the gradients; None if it is or may be sharded.
-
-    XLA:TPU gathers a sharded matrix for a constraint of its layout.
-    """
-    spec, (mesh, partition, _) = leaf.spec, leaf.partition
-    entries = axis_entries(spec, partition)
-    axes = [axis for axis in range(len(spec.sizes)) if axis not in spec.batch]
-    if mesh is None:
-        is_whole = jax.typeof(leaf.G).sharding.mesh.empty
-    else:
-        is_whole = all(shards(mesh_axes(entries[axis]), mesh) == 1 for axis in axes)
-    if not is_whole:
-        return None
-    order = smallest_tiling(spec.sizes, bits_of(leaf.G.dtype)).order
-    return Layout(tuple(axes.index(axis) for axis in order if axis in axes))
 
 
 def _cut(spec: LeafSpec, layout: Layout | None, G: Array, i: Int[Array, ""]) -> Array:
@@ -170,11 +141,7 @@ def _cut(spec: LeafSpec, layout: Layout | None, G: Array, i: Int[Array, ""]) -> 
     XLA:TPU would else choose the layout of the refresh and copy the whole stack to it on every
     step: 0.84 GiB more temporaries in the update of a Llama 350m on one chip.
     """
-    part = spec.cut(G, i)
-    if layout is None:
-        return part
-    in_layout = functools.partial(with_layout_constraint, layouts=layout)
-    return by_platform(part, tpu=in_layout, default=lambda part: part)
+    return in_layout_on_tpu(spec.cut(G, i), layout)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "layout"))
