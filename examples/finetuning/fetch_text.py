@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from examples.common import command_line, run_display, training_loop
+from examples.common import command_line, run_display
 from examples.common.command_line import unset
 from examples.finetuning import records
 
@@ -171,7 +171,7 @@ def fetch(out: Path, names: Sequence[str]) -> None:
 
 
 def main() -> None:
-    with training_loop.one_line_errors():
+    with command_line.one_line_errors():
         config = command_line.parse(Config, description=__doc__)
         known = ["encoder", *FILES, "sections"]
         names = known if config.only is None else config.only.split(",")

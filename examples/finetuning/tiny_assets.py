@@ -19,7 +19,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from examples.common import command_line, data, hugging_face, llama, roberta, training_loop
+from examples.common import command_line, data, hugging_face, llama, roberta
 from examples.finetuning import classification, glue
 
 
@@ -206,14 +205,6 @@ def save_plans(folder: Path) -> None:
         (folder / f"{split}_data.json").write_text(json.dumps(records, indent=1))
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings of this script."""
-
-    out: Path = Path("runs/tiny")
-    """Output folder; existing files are overwritten."""
-
-
 def make(out: Path) -> None:
     """Writes all models and records to the folder."""
     files = data.standard_library()[::4]  # a quarter suffices
@@ -231,10 +222,7 @@ def make(out: Path) -> None:
 
 
 def main() -> None:
-    with training_loop.one_line_errors():
-        config = command_line.parse(Config, description=__doc__)
-        make(config.out)
-    print(f"output folder: {config.out}")
+    command_line.fill_folder(make, "runs/tiny", __doc__)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from examples.common import (
     llama,
     run_log,
     sample,
-    training_loop,
 )
 from examples.pretraining import c4, pretrain, settings, seven_billion, sharded
 
@@ -276,7 +275,7 @@ def generate_batches(
 
 
 def main() -> None:
-    with training_loop.one_line_errors():
+    with command_line.one_line_errors():
         config = command_line.parse(Config, description=__doc__)
         config.check()
         writer = read(config.folder)
