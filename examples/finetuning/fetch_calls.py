@@ -25,7 +25,7 @@ BFCL is made for evaluation: a model trained on it must not be ranked by it.
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,9 @@ def example(question: Json, answer: Json) -> plans.Example:
     return found
 
 
-def read_leaderboard(
-    wheel: zipfile.ZipFile, categories: Sequence[str] = CATEGORIES
-) -> Iterator[tuple[str, plans.Example | ValueError]]:
+def read_leaderboard(wheel: zipfile.ZipFile) -> Iterator[tuple[str, plans.Example | ValueError]]:
     """The id of each record of BFCL, and its example or the reason why it has none."""
-    for category in categories:
+    for category in CATEGORIES:
 
         def lines(folder: str, category: str = category) -> Iterator[Json]:
             member = f"bfcl_eval/data/{folder}BFCL_v4_{category}.json"

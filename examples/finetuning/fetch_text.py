@@ -84,7 +84,7 @@ def stanzas(text: str) -> Iterator[dict[str, str]]:
 
 
 def package_records(
-    packages: Iterable[dict[str, str]], descriptions: Iterable[dict[str, str]], seed: int = 0
+    packages: Iterable[dict[str, str]], descriptions: Iterable[dict[str, str]]
 ) -> list[Record]:
     """One description for each source package, with its section, in random order.
 
@@ -93,7 +93,7 @@ def package_records(
     """
     texts = {d["Description-md5"]: d.get("Description-en", "") for d in descriptions}
     shuffled = sorted(packages, key=lambda package: package["Package"])
-    random.Random(seed).shuffle(shuffled)
+    random.Random(0).shuffle(shuffled)
     chosen: dict[str, Record] = {}
     for package in shuffled:
         source = package.get("Source", package["Package"]).split()[0]

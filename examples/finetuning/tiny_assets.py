@@ -74,7 +74,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int = 1000) -> Tokenizer:
     return tokenizer
 
 
-def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2, seed: int = 0) -> None:
+def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2) -> None:
     """Writes a small RoBERTa with random weights and no classifier, like RoBERTa-base."""
     config = roberta.RobertaConfig(
         hidden=64,
@@ -87,19 +87,19 @@ def save_roberta(folder: Path, tokenizer: Tokenizer, layers: int = 2, seed: int 
         attention_dropout=0.0,
         classifier_dropout=0.0,
     )
-    model = roberta.Roberta(config, nnx.Rngs(seed))
+    model = roberta.Roberta(config, nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     del params["classifier"]
     hugging_face.save_encoder(folder, config, jax.tree.map(np.asarray, params))
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def save_llama(folder: Path, tokenizer: Tokenizer, seed: int = 0) -> None:
+def save_llama(folder: Path, tokenizer: Tokenizer) -> None:
     """Writes a two-layer Llama with random weights, four query and two key-value heads."""
     config = llama.LlamaConfig(
         64, 128, heads=4, layers=2, vocabulary=tokenizer.get_vocab_size(), kv_heads=2
     )
-    params = nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(seed)), nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(llama.Llama(config, nnx.Rngs(0)), nnx.Param))
     hugging_face.save_llama(folder, config, jax.tree.map(np.asarray, params))
     tokenizer.save(str(folder / "tokenizer.json"))
 

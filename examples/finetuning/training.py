@@ -9,8 +9,8 @@
 With `freeze_embeddings`, the first four train all weights but the embeddings.
 
 An example describes itself as an `Example`, which `main` runs. The optimizer sees the `trained`
-weights only. The `frozen` weights are part of the state, so a
-checkpoint contains the complete model.
+weights only. The `frozen` weights are part of the state, so a checkpoint contains the complete
+model.
 """
 
 from collections.abc import Callable, Sequence
