@@ -34,6 +34,14 @@ LLAMA_NAMES = {
     "head/kernel": "lm_head.weight",
 }
 
+SIZES = {  # entries of every config.json, by the fields of our configs
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "layers": "num_hidden_layers",
+    "vocabulary": "vocab_size",
+}
+
 
 class EncoderFormat(NamedTuple):
     """The checkpoint of an encoder with a classifier.
@@ -114,7 +122,7 @@ def demand(file: Path, config: Mapping[str, Any], **expected: Any) -> None:
             raise ValueError(f"{file} has {name} = {found!r}; this model supports only {value!r}")
 
 
-def number(file: Path, config: Mapping[str, Any], name: str) -> Any:
+def required(file: Path, config: Mapping[str, Any], name: str) -> Any:
     """A required entry of the config."""
     if name not in config:
         raise ValueError(f"{file} has no entry {name}")
@@ -163,11 +171,7 @@ def llama_config(folder: Path) -> llama.LlamaConfig:
     rotary = config.get("rope_parameters") or {}
     demand(file, rotary, rope_type="default")
     shape = llama.LlamaConfig(
-        hidden=number(file, config, "hidden_size"),
-        intermediate=number(file, config, "intermediate_size"),
-        heads=number(file, config, "num_attention_heads"),
-        layers=number(file, config, "num_hidden_layers"),
-        vocabulary=number(file, config, "vocab_size"),
+        **{ours: required(file, config, theirs) for ours, theirs in SIZES.items()},
         kv_heads=config.get("num_key_value_heads"),
         theta=float(rotary.get("rope_theta", config.get("rope_theta", 10_000.0))),
         epsilon=config.get("rms_norm_eps", 1e-6),
@@ -200,12 +204,8 @@ def save_llama(folder: Path, config: llama.LlamaConfig, params: pretrained.Param
         {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "hidden_size": config.hidden,
-            "intermediate_size": config.intermediate,
-            "num_attention_heads": config.heads,
+            **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
             "num_key_value_heads": config.kv_heads or config.heads,
-            "num_hidden_layers": config.layers,
-            "vocab_size": config.vocabulary,
             "rope_theta": config.theta,
             "rms_norm_eps": config.epsilon,
             "hidden_act": "silu",
@@ -253,12 +253,8 @@ def encoder_config(folder: Path) -> roberta.RobertaConfig:
     )
     dropout = config.get("hidden_dropout_prob", 0.1)
     return about.config(
-        hidden=number(file, config, "hidden_size"),
-        intermediate=number(file, config, "intermediate_size"),
-        heads=number(file, config, "num_attention_heads"),
-        layers=number(file, config, "num_hidden_layers"),
-        vocabulary=number(file, config, "vocab_size"),
-        positions=number(file, config, "max_position_embeddings"),
+        **{ours: required(file, config, theirs) for ours, theirs in SIZES.items()},
+        positions=required(file, config, "max_position_embeddings"),
         padding=config.get("pad_token_id", about.config.padding),
         epsilon=config.get("layer_norm_eps", about.epsilon),
         dropout=dropout,
@@ -318,11 +314,7 @@ def save_encoder(
         {
             "architectures": [ENCODERS[kind].architecture],
             "model_type": kind,
-            "hidden_size": config.hidden,
-            "intermediate_size": config.intermediate,
-            "num_attention_heads": config.heads,
-            "num_hidden_layers": config.layers,
-            "vocab_size": config.vocabulary,
+            **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
             "max_position_embeddings": config.positions,
             "type_vocab_size": config.kinds,
             "pad_token_id": config.padding,
