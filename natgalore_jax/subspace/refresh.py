@@ -42,15 +42,6 @@ GROUPS = 100  # of matrices refreshed at the same step under `stagger`; see `pha
 Source = Literal["gradient", "product"]
 
 
-def due(index: Any, count: Any, refresh_every: int, total: int, stagger: bool = True) -> Any:
-    """Whether matrix `index` of `total` is refreshed at step `count`, from 0.
-
-    Every matrix is at step 0, and once in every `refresh_every` steps after it. (A matrix whose
-    first gradient is zero or not finite is due again at its first usable one: `Refresh.due`.)
-    """
-    return (count == 0) | (count % refresh_every == phase(index, refresh_every, total, stagger))
-
-
 def phase(index: Any, refresh_every: int, total: int, stagger: bool) -> Any:
     """The step within a period at which a matrix is due: 0, or its group's under `stagger`.
 
@@ -80,7 +71,7 @@ def number_of_matrices(specs: Sequence[LeafSpec]) -> int:
 
 
 class MatrixState(NamedTuple):
-    """What a refresh changes: of all matrices of a leaf, (*batch, ...), or of one.
+    """The arrays that a refresh changes: of all matrices of a leaf, (*batch, ...), or of one.
 
     Attributes:
       stored: P, or P and Q, as the state stores them: arrays, keys or QuantizedArrays.
@@ -216,7 +207,7 @@ class Refresh:
 
 
 class RefreshLeaf(NamedTuple):
-    """What is static in the refresh of one leaf.
+    """The static part of the refresh of one leaf.
 
     Attributes:
       spec: the leaf's.

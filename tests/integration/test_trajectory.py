@@ -19,7 +19,6 @@ import pytest
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand, svd
-from natgalore_jax.subspace.refresh import due
 from natgalore_jax.subspace.state import SubspaceState
 from natgalore_jax.tree.cores import Basis, core_arrays
 from tests.helpers.cases import slow
@@ -339,7 +338,7 @@ def spoil(gradients, stagger):
     total = len(unrolled(jax.tree.map(lambda g: g[0], gradients))[0])
 
     def refreshes(index):
-        return [t for t in range(STEPS) if due(index, t, REFRESH_EVERY, total, stagger)]
+        return [t for t in range(STEPS) if oracles.due(index, t, REFRESH_EVERY, total, stagger)]
 
     index = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
@@ -468,14 +467,10 @@ def library(case, **changes):
 
 def oracle(case, weights, start, **changes):
     kwargs = settings(case, **changes)
-    stagger = case.calendar == "staggered"
-
-    def calendar(index, count, refresh_every, total):
-        return bool(due(index, count, refresh_every, total, stagger))
-
+    due = functools.partial(oracles.due, stagger=case.calendar == "staggered")
     matrices, others = unrolled(weights)
     return oracles.NaturalGaLore(
-        matrices, others, start, due=calendar, fisher=FISHERS[case.fisher][1],
+        matrices, others, start, due=due, fisher=FISHERS[case.fisher][1],
         basis=BASES[case.basis][1](), residual=RESIDUALS[case.residual][1],
         **RESIDUALS[case.residual][2], **kwargs.pop("adam"), **kwargs,
     )  # fmt: skip

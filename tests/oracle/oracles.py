@@ -350,6 +350,20 @@ class Other:
 BASES = {"power": power_basis, "svd": svd_basis}
 
 
+def phase(index, refresh_every, total, stagger):
+    """The step of a period at which matrix `index` of `total` is refreshed.
+
+    Under `stagger` at most 100 groups begin their periods one after another, evenly spread.
+    """
+    groups = min(100, refresh_every, total) if stagger else 1
+    return (index * groups // total) * refresh_every // groups
+
+
+def due(index, count, refresh_every, total, stagger):
+    """Whether a matrix is refreshed at step `count`: all are at step 0."""
+    return count == 0 or count % refresh_every == phase(index, refresh_every, total, stagger)
+
+
 class NaturalGaLore:
     """Steps lists of weights: `matrices` in their subspaces, `others` by plain Adam.
 

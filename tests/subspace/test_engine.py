@@ -14,11 +14,12 @@ from hypothesis import given, settings, strategies as st
 
 import natgalore_jax as natgalore
 from natgalore_jax.subspace.basis import expand
-from natgalore_jax.subspace.refresh import GROUPS, due
+from natgalore_jax.subspace.refresh import GROUPS, phase
 from natgalore_jax.subspace.state import FORMAT_VERSION
 from natgalore_jax.tree.cores import cores
 from tests.helpers.cases import quick, slow
 from tests.helpers.compiling import AS_FOR_USERS
+from tests.oracle import oracles
 
 
 RANK = 4
@@ -62,36 +63,18 @@ def stepper(tx, donate=()):
 
 class TestCalendar:
     @settings(max_examples=60, deadline=None)
-    @given(
-        total=st.integers(1, 300),
-        every=st.integers(1, 300),
-        stagger=st.booleans(),
-        period=st.integers(0, 3),
-    )
-    def test_each_matrix_is_due_once_a_period(self, total, every, stagger, period):
-        index, count = np.arange(total)[:, None], np.arange(every)[None, :] + period * every
-        calendar = due(index, count, every, total, stagger)
-        turns = calendar.sum(axis=1)
-        if period:
-            np.testing.assert_array_equal(turns, 1)
-        else:
-            assert calendar[:, 0].all()
-            assert (turns <= 2).all()
-
-    @settings(max_examples=60, deadline=None)
     @given(total=st.integers(1, 300), every=st.integers(1, 300))
     def test_staggered_refreshes_are_evenly_spread(self, total, every):
-        index, count = np.arange(total)[:, None], np.arange(every, 2 * every)[None, :]
-        calendar = due(index, count, every, total)
+        phases = phase(np.arange(total), every, total, stagger=True)
+        assert 0 <= phases.min() <= phases.max() < every
         groups = min(GROUPS, every, total)
-        busy = np.flatnonzero(calendar.any(axis=0))
+        busy, sizes = np.unique(phases, return_counts=True)
         assert len(busy) == groups
-        assert calendar.sum(axis=0).max() <= -(-total // groups)
+        assert sizes.max() <= -(-total // groups)
         assert (np.diff(busy) <= -(-every // groups)).all()
 
     def test_without_stagger_all_are_due_together(self):
-        calendar = due(np.arange(7)[:, None], np.arange(10)[None, :], 5, 7, False)
-        np.testing.assert_array_equal(calendar, (np.arange(10) % 5 == 0)[None].repeat(7, 0))
+        np.testing.assert_array_equal(phase(np.arange(7), 5, 7, stagger=False), 0)
 
     @pytest.mark.slow
     def test_engine_refreshes_on_schedule(self, key):
@@ -106,7 +89,7 @@ class TestCalendar:
             old = bases(state)
             _, state = update(tree(jax.random.fold_in(key, count)), state)
             changed = [bool((a != b).any()) for a, b in zip(old, bases(state), strict=True)]
-            assert changed == [bool(due(i, count, 3, 4)) for i in range(4)]
+            assert changed == [oracles.due(i, count, 3, 4, stagger=True) for i in range(4)]
 
 
 @pytest.mark.parametrize("first", [0.0, *slow(jnp.nan)], ids=["zero", "nan"])

@@ -16,19 +16,14 @@ from natgalore_jax.subspace.state import subspace_states
 from natgalore_jax.tree.cores import cores
 from natgalore_jax.tree.leaf_spec import LeafSpec
 from tests.helpers.cases import slow
-
-
-def phase_in_integers(index, refresh_every, total):
-    """Group `index` of at most 100 begins its period that share of it later."""
-    groups = min(100, refresh_every, total)
-    return (index * groups // total) * refresh_every // groups
+from tests.oracle import oracles
 
 
 @pytest.mark.parametrize("refresh_every", [1, 7, 200, 21_500_000, 2**31 - 1])
 @pytest.mark.parametrize("total", [1, 3, 168, 5000])
 def test_phases_are_exact_up_to_the_largest_period(refresh_every, total):
     index = np.arange(total)
-    expected = [phase_in_integers(int(i), refresh_every, total) for i in index]
+    expected = [oracles.phase(int(i), refresh_every, total, stagger=True) for i in index]
     assert phase(index, refresh_every, total, stagger=True).tolist() == expected
     assert 0 <= min(expected) <= max(expected) < refresh_every
 
@@ -39,7 +34,7 @@ def test_every_matrix_is_due_at_its_phase_of_every_period(refresh_every):
     spec = LeafSpec((), (total, 8, 8), batch=(0,), rows=(1,), cols=(2,), rank=2)
     refresh = Refresh(refresh_every, METHODS["power"], None, stagger=True, seed=0)
     ones = jnp.ones(total)
-    phases = np.array([phase_in_integers(i, refresh_every, total) for i in range(total)])
+    phases = np.array([oracles.phase(i, refresh_every, total, True) for i in range(total)])
     for step in sorted({*phases.tolist(), refresh_every - 1}):
         due = refresh.due(spec, ones, ones.astype(jnp.int32), jnp.int32(step), total)
         np.testing.assert_array_equal(due, phases == step)
