@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core as jax_core
 
-from ..util.jaxprs import apply, called, read
+from ..util.jaxprs import JIT, REMAT, apply, called, interpret
 from .dot_general import materialise
 from .primitive_rules import RULES, Value
 from .tangent_weight import TangentWeight
@@ -58,7 +58,7 @@ Report = Callable[[Use], None]
 
 def evaluate(program: jax_core.ClosedJaxpr, values: Sequence[Value], report: Report) -> list[Value]:
     """The outputs of a program; an output may be a TangentWeight if an input is."""
-    return read(program, values, lambda x: x, functools.partial(_evaluate_eqn, report))
+    return interpret(program, values, lambda x: x, functools.partial(_evaluate_eqn, report))
 
 
 def as_arrays(
@@ -207,8 +207,8 @@ def _report_within(eqn: jax_core.JaxprEqn, report: Report) -> Report:
 
 
 CONTROL_FLOW: dict[str, Callable[..., Any]] = {
-    **{name: _call for name in ("jit", "pjit", "closed_call")},
-    **{name: _remat for name in ("remat", "remat2", "checkpoint")},
+    **dict.fromkeys(JIT, _call),
+    **dict.fromkeys(REMAT, _remat),
     "cond": _cond,
     "scan": _scan,
     "while": _while,

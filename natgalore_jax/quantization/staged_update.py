@@ -16,12 +16,11 @@ from jax import lax
 from jax.extend import core as jax_core
 from jaxtyping import PyTree
 
-from ..util.jaxprs import apply, called
+from ..util.jaxprs import JIT, apply, called
 from .quantized_array import QuantizedArray
 
 
 LEAST = 2**22  # entries of a stage; smaller stages would only add kernel launches
-CALLS = ("jit", "pjit", "closed_call")
 FEW = 4  # arrays; a leaf has at most so many in Optax's optimizers and the core Fisher
 
 
@@ -122,7 +121,7 @@ def _inlined(
             mask = 0
             for x in values:
                 mask |= 0 if isinstance(x, Constant) else needs[x]
-            if eqn.primitive.name in CALLS and mask.bit_count() > FEW:
+            if eqn.primitive.name in JIT and mask.bit_count() > FEW:
                 known |= zip(eqn.outvars, visit(called(eqn), values), strict=True)
                 continue
             results = [next(numbers) for _ in eqn.outvars]

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..sharding.array_partitions import with_auto_axes
 from ..tree.cores import core_arrays, cores, is_core, replace_cores
-from ..util.jaxprs import CALLS, called, read
+from ..util.jaxprs import CALLS, called, interpret
 
 
 # The origins of a value, as bits. Numbers, and arrays of one repeated number, have none.
@@ -193,11 +193,11 @@ def _of_cores(tree: PyTree) -> list[bool]:
 
 def _origins(closed: jax_core.ClosedJaxpr, origins: Sequence[int]) -> list[int]:
     """The origins of a program's outputs from those of its inputs."""
-    return read(closed, origins, lambda x: VARIES if np.ndim(x) else 0, _through)
+    return interpret(closed, origins, lambda x: VARIES if np.ndim(x) else 0, _through)
 
 
 def _through(eqn: jax_core.JaxprEqn, inputs: list[int]) -> list[int]:
-    """One equation of it."""
+    """The origins of an equation's outputs from those of its inputs."""
     name = eqn.primitive.name
     if name == "cond":
         branches = [_origins(branch, inputs[1:]) for branch in eqn.params["branches"]]
@@ -249,7 +249,7 @@ def _is_zero(var: Any) -> bool:
 
 
 RULES: dict[str, Callable[[jax_core.JaxprEqn, list[int]], int]] = {
-    **{name: _linear for name in LINEAR},
+    **dict.fromkeys(LINEAR, _linear),
     "mul": _product,
     "div": _quotient,
     "select_n": lambda eqn, inputs: _chosen(inputs[0], inputs[1:]),

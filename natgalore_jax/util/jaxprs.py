@@ -10,13 +10,13 @@ from jax.extend import core as jax_core
 
 T = TypeVar("T")
 
-CALLS = {
-    *("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "custom_vmap_call"),
-    *("remat", "remat2", "checkpoint"),  # names of one primitive in different JAX versions
-}
+# Names of primitives in different JAX versions.
+JIT = ("jit", "pjit", "closed_call")
+REMAT = ("remat", "remat2", "checkpoint")
+CALLS = {*JIT, *REMAT, "custom_jvp_call", "custom_vjp_call", "custom_vmap_call"}
 
 
-def read(
+def interpret(
     program: jax_core.ClosedJaxpr,
     inputs: Sequence[T],
     of_constant: Callable[[jax.typing.ArrayLike], T],
