@@ -110,11 +110,11 @@ def mean(f: Callable[[PyTree], Result], parts: PyTree, number: int) -> Result:
 
     Args:
       f: of a micro-batch.
-      parts: arrays with micro-batches on their leading axes; whatever if there is one.
+      parts: arrays with micro-batches on their leading axes; the micro-batch itself if it is one.
       number: of micro-batches.
 
     Returns:
-      As `f` does; what is auxiliary has a leading axis of micro-batches, if there are several.
+      As `f` does; auxiliary outputs have a leading axis of micro-batches, if there are several.
     """
     if number == 1:
         return f(parts)

@@ -181,8 +181,8 @@ def add_axes(
     """`partition` with each of the mesh axes added to the largest axis that it divides.
 
     Args:
-      partition: without the names already in it.
-      names: of mesh axes, in order.
+      partition: of the array.
+      names: of mesh axes, in order; those already in `partition` are skipped.
       shape: of the array. Of axes of equal sizes the first is divided.
       mesh: has the sizes of the mesh axes.
       batch: the number of leading axes that are divided only where no other axis can be.

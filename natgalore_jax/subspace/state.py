@@ -32,7 +32,7 @@ Bases = dict[tuple[Any, ...], tuple[Basis, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a projection needs to know of itself outside `update`; static, in every Basis.
+    """The settings of a projection that are needed outside of it; static, in every Basis.
 
     Attributes:
       refresh: when and how bases change.
