@@ -1,6 +1,5 @@
 """project(), project_back() and chain(). The update of a projection is in `engine.py`."""
 
-import functools
 import warnings
 from typing import Any
 
@@ -152,66 +151,55 @@ def project(
         residual_momentum = check_decay("residual_momentum", residual_momentum)
         if residual is None:
             raise ValueError("`residual_momentum` is that of a `residual`, which is None.")
-    if residual_scale is not None:
-        residual_scale = check_number("residual_scale", residual_scale, above=0.0)
-        if residual is None:
-            raise ValueError("`residual_scale` is that of a `residual`, which is None.")
-    default_scale = 1.0 if residual_momentum is None else MUON_SCALE
+    if residual_scale is None:
+        residual_scale = 1.0 if residual_momentum is None else MUON_SCALE
+    elif residual is None:
+        raise ValueError("`residual_scale` is that of a `residual`, which is None.")
+    residual_scale = check_number("residual_scale", residual_scale, above=0.0)
     check_choice("stagger", stagger, (True, False))
     seed = check_int("seed", seed, minimum=0)
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     if inner is not None and not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
-    engine = Engine(
-        optax.identity() if inner is None else inner,
-        refresh=Refresh(refresh_every, method, TRANSPORTS[transport], stagger, seed),
-        scale=scale,
-        residual=residual,
-        residual_momentum=residual_momentum,
-        residual_scale=default_scale if residual_scale is None else residual_scale,
-    )
+    refresh = Refresh(refresh_every, method, TRANSPORTS[transport], stagger, seed)
 
-    def init(params: PyTree) -> SubspaceState:
-        if cores(params):
-            raise ValueError(
-                "a `natgalore.project`, or an optimizer that contains one, such as "
-                "natgalore.galore, is inside the subspace of another: use one of them."
-            )
-        specs, reasons = select_leaves(
-            unbox(params), unbox(rank), side, unbox(select), axis_names(params)
-        )
-        chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
-        if reasons and not chosen:
-            _warn_unprojected(reasons)
-        if chosen and inner is None:
-            _warn_full_size(chosen)
-        with use_mesh_of(params):
-            return engine.init(params, specs, reasons)
-
-    def update(updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any):
-        with use_mesh_of(updates):
-            return engine.update(updates, state, params, **extra_args)
-
-    projection = Projection(init, update)
-    projection.with_inner = None
-    if inner is None:
-        projection.with_inner = functools.partial(
-            project,
-            rank,
-            refresh_every=refresh_every,
+    def around(inner: optax.GradientTransformation | None) -> Projection:
+        engine = Engine(
+            optax.identity() if inner is None else inner,
+            refresh=refresh,
             scale=scale,
-            basis=basis,
-            side=side,
-            transport=transport,
             residual=residual,
             residual_momentum=residual_momentum,
             residual_scale=residual_scale,
-            select=select,
-            stagger=stagger,
-            seed=seed,
         )
-    return projection
+
+        def init(params: PyTree) -> SubspaceState:
+            if cores(params):
+                raise ValueError(
+                    "a `natgalore.project`, or an optimizer that contains one, such as "
+                    "natgalore.galore, is inside the subspace of another: use one of them."
+                )
+            specs, reasons = select_leaves(
+                unbox(params), unbox(rank), side, unbox(select), axis_names(params)
+            )
+            chosen = [spec for spec in jax.tree.leaves(specs) if isinstance(spec, LeafSpec)]
+            if reasons and not chosen:
+                _warn_unprojected(reasons)
+            if chosen and inner is None:
+                _warn_full_size(chosen)
+            with use_mesh_of(params):
+                return engine.init(params, specs, reasons)
+
+        def update(updates: PyTree, state: SubspaceState, params: PyTree = None, **extra_args: Any):
+            with use_mesh_of(updates):
+                return engine.update(updates, state, params, **extra_args)
+
+        projection = Projection(init, update)
+        projection.with_inner = around if inner is None else None
+        return projection
+
+    return around(inner)
 
 
 def project_back() -> optax.GradientTransformationExtraArgs:
