@@ -126,11 +126,6 @@ def decode_basis(stored: Any) -> Array:
     return with_auto_axes(decoded, stored.codes, stored.codes, stored.scales)
 
 
-def encode_basis(P: Array, like: Any) -> Any:
-    """P as the state stores it: in 8 bits if `like` is."""
-    return like.encode(P) if is_quantized(like) else P
-
-
 def block_of(x: Any) -> int | None:
     """The number of entries of x that share a scale; None if x is not encoded."""
     return block_size(x.shape[-1]) if is_large(x) else None

@@ -22,12 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from ..quantization.quantized_array import (
-    decode_basis,
-    dequantize,
-    encode_basis,
-    requantize,
-)
+from ..quantization.quantized_array import decode_basis, dequantize, requantize
 from ..sharding.partitioning import LeafPartition, state_partition
 from ..sharding.tpu_layouts import in_stored_layout
 from ..tree.leaf_spec import LeafSpec
@@ -172,7 +167,7 @@ class Refresh:
                 new = self.method.after(unit, P, key)
             usable &= jnp.isfinite(new).all()
             olds.append(P)
-            news.append(encode_basis(new, stored))
+            news.append(requantize(new, stored))
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(usable, new, old))
         stored = tuple(keep(new, x) for new, x in zip(news, old.stored, strict=True))
         pairs = zip(spec.sides, stored, strict=True)
