@@ -29,7 +29,7 @@ from .plan_report import Plan
 from .rank_candidates import by_energy, by_fraction, energy_shares, largest_that_fits, rules
 
 
-ROLES = ("linear", "square", "basis", "full")  # bits=8 quantizes these: all of galore's state
+QUANTIZED_ROLES = ("linear", "square", "basis", "full")  # those of all arrays in galore's state
 
 
 def plan(
@@ -111,7 +111,7 @@ def plan(
     settings = {"stagger": not low_rank_gradients, **settings}
     if low_rank_gradients:  # a refresh costs two more passes of the model: make it rare
         settings = {"refresh_every": 200, **settings}
-    roles = ROLES if bits == 8 else ()
+    roles = QUANTIZED_ROLES if bits == 8 else ()
 
     def optimizer(rank: Rank, roles: tuple[str, ...] = roles) -> optax.GradientTransformation:
         tx = recipe(1.0, rank=rank, **settings)
@@ -210,7 +210,7 @@ def _savings(
     now = count(optimizer(), params, low_rank_gradients)
     narrow = lambda w: jax.ShapeDtypeStruct(w.shape, jnp.bfloat16) if _is_wide(w) else w
     changes = {
-        "bits=8": lambda: count(optimizer(roles=ROLES), params, low_rank_gradients).total,
+        "bits=8": lambda: count(optimizer(roles=QUANTIZED_ROLES), params, low_rank_gradients).total,
         "low_rank_gradients=True": lambda: count(optimizer(), params, can_be_low).total,
         "weights in bfloat16": lambda: (
             count(optimizer(), jax.tree.map(narrow, params), low_rank_gradients).total

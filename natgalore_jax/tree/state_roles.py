@@ -45,7 +45,7 @@ class Undeclared(str):
     """The name of a field without a declared role, in place of a role."""
 
 
-ROLES: dict[type, dict[str, str]] = {}
+REGISTERED: dict[type, dict[str, str]] = {}
 
 
 def register_state(state_type: type, **roles: str) -> None:
@@ -93,7 +93,7 @@ def register_state(state_type: type, **roles: str) -> None:
             raise ValueError(
                 f"a field with role {role!r} must follow one with role {partners[role]!r}."
             )
-    ROLES[state_type] = roles
+    REGISTERED[state_type] = roles
     _declared_roles.cache_clear()
 
 
@@ -138,7 +138,7 @@ def _declared_roles(treedef: Any) -> tuple[tuple[str | None, LeafSpec | None], .
             visit(child, field_role(node, key, role), spec)
 
     def field_role(node, key, inherited):
-        known = ROLES.get(type(node))
+        known = REGISTERED.get(type(node))
         field = getattr(key, "name", None)
         declared = inherited is not None and not isinstance(inherited, Undeclared)
         if known is None and (declared or not hasattr(node, "_fields")):

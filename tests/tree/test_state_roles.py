@@ -7,7 +7,7 @@ import pytest
 
 import natgalore_jax as natgalore
 from natgalore_jax.tree.cores import Basis, Core
-from natgalore_jax.tree.state_roles import ROLES, Undeclared, register_state, walk
+from natgalore_jax.tree.state_roles import REGISTERED, Undeclared, register_state, walk
 from tests.helpers.leaf_specs import KERNEL
 
 
@@ -59,7 +59,7 @@ def test_register_state_refuses_unknown_roles_and_fields():
         register_state(Momentum, momentum="cubic")
     with pytest.raises(ValueError, match="Momentum has no field `speed`"):
         register_state(Momentum, speed="linear")
-    assert Momentum not in ROLES
+    assert Momentum not in REGISTERED
 
 
 @pytest.mark.parametrize(
