@@ -37,7 +37,7 @@ def materialise(v: TangentWeight) -> Array:
     """The weight as an array, with (2) attached: its full gradient is formed, then projected."""
 
     def delta(core, *bases):
-        full = product(core, v.core_axes, bases, v.bases_axes, _flat(v.axes))
+        full = einsum_chain(core, v.core_axes, bases, v.bases_axes, _flat(v.axes))
         return full.reshape(v.weight.shape)
 
     return attach(delta, v.weight, v.core, *v.bases)
@@ -83,13 +83,13 @@ def dot(
         x = x.reshape([sizes[label] for label in _flat(x_axes)])
         factors = [(core, *bases)[i].astype(x.dtype) for i in order]
         axes = [factors_axes[i] for i in order]
-        out = product(x, _flat(x_axes), factors, axes, _flat(y_axes), precision=precision)
+        out = einsum_chain(x, _flat(x_axes), factors, axes, _flat(y_axes), precision=precision)
         return out.reshape(y.shape)
 
     return attach(delta, y, v.core, x, *v.bases)
 
 
-def product(
+def einsum_chain(
     x: Array,
     axes: Labels,
     factors: Sequence[Array],
