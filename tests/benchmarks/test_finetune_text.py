@@ -14,6 +14,7 @@ from flax import nnx
 from benchmarks.learning import bench_finetune_text as study
 from examples.common import bert, roberta
 from examples.finetuning import finetune_text, training
+from tests.helpers.cases import slow
 
 
 SHAPE = bert.BertConfig(
@@ -117,7 +118,7 @@ def test_finished_searches_are_not_left(tmp_path):
     assert study.summary(study.read(out), search._replace(task="sections")) is None
 
 
-@pytest.mark.parametrize(("script", "argument"), [("_text", "--list"), ("", "--help")])
+@pytest.mark.parametrize(("script", "argument"), [("_text", "--list"), *slow(("", "--help"))])
 def test_no_command_line_package_is_needed(script, argument):
     """The GPU machines of the study have JAX, Flax and Hugging Face's readers alone."""
     code = (

@@ -280,7 +280,8 @@ def cheapest_cover():
 
 
 COVER = cheapest_cover()
-QUICK = 26  # of its cases: all levels and 89 % of the pairs; the rest are slow
+# Every level and four fifths of the pairs; the first cases of a cover meet most of them.
+QUICK = [*COVER[:20], next(case for case in COVER if case.spelling == "around_adamw")]
 
 
 # --- Weights and gradients ----------------------------------------------------------------------
@@ -521,7 +522,7 @@ def float64(case):
     return max(FLOAT64[case.fisher], 1e-11 * (case.residual in ("whitened", "momentum")))
 
 
-@pytest.mark.parametrize("case", [*COVER[:QUICK], *slow(*COVER[QUICK:])], ids=str)
+@pytest.mark.parametrize("case", [*QUICK, *slow(*[x for x in COVER if x not in QUICK])], ids=str)
 def test_trajectory_equals_the_oracle(case):
     with jax.enable_x64(True):
         compare(case, *problem(case), atol=float64(case))

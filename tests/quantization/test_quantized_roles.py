@@ -21,6 +21,7 @@ from natgalore_jax.quantization.dynamic_8bit import (
 from natgalore_jax.quantization.quantized_array import dequantize, is_quantized
 from natgalore_jax.quantization.symmetric_16bit import LEVELS, SymmetricArray, decode, encode
 from natgalore_jax.util.linalg import inverse_root
+from tests.helpers.cases import slow
 from tests.helpers.compiling import jit_and_count
 
 
@@ -287,12 +288,7 @@ def test_gradients_from_the_backward_pass(fisher, refresh):
 
 @pytest.mark.parametrize(
     ("fisher", "kind"),
-    [
-        ("core", AxisType.Auto),
-        pytest.param("core", AxisType.Explicit, marks=pytest.mark.slow),
-        pytest.param("window", AxisType.Auto, marks=pytest.mark.slow),
-        pytest.param("window", AxisType.Explicit, marks=pytest.mark.slow),
-    ],
+    slow(*itertools.product(("core", "window"), (AxisType.Auto, AxisType.Explicit))),
 )
 def test_sharded_as_the_arrays_are(fisher, kind, monkeypatch):
     """Codes and scales are divided over all axes of the weight."""

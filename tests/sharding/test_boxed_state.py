@@ -142,6 +142,7 @@ def test_steps_in_boxes_equal_steps_without(name, key):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.slow
 def test_update_without_jit_in_a_mesh_context(key):
     """Concrete params that are on no mesh: their names alone do not move arrays."""
     tx, params = OPTIMIZERS["core"](), boxed(arrays(key), linen)

@@ -232,7 +232,7 @@ def compiled(spec, shape, kind, r, use_sharded=False, **settings):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("layout", LARGE)
+@pytest.mark.parametrize("layout", quick(["rows", "rows and columns", "layers"], [*LARGE]))
 def test_collectives_are_small(layout, kind):
     """On a step without refresh P, cores and r x r arrays travel, never G or the update."""
     spec, shape = LARGE[layout]
