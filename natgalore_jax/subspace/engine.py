@@ -37,15 +37,8 @@ from .inner import Inner
 from .projection import Projected, from_subspace, refresh_and_project, to_working_dtype
 from .refresh import MatrixState, Refresh
 from .residual import Momentum, Residual
-from .state import (
-    ResidualMomentumState,
-    Settings,
-    SubspaceState,
-    check_cores,
-    check_fits,
-    check_tree,
-    flatten,
-)
+from .state import ResidualMomentumState, Settings, SubspaceState, flatten
+from .state_checks import check_cores, check_fits, check_tree
 
 
 class Engine:

@@ -97,7 +97,7 @@ def cholesky_qr(Y: Float[Array, "m r"]) -> Float[Array, "m r"]:
     length = jnp.sqrt(jnp.square(Y).sum(axis=0, keepdims=True))
     Q = Y / jnp.where(length > 0, length, 1.0)
     # Two steps without a test: the host of a GPU waits for each condition, which takes as long as
-    # a step. Bases in training need one or two (6M weights, rank 48).
+    # a step. Up to a condition of 1e5 two are enough.
     Q, gram = step(*step(Q, matmul(Q.mT, Q)))
     is_far = lambda state: ~is_near_identity(state[1]) & (state[2] <= 4)
     Q, gram, _ = lax.while_loop(is_far, next_step, (Q, gram, 2))

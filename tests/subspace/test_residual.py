@@ -489,9 +489,7 @@ class TestProgram:
 # --- Inners with a learning rate in them --------------------------------------------------------
 
 PARAMS = {"up": {"kernel": jnp.ones((M, N))}, "norm": {"scale": jnp.ones(M)}}
-EACH_KIND = (
-    *("adamw", "sgd", "contrib.muon", "inject_hyperparams", "MultiSteps", "apply_if_finite"),
-)
+QUICK = (*("adamw", "sgd", "contrib.muon", "inject_hyperparams", "MultiSteps", "apply_if_finite"),)
 RATES = {k: v for k, v in INSIDE.items() if k != "set_to_zero"}
 
 
@@ -501,7 +499,7 @@ def negated(inner):
     return optax.chain(inner, optax.scale(-1.0))
 
 
-@pytest.mark.parametrize("name", quick(EACH_KIND, [*RATES]))
+@pytest.mark.parametrize("name", quick(QUICK, [*RATES]))
 def test_partner_with_a_learning_rate_is_refused(name):
     """Beside every residual; with a positive rate it is accepted beside a function."""
     params = {**PARAMS, "layers": {"kernel": jnp.ones((2, M, N))}}
